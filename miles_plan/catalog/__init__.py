@@ -1,0 +1,1 @@
+"""Models and GPUs as data: architectures, link speeds, memory, prices, each figure with its source."""

@@ -1,0 +1,1 @@
+"""Memory, time and sync models: every figure an interval with its basis and its terms."""

@@ -1,0 +1,1 @@
+"""What a run eats: JSONL prompts, tokenizers, sample batches, the arithmetic task."""

@@ -1,0 +1,1 @@
+"""The intermediate representation: tasks, edges, device groups, layouts, the graph, its text form, its verifier."""

@@ -1,0 +1,1 @@
+"""Batch-invariant kernels, one op a file, each with its torch reference."""

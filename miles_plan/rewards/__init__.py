@@ -1,0 +1,1 @@
+"""Rewards: entry points, built-in verifiers, and the killable workers that run them."""
