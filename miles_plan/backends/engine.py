@@ -14,21 +14,10 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from miles_plan.data.batch import Array, SampleBatch
+from miles_plan.ir.options import LossOptions, OptimizerOptions, SamplingOptions
 
 WhichModel = Literal["policy", "reference", "teacher"]
 Part = Literal["weights", "gradients", "optimizer", "reference", "kv_cache", "draft"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingOptions:
-    """How the rollout samples. temperature 0 is greedy; seed keys a counter-based generator by (seed, sample_id, position)."""
-
-    max_response_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0 = whole vocabulary
-    stop_token_ids: tuple[int, ...] = ()
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,12 +87,21 @@ class EngineError(RuntimeError):
 class TrainEngine(Protocol):
     """One rank of a trainer. Every method is called on all ranks with the same arguments, in the same order."""
 
-    def log_probs(self, batch: SampleBatch, *, model: WhichModel, replay_routing: bool) -> RankLogProbs:
-        """Log-probs of every response token under `model`; with `replay_routing`, experts come from `batch.routing`."""
+    def log_probs(self, batch: SampleBatch, *, model: WhichModel, temperature: float, replay_routing: bool) -> RankLogProbs:
+        """Log-probs of every response token under `model` at the sampling temperature (0 counts as 1).
+
+        With `replay_routing`, experts come from `batch.routing` and the router's own choice is only compared with them.
+        """
         ...
 
-    def train_step(self, batch: SampleBatch, *, replay_routing: bool) -> Mapping[str, float]:
-        """One optimizer step over `batch` (gradient accumulation inside); metrics reduced over all ranks."""
+    def train_step(
+        self, batch: SampleBatch, *, loss: LossOptions, optimizer: OptimizerOptions, replay_routing: bool
+    ) -> Mapping[str, float]:
+        """One optimizer step over `batch` (gradient accumulation inside); metrics reduced over all ranks.
+
+        The policy-gradient loss reads the columns `advantage`, `old_log_probs`, and where asked `reference_log_probs` and
+        `importance_weight`.
+        """
         ...
 
     def export_weights(self, version: int, *, bucket_bytes: int) -> Iterator[WeightBucket]:
