@@ -233,14 +233,11 @@ def from_json(data: Any, *, place: str = "plan") -> Plan:
     """The plan in `data`. PlanFileError says what is wrong with it; `place` names the file in the message."""
     if not isinstance(data, dict) or "plan" not in data or "schema_version" not in data:
         raise PlanFileError(f"{place} is not a plan file: no 'plan' and 'schema_version' in it")
-    if data["schema_version"] != SCHEMA_VERSION:
-        raise PlanFileError(
-            f"{place} has plan schema version {data['schema_version']}, this miles-plan reads {SCHEMA_VERSION}: compile the spec again"
-        )
-    if data.get("plan_sha256") != (found := _digest(data["plan"])):
-        raise PlanFileError(
-            f"{place} was changed after it was written: its digest is {found[:12]}, it claims {str(data.get('plan_sha256'))[:12]}"
-        )
+    if (version := data["schema_version"]) != SCHEMA_VERSION:
+        raise PlanFileError(f"{place} has plan schema version {version}, this miles-plan reads {SCHEMA_VERSION}: compile again")
+    found, claimed = _digest(data["plan"]), str(data.get("plan_sha256"))
+    if found != claimed:
+        raise PlanFileError(f"{place} was changed after it was written: its digest is {found[:12]}, it claims {claimed[:12]}")
     try:
         return _adapter().validate_python(data["plan"])
     except ValidationError as error:
