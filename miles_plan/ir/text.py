@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 from miles_plan.ir.graph import TaskGraph
 from miles_plan.ir.tasks import Task
 
-FACT_ORDER = ("logical", "placed", "aligned", "sized", "synced", "guarded", "scheduled")
+FACT_ORDER = ("logical", "placed", "aligned", "sized", "synced", "priced", "guarded", "scheduled")
 
 
 def to_text(graph: TaskGraph) -> str:
