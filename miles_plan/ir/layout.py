@@ -56,7 +56,17 @@ class TrainLayout:
 
     def __str__(self) -> str:
         """The sizes above 1, in the order people say them: `tp4 pp2 dp8 ep8`."""
-        return _sizes({"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "cp": self.cp, "dp": self.dp, "ep": self.ep, "etp": self.etp})
+        return _sizes(
+            {
+                "tp": self.tp,
+                "pp": self.pp,
+                "vpp": self.vpp,
+                "cp": self.cp,
+                "dp": self.dp,
+                "ep": self.ep,
+                "etp": self.etp,
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
