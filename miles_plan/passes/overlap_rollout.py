@@ -15,7 +15,7 @@ from typing import ClassVar
 from miles_plan.diagnostics import Diagnostic
 from miles_plan.ir.graph import Fact, TaskGraph
 from miles_plan.ir.plan import Decision
-from miles_plan.ir.tasks import Buffer, Edge, Rollout
+from miles_plan.ir.tasks import Buffer, Edge, Quantize, Rollout, WeightSync
 from miles_plan.passes.base import Outcome, Pass, PassContext
 
 DEFAULT_STALENESS = {"synchronous": 0, "one_step_off": 1, "asynchronous": 2}
@@ -63,8 +63,9 @@ def _reason(mode: str) -> str:
 
 
 def _at_distance(graph: TaskGraph, distance: int) -> TaskGraph:
-    """The weights that a sync takes come from further back."""
-    near = [edge for edge in graph.inputs_of("weight_sync") if edge.carries == "weights" and edge.distance == 1]
+    """The weights that a sync (or the quantisation before it) takes come from further back."""
+    synced = {task.name for task in graph.of_kind(WeightSync, Quantize)}
+    near = [edge for edge in graph.edges if edge.dst in synced and edge.distance == 1]
     return graph.without_edges(near).with_edges(replace(edge, distance=distance) for edge in near)
 
 

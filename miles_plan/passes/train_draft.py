@@ -93,11 +93,10 @@ def _with_draft_step(graph: TaskGraph) -> TaskGraph:
     samples = next(edge.src for edge in graph.inputs_of("train") if edge.carries == "samples")
     step = DraftStep(name="train_draft", loop="rl", group=train.group, optimizer=train.optimizer)
     syncs = [replace(task, draft=True) for task in graph.tasks if isinstance(task, WeightSync) and task.loop == "rl"]
-    distance = max(edge.distance for edge in graph.inputs_of("weight_sync") if edge.src in ("train", "quantize"))
     edges = [
         Edge(src=samples, dst="train_draft", carries="samples"),
         Edge(src="train", dst="train_draft", carries="weights"),
-        Edge(src="train_draft", dst="weight_sync", carries="draft_weights", distance=max(1, distance)),
+        Edge(src="train_draft", dst="weight_sync", carries="draft_weights", distance=1),
     ]
     return graph.with_replaced(*syncs).with_tasks([step], edges)
 
