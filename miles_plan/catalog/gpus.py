@@ -375,9 +375,7 @@ class Cluster:
         return self.node(node).gpu
 
 
-def cluster_of(
-    gpu: str | Gpu, nodes: int, gpus_per_node: int = 0, host_memory_bytes: int = 0, rdma: bool = True
-) -> Cluster:
+def cluster_of(gpu: str | Gpu, nodes: int, gpus_per_node: int = 0, host_memory_bytes: int = 0, rdma: bool = True) -> Cluster:
     """A homogeneous cluster; 0 takes what the GPU's usual machine has."""
     kind = find_gpu(gpu) if isinstance(gpu, str) else gpu
     group = NodeGroup(

@@ -157,9 +157,7 @@ def _layers(keys: _Keys, quirk: _Quirk, family: str, hidden: int) -> list[LayerK
         ffn = _moe_ffn(keys, quirk, family) if moe[at] else _dense_ffn(keys, quirk, hidden)
         norms = quirk.norm_vectors + (3 if family == "gemma4" and moe[at] else 0)
         streams = keys.size("hc_mult", default=1) if family == "deepseek_v4" else 1
-        out.append(
-            LayerKind(mixer=mixer, ffn=ffn, norm_vectors=norms, norm_bias=quirk.norm_bias, residual_streams=streams)
-        )
+        out.append(LayerKind(mixer=mixer, ffn=ffn, norm_vectors=norms, norm_bias=quirk.norm_bias, residual_streams=streams))
     return out
 
 

@@ -301,6 +301,4 @@ class Mamba2:
 
 
 Mixer = GroupedQuery | MultiLatent | CompressedLatent | GatedDelta | Mamba2
-MIXERS: dict[str, type[Mixer]] = {
-    each.kind: each for each in (GroupedQuery, MultiLatent, CompressedLatent, GatedDelta, Mamba2)
-}
+MIXERS: dict[str, type[Mixer]] = {each.kind: each for each in (GroupedQuery, MultiLatent, CompressedLatent, GatedDelta, Mamba2)}

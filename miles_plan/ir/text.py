@@ -110,7 +110,7 @@ class _Parser:
 
     def take(self, expected: str | None = None, kind: str | None = None) -> str:
         if self.index >= len(self.tokens):
-            raise self._error(len(self.text), expected or kind or "more text")
+            raise self._error(len(self.text), f"'{expected}'" if expected else f"a {kind or 'token'}")
         found_kind, value, position = self.tokens[self.index]
         if (expected is not None and value != expected) or (kind is not None and found_kind != kind):
             raise self._error(position, f"'{expected}'" if expected else f"a {kind}")

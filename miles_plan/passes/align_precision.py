@@ -204,16 +204,18 @@ def numerics_table(ctx: PassContext, alignment: Alignment) -> Iterator[NumericsR
     shared = alignment == "exact"
     train, rollout = job.precision.train, job.precision.rollout
     kernels = {"torch": "miles_plan.kernels", "megatron": "Transformer Engine", "fsdp2": "PyTorch", "sglang": "SGLang"}
-    sides = (
-        ("miles_plan.kernels", "miles_plan.kernels") if shared else (kernels[job.train.engine], kernels[job.rollout.engine])
-    )
+    sides = ("miles_plan.kernels", "miles_plan.kernels") if shared else (kernels[job.train.engine], kernels[job.rollout.engine])
 
     def row(op: str, detail: str, *, left: str = train, right: str = rollout) -> NumericsRow:
         one, other = f"{sides[0]} {left} {detail}".rstrip(), f"{sides[1]} {right} {detail}".rstrip()
         if shared:
-            return NumericsRow(op=op, train=one, rollout=other, verdict="same", reason="one batch-invariant kernel on both sides")
+            return NumericsRow(
+                op=op, train=one, rollout=other, verdict="same", reason="one batch-invariant kernel on both sides"
+            )
         if alignment == "corrected":
-            return NumericsRow(op=op, train=one, rollout=other, verdict="corrected", reason=f"{job.precision.correction} weights")
+            return NumericsRow(
+                op=op, train=one, rollout=other, verdict="corrected", reason=f"{job.precision.correction} weights"
+            )
         return NumericsRow(op=op, train=one, rollout=other, verdict="accepted", reason="reported each step")
 
     yield row("embedding", "gather")
@@ -236,10 +238,16 @@ def numerics_table(ctx: PassContext, alignment: Alignment) -> Iterator[NumericsR
 def _routing_row(sides: tuple[str, str], alignment: Alignment) -> NumericsRow:
     if alignment in ("exact", "replay"):
         return NumericsRow(
-            op="router", train="replayed expert ids", rollout=f"{sides[1]} top-k", verdict="replayed", reason="R3: ids travel with samples"
+            op="router",
+            train="replayed expert ids",
+            rollout=f"{sides[1]} top-k",
+            verdict="replayed",
+            reason="R3: ids travel with samples",
         )
     verdict: Literal["corrected", "accepted"] = "corrected" if alignment == "corrected" else "accepted"
-    return NumericsRow(op="router", train=f"{sides[0]} top-k", rollout=f"{sides[1]} top-k", verdict=verdict, reason="not replayed")
+    return NumericsRow(
+        op="router", train=f"{sides[0]} top-k", rollout=f"{sides[1]} top-k", verdict=verdict, reason="not replayed"
+    )
 
 
 def _truncation_row(job: JobSpec) -> NumericsRow:
@@ -259,4 +267,3 @@ def _environment(job: JobSpec, alignment: Alignment) -> Iterator[tuple[str, str]
     if alignment == "exact" and job.rollout.engine == "sglang":
         yield "env:NCCL_ALGO", "Ring"
         yield "env:NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0"
-

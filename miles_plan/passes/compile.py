@@ -36,9 +36,7 @@ class Compiled:
     diagnostics: tuple[Diagnostic, ...]
 
 
-def compile_job(
-    loaded: LoadedJob, *, passes: Sequence[Pass] = DEFAULT, instruments: Sequence[Instrument] = ()
-) -> Compiled:
+def compile_job(loaded: LoadedJob, *, passes: Sequence[Pass] = DEFAULT, instruments: Sequence[Instrument] = ()) -> Compiled:
     """Compile a job. PlanError holds every finding of the first stage that found errors, each with its place."""
     with loaded.ledger.reading_as(COMPILER):
         ctx, hf_config = context_of(loaded)
@@ -184,9 +182,7 @@ def _unread_warnings(loaded: LoadedJob, unread: Sequence[str]) -> Iterator[Diagn
             )
 
 
-def _plan(
-    loaded: LoadedJob, ctx: PassContext, run: RunOptions, outcome: Outcome, unread: Sequence[str]
-) -> Plan:
+def _plan(loaded: LoadedJob, ctx: PassContext, run: RunOptions, outcome: Outcome, unread: Sequence[str]) -> Plan:
     reward = loaded.spec.data.reward
     return Plan(
         name=loaded.spec.name,

@@ -34,7 +34,11 @@ FLOOR_S = {"host": 30.0, "cpu": 60.0, "gpu": 300.0}
 
 RESTARTS: tuple[tuple[tuple[type[Task], ...], Restart, str], ...] = (
     ((TrainStep, DraftStep), "rollback", "a dead or stuck rank: weights and optimizer come back from the last checkpoint"),
-    ((Rollout, Evaluate, WeightSync), "rebuild", "a dead engine: it is made anew, takes the current weights, and the task runs again"),
+    (
+        (Rollout, Evaluate, WeightSync),
+        "rebuild",
+        "a dead engine: it is made anew, takes the current weights, and the task runs again",
+    ),
     ((Offload, Onload), "rollback", "memory in an unknown state: engines are made anew from the last checkpoint"),
     ((Checkpoint,), "retry", "a failed write: the older checkpoint still stands and the save is tried again"),
 )
@@ -55,7 +59,9 @@ class GuardFailures(Pass):
         rows = []
         for task in graph.tasks:
             restart, why = _restart(task)
-            deadline_s = round(max(FLOOR_S[_place(graph, ctx, task)], factor * (task.estimate.high_s if task.estimate else 0.0)), 3)
+            deadline_s = round(
+                max(FLOOR_S[_place(graph, ctx, task)], factor * (task.estimate.high_s if task.estimate else 0.0)), 3
+            )
             guarded.append(replace(task, deadline_s=deadline_s, restart=restart))
             rows.append(FailureRow(task=task.name, restart=restart, deadline_s=deadline_s, recovers_from=why))
         return Outcome(graph=graph.with_replaced(*guarded), failures=tuple(rows))

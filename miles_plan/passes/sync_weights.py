@@ -23,7 +23,14 @@ from miles_plan.passes.base import Outcome, Pass, PassContext
 MIB = 1 << 20
 # Miles' --update-weight-buffer-size default; the embedded engines' models are small, so that several buckets are exercised.
 BUCKET_BYTES = {"torch": 4 * MIB, "megatron": 512 * MIB, "fsdp2": 512 * MIB}
-DTYPE_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8_blockwise": 1.0 + 4.0 / (128 * 128), "mxfp8": 1.0 + 1.0 / 32, "nvfp4": 0.5625, "int4": 0.5625}
+DTYPE_BYTES = {
+    "fp32": 4.0,
+    "bf16": 2.0,
+    "fp8_blockwise": 1.0 + 4.0 / (128 * 128),
+    "mxfp8": 1.0 + 1.0 / 32,
+    "nvfp4": 0.5625,
+    "int4": 0.5625,
+}
 
 
 @dataclass(frozen=True)
@@ -83,9 +90,7 @@ def _one_host(ctx: PassContext, *groups: DeviceGroup) -> bool:
     return len({gpu // per_node for span in spans for gpu in (span.first, span.end - 1)}) <= 1
 
 
-def sync_seconds(
-    ctx: PassContext, train: DeviceGroup, rollout: DeviceGroup, transport: Transport, bucket_bytes: int
-) -> float:
+def sync_seconds(ctx: PassContext, train: DeviceGroup, rollout: DeviceGroup, transport: Transport, bucket_bytes: int) -> float:
     """Expected seconds of one sync by `transport`."""
     return weight_sync_time(sync_workload(ctx, train, rollout, bucket_bytes), transport, ctx.cluster).mid
 
@@ -104,9 +109,7 @@ def sync_workload(ctx: PassContext, train: DeviceGroup, rollout: DeviceGroup, bu
     )
 
 
-def transfer_list(
-    ctx: PassContext, train: DeviceGroup, rollout: DeviceGroup, bucket_bytes: int
-) -> Iterator[TensorTransfer]:
+def transfer_list(ctx: PassContext, train: DeviceGroup, rollout: DeviceGroup, bucket_bytes: int) -> Iterator[TensorTransfer]:
     """Tensor patterns in travel order, each with how both sides split it and its buckets."""
     train_layout, rollout_layout = train.train_layout, rollout.rollout_layout
     assert train_layout is not None and rollout_layout is not None
@@ -146,7 +149,9 @@ def _decision(ctx: PassContext, chosen: Transport, prices: dict[Transport, float
         if transport != chosen
     )
     asked = ctx.job.weight_sync.transport != "auto"
-    reason = "the spec asks for it" if asked else "the cheapest that the placement allows" if others else "the only one that reaches"
+    reason = (
+        "the spec asks for it" if asked else "the cheapest that the placement allows" if others else "the only one that reaches"
+    )
     return Decision(
         field="weight_sync.transport",
         value=f"{chosen}, {prices[chosen]:.3g} s a sync",

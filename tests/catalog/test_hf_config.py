@@ -102,9 +102,7 @@ def test_bad_sizes_are_named(change: dict[str, object], message: str) -> None:
     ffn=st.integers(1, 40000),
     vocab=st.integers(2, 300000),
 )
-def test_parameters_grow_with_every_size(
-    hidden: int, layers: int, heads: int, groups: int, ffn: int, vocab: int
-) -> None:
+def test_parameters_grow_with_every_size(hidden: int, layers: int, heads: int, groups: int, ffn: int, vocab: int) -> None:
     sizes: dict[str, Any] = {
         "hidden_size": hidden,
         "num_hidden_layers": layers,
