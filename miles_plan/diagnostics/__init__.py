@@ -5,19 +5,25 @@ from miles_plan.diagnostics.diagnostic import Diagnostic, Edit, Fix, PlanError, 
 from miles_plan.diagnostics.location import Location
 from miles_plan.diagnostics.nearest import nearest
 from miles_plan.diagnostics.page import Page
+from miles_plan.diagnostics.render import Format, render
+from miles_plan.diagnostics.view import Report, report
 
 __all__ = [
     "PAGES",
     "Diagnostic",
     "Edit",
     "Fix",
+    "Format",
     "Location",
     "Page",
     "PlanError",
+    "Report",
     "Severity",
     "by_place",
     "error",
     "explanation",
     "nearest",
+    "render",
+    "report",
     "warning",
 ]

@@ -4,4 +4,13 @@ from __future__ import annotations
 
 from miles_plan.diagnostics.page import Page
 
-PAGES: tuple[Page, ...] = ()
+PAGES: tuple[Page, ...] = (
+    Page(
+        code="MP410",
+        title="engine without speculative decoding",
+        what="The embedded torch rollout engine was asked to decode speculatively.",
+        why="It decodes one token at a time; drafts and their verification come with SGLang.",
+        example="rollout: {engine: torch, speculative: {method: eagle}}",
+        fix="Leave `rollout.speculative` out, or use `rollout.engine: sglang`.",
+    ),
+)

@@ -1,6 +1,7 @@
 """Pages of MP1xx, the spec.
 
-MP10x: reading files; MP11x: YAML; MP12x: single fields; MP13x: rules between fields; MP14x: things that the spec names.
+MP10x: reading files; MP11x: YAML; MP12x: single fields; MP13x: rules between fields; MP14x: things that the spec names;
+MP16x: what the spec says in vain.
 """
 
 from __future__ import annotations
@@ -210,8 +211,37 @@ _NAMES = (
         what="A file or directory that the spec names does not exist, or is not of the kind the field needs.",
         why="The run would fail when it first opens it, which may be hours later.",
         example="data: {prompts: data/dapo.jsonl}   # no such file",
-        fix="Correct the path. A relative path is relative to the spec file that names it.",
+        fix="Correct the path. A relative path is relative to the spec file that names it; `~` is not expanded.",
+    ),
+    Page(
+        code="MP143",
+        title="model configuration cannot be used",
+        what="The Hugging Face configuration that `hf_config`, `checkpoint` or `architecture` gives is no JSON mapping, lacks a "
+        "size, or has an impossible one.",
+        why="The model's layers and sizes decide memory, time and layouts.",
+        example="model: {architecture: {model_type: qwen3, hidden_size: -1}}",
+        fix="Correct the key that the message names.",
+    ),
+    Page(
+        code="MP144",
+        title="reward not found",
+        what="`data.reward` is neither a built-in reward nor a function that can be found: the module is not on this machine's "
+        "path, or has no such name. The module is looked at, never imported.",
+        why="A misspelt reward fails at the first scored sample. A module that is only installed on the cluster is fine.",
+        example="data: {reward: my_rewards:scroe}",
+        fix="Correct the name, or ignore the warning if the module exists only where the job runs.",
     ),
 )
 
-PAGES: tuple[Page, ...] = (*_READING, *_YAML, *_FIELDS, *_RULES, *_NAMES)
+_USE = (
+    Page(
+        code="MP160",
+        title="setting that nothing reads",
+        what="A field is set in the spec, and no pass or backend looked at it while this job was compiled.",
+        why="A setting that is accepted and does nothing is worse than an error: you would believe it is in force.",
+        example="algorithm: {kind: grpo, gae_lambda: 0.95}   # only ppo has GAE",
+        fix="Remove it, or check that the part it belongs to is in use.",
+    ),
+)
+
+PAGES: tuple[Page, ...] = (*_READING, *_YAML, *_FIELDS, *_RULES, *_NAMES, *_USE)
