@@ -56,7 +56,7 @@ PAGES: tuple[Page, ...] = (
     Page(
         code="MP311",
         title="too few draft tokens",
-        what="`rollout.speculative.draft_tokens` is smaller than one branch needs: a token for each draft step and the bonus token.",
+        what="`rollout.speculative.draft_tokens` is smaller than one branch needs: a token for each draft step and one bonus.",
         why="The last draft steps would never be verified.",
         example="rollout: {speculative: {method: eagle, steps: 4, topk: 2, draft_tokens: 3}}",
         fix="Use at least steps + 1, or leave `draft_tokens` out.",

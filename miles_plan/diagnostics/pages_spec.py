@@ -216,8 +216,8 @@ _NAMES = (
     Page(
         code="MP143",
         title="model configuration cannot be used",
-        what="The Hugging Face configuration that `hf_config`, `checkpoint` or `architecture` gives is no JSON mapping, lacks a "
-        "size, or has an impossible one.",
+        what="The Hugging Face configuration that `hf_config`, `checkpoint` or `architecture` gives is no JSON mapping, lacks "
+        "a size, or has an impossible one.",
         why="The model's layers and sizes decide memory, time and layouts.",
         example="model: {architecture: {model_type: qwen3, hidden_size: -1}}",
         fix="Correct the key that the message names.",

@@ -10,6 +10,8 @@ from miles_plan.spec.section import Section
 from miles_plan.spec.train import OptimizerFields
 from miles_plan.spec.types import AutoOr, Count, EntryPoint, FilePath, Seconds, Seed, Size, WordOr
 
+BUILT_IN_REWARDS = ("math", "exact_match")
+
 
 class ArithmeticPrompts(Section):
     """Prompts made by the built-in generator of arithmetic tasks, the same for the same seed."""

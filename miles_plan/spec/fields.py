@@ -39,6 +39,13 @@ class FieldEntry:
     inner: tuple[str, ...]
 
     @property
+    def default_text(self) -> str:
+        """The default as a spec would have it; a section's is that of its fields."""
+        if isinstance(self.default, Section):
+            return "that of its fields"
+        return {None: "absent", (): "none", True: "true", False: "false"}.get(self.default, str(self.default))
+
+    @property
     def unit(self) -> str:
         """The unit, read off the name as the naming rule demands; empty for a pure number or a word."""
         parts = self.path.split(".")

@@ -18,14 +18,14 @@ class Kind:
     """The values of a field.
 
     forms: each completes `must be ...`. words: the words that stand for themselves (`auto`). section: the mapping it may be,
-    of which `many` stand in a list. number: whether it takes numbers. path: the mark of a field that names a file.
+    of which `many` stand in a list. number: the type of number it takes. path: the mark of a field that names a file.
     """
 
     forms: tuple[str, ...]
     words: tuple[str, ...] = ()
     section: type[Section] | None = None
     many: bool = False
-    number: bool = False
+    number: type[int] | type[float] | None = None
     path: PathMark | None = None
 
     @property
@@ -51,7 +51,7 @@ def kind_of(annotation: Any, marks: tuple[Any, ...] = ()) -> Kind:
     if annotation is bool:
         return Kind(forms=("true", "false"))
     if annotation in (int, float):
-        return Kind(forms=(f"{'a whole number' if annotation is int else 'a number'}{_range(marks)}",), number=True)
+        return Kind(forms=(f"{'a whole number' if annotation is int else 'a number'}{_range(marks)}",), number=annotation)
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return Kind(forms=(f"a mapping of {_listing(annotation.__pydantic_fields__)}",), section=annotation)
     return _text(marks)
@@ -80,7 +80,7 @@ def _union(parts: list[Kind]) -> Kind:
         words=tuple(word for part in parts for word in part.words),
         section=next((part.section for part in parts if part.section), None),
         many=any(part.many for part in parts),
-        number=any(part.number for part in parts),
+        number=next((part.number for part in parts if part.number), None),
         path=next((part.path for part in parts if part.path), None),
     )
 

@@ -91,7 +91,14 @@ class Layers:
             parts = _SET.fullmatch(text)
             if not parts:
                 whole = Location(SET_FILE, line, 1, line, len(text) + 1)
-                self.findings.append(error("MP105", "an override has the form `path.to.field=value`", whole))
+                self.findings.append(
+                    error(
+                        "MP105",
+                        "an override has the form `path.to.field=value`",
+                        whole,
+                        help="for example `rollout.temperature=0.7`",
+                    )
+                )
                 continue
             steps = parts["path"].split(".")
             if steps[0] == "base":

@@ -6,11 +6,11 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from miles_plan.diagnostics import Diagnostic, Location, PlanError
+from miles_plan.diagnostics import Diagnostic, Location, PlanError, by_place
 from miles_plan.spec.fields import all_fields, pattern_of
 from miles_plan.spec.job import JobSpec
 from miles_plan.spec.layers import Layers
@@ -100,7 +100,11 @@ def _refused(findings: list[Diagnostic], sources: Mapping[str, str]) -> PlanErro
     first: dict[object, Diagnostic] = {}
     for each in findings:
         first.setdefault(each.location if each.location and each.location.line else (each.code, each.field, each.message), each)
-    return PlanError(tuple(first.values())[:MAX_FINDINGS], sources)
+    kept = by_place(first.values())
+    if len(kept) > MAX_FINDINGS:
+        more = f"{len(kept) - MAX_FINDINGS:,} further findings are not shown"
+        kept = (*kept[: MAX_FINDINGS - 1], replace(kept[MAX_FINDINGS - 1], notes=(*kept[MAX_FINDINGS - 1].notes, more)))
+    return PlanError(kept, sources)
 
 
 def _rebase(root: MapNode, layers: Layers, directory: Path) -> MapNode:

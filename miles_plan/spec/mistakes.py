@@ -12,7 +12,9 @@ from miles_plan.spec.fields import FieldEntry, all_fields, pattern_of
 from miles_plan.spec.foreign_names import FOREIGN_NAMES
 from miles_plan.spec.job import JobSpec
 from miles_plan.spec.kinds import number_text
+from miles_plan.spec.layers import SET_FILE
 from miles_plan.spec.origins import Origins
+from miles_plan.spec.scalars import resolve
 from miles_plan.spec.tree import Node, Path, ScalarNode, find
 
 _LONGEST_SHOWN = 60
@@ -165,21 +167,22 @@ def _value_help(value: Any, close: str, fix: Fix | None) -> str:
 
 
 def _rename(where: Location, key: str, name: str) -> Fix | None:
-    return Fix(f"rename `{key}` to `{name}`", (Edit(where, name),)) if where.end_column else None
+    return _fix(f"rename `{key}` to `{name}`", where, name)
 
 
 def _replace(node: Node | None, word: str) -> Fix | None:
-    if isinstance(node, ScalarNode) and node.location.end_column:
-        return Fix(f"replace it with `{word}`", (Edit(node.location, word),))
-    return None
+    return _fix(f"replace it with `{word}`", node.location, word) if isinstance(node, ScalarNode) else None
+
+
+def _fix(description: str, where: Location, text: str) -> Fix | None:
+    """An edit of a file; an override on the command line has no file to edit."""
+    return Fix(description, (Edit(where, text),)) if where.end_column and where.file != SET_FILE else None
 
 
 def _unquote(node: Node | None, entry: FieldEntry | None) -> Fix | None:
     """`"8"` -> `8` where a number is wanted and the quotes are all that is wrong."""
-    if not (isinstance(node, ScalarNode) and node.quoted and entry and entry.kind.number and node.location.end_column):
+    if not isinstance(node, ScalarNode) or not node.quoted or entry is None or entry.kind.number is None:
         return None
-    try:
-        float(node.text)
-    except ValueError:
-        return None
-    return Fix("remove the quotes", (Edit(node.location, node.text),))
+    number = resolve(node.text)
+    fits = isinstance(number, int if entry.kind.number is int else int | float) and not isinstance(number, bool)
+    return _fix("remove the quotes", node.location, node.text) if fits else None

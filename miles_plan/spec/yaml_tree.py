@@ -48,6 +48,7 @@ class _Reader:
     """State of one document being read. `first_line` and `first_column` place a fragment inside a larger text."""
 
     file: str
+    text: str
     first_line: int = 1
     first_column: int = 1
     findings: list[Diagnostic] = field(default_factory=list)
@@ -64,6 +65,14 @@ class _Reader:
             return Location(self.file)
         return Location(self.file, *place(start), *(place(end) if end else (0, 0)))
 
+    def inside(self, place: Location) -> Location:
+        """`place`, or the end of the text if it lies behind it: what is missing at the end of a file is missed one line later."""
+        lines = self.text.splitlines() or [""]
+        last = self.first_line + len(lines) - 1
+        if place.line <= last:
+            return place
+        return Location(self.file, last, len(lines[-1]) + (self.first_column if len(lines) == 1 else 1))
+
     def note(self, finding: Diagnostic) -> None:
         self.findings.append(finding)
         if len(self.findings) >= MAX_FINDINGS:
@@ -73,8 +82,8 @@ class _Reader:
         self.findings.append(finding)
         return _Stop()
 
-    def read(self, text: str) -> None:
-        loader = _Loader(text)
+    def read(self) -> None:
+        loader = _Loader(self.text)
         try:
             while True:
                 event: Any = loader.get_event()
@@ -220,8 +229,8 @@ def parse_yaml(text: str, file: str, *, line: int = 1, column: int = 1) -> tuple
 
     `file` names the text in locations; `line` and `column` say where in that file the text begins.
     """
-    reader = _Reader(file, line, column)
-    reader.read(text)
+    reader = _Reader(file, text, line, column)
+    reader.read()
     complete = reader.root is not None and not reader.stack
     return (reader.root if complete else None), reader.findings
 
@@ -239,7 +248,7 @@ def _syntax_error(problem: yaml.YAMLError, reader: _Reader) -> Diagnostic:
     context, begun = getattr(problem, "context", None), reader.at(getattr(problem, "context_mark", None))
     where = reader.at(getattr(problem, "problem_mark", None) or getattr(problem, "context_mark", None))
     notes = [f"{context} that starts at {begun}"] if context and begun.line and begun.line != where.line else []
-    return error("MP110", f"not valid YAML: {what}", where, help=_syntax_help(what), notes=notes)
+    return error("MP110", f"not valid YAML: {what}", reader.inside(where), help=_syntax_help(what), notes=notes)
 
 
 def _syntax_help(what: str) -> str:
