@@ -1,4 +1,4 @@
-"""A model's weights as tensors: name patterns of the Hugging Face checkpoint, shapes, counts, and the axis tensor parallelism splits.
+"""A model's weights as tensors: name patterns of the Hugging Face checkpoint, shapes, counts, and the axis that tp splits.
 
 Patterns hold `{}` where the layer (and the expert) number stands. Fused projections of checkpoints that fuse them are listed as
 their parts: what travels between engines are the parts.
@@ -19,7 +19,7 @@ Split = Literal["columns", "rows", "whole", "expert_columns", "expert_rows"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorPattern:
-    """`count` tensors of one shape. split: which axis tensor parallelism cuts: columns is axis 0 (outputs), rows axis 1 (inputs)."""
+    """`count` tensors of one shape. split: what tensor parallelism cuts: columns is axis 0 (outputs), rows axis 1 (inputs)."""
 
     pattern: str
     count: int
@@ -48,8 +48,8 @@ class TensorPattern:
 def weight_tensors(model: ModelArchitecture) -> tuple[TensorPattern, ...]:
     """Every weight of the model, embedding first, then layer kinds in order, head last.
 
-    What a kind holds beyond the projections named here (gates, convolutions, biases, norms) stands as one `...other` pattern, so
-    that the elements add up to the architecture's parameter count.
+    What a kind holds beyond the projections named here (gates, convolutions, biases, norms) stands as one `model.other`
+    pattern, so that the elements add up to the architecture's parameter count.
     """
     embedding = TensorPattern(
         pattern="model.embed_tokens.weight", count=1, shape=(model.vocab_size, model.hidden_size), split="columns"

@@ -83,7 +83,7 @@ def choose_alignment(ctx: PassContext) -> tuple[Alignment, str]:
     asked = ctx.job.precision.alignment
     if asked != "auto":
         return asked, "the spec asks for it"
-    if ctx.job.train.engine == "torch" and ctx.job.rollout.engine == "torch" and not _exact_obstacles(ctx):
+    if ctx.job.train.engine == "torch" and ctx.job.rollout.engine == "torch" and not any(_exact_obstacles(ctx)):
         return "exact", "both engines run the same batch-invariant kernels"
     if ctx.job.precision.rollout != ctx.job.precision.train:
         return "corrected", "the two sides compute in different formats, so importance weights correct the difference"

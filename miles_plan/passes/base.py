@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 from miles_plan.catalog.architecture import ModelArchitecture
 from miles_plan.catalog.gpus import Cluster
@@ -27,6 +28,7 @@ class PassContext:
     model: ModelArchitecture
     cluster: Cluster
     locate: Callable[[str], Location | None]
+    file: Callable[[str], Path]  # a path that the spec names, ready to open
     ledger: Ledger
 
     def error(self, code: str, message: str, field: str, *, help: str = "", notes: Sequence[str] = ()) -> Diagnostic:
@@ -54,8 +56,12 @@ class Outcome:
 
     def after(self, earlier: Outcome) -> Outcome:
         """This outcome's graph, with everything found before and now, in that order."""
-        lists = [each.name for each in fields(self) if each.name != "graph"]
-        return replace(self, **{name: (*getattr(earlier, name), *getattr(self, name)) for name in lists})
+        found: dict[str, Any] = {
+            each.name: (*getattr(earlier, each.name), *getattr(self, each.name))
+            for each in fields(self)
+            if each.name != "graph"
+        }
+        return Outcome(graph=self.graph, **found)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,7 +41,7 @@ def compile_job(loaded: LoadedJob, *, passes: Sequence[Pass] = DEFAULT, instrume
     """Compile a job. PlanError holds every finding of the first stage that found errors, each with its place."""
     with loaded.ledger.reading_as(COMPILER):
         ctx, hf_config = context_of(loaded)
-        run = run_options(loaded.spec, ctx.model, hf_config)
+        run = run_options(loaded, ctx.model, hf_config)
     empty = TaskGraph(name=loaded.spec.name, loops=())
     try:
         outcome = Pipeline(passes=tuple(passes), instruments=instruments).run(empty, ctx)
@@ -59,7 +60,7 @@ def context_of(loaded: LoadedJob) -> tuple[PassContext, Mapping[str, Any] | None
     cluster = _cluster(loaded, found)
     if model is None or cluster is None:
         raise PlanError(tuple(found), loaded.sources)
-    ctx = PassContext(job=loaded.spec, model=model, cluster=cluster, locate=loaded.locate, ledger=loaded.ledger)
+    ctx = PassContext(job=loaded.spec, model=model, cluster=cluster, locate=loaded.at, file=loaded.file, ledger=loaded.ledger)
     return ctx, hf_config
 
 
@@ -71,23 +72,23 @@ def _model(
         try:
             return find_model(spec.name), None
         except ValueError as unknown:
-            found.append(error("MP140", str(unknown), loaded.locate("model.name"), field="model.name"))
+            found.append(error("MP140", str(unknown), loaded.at("model.name"), field="model.name"))
             return None, None
     field = "hf_config" if spec.hf_config else "checkpoint" if spec.checkpoint else "architecture"
     try:
-        config = _hf_config(spec)
+        config = _hf_config(loaded, spec)
         name = str(config.get("_name_or_path") or loaded.spec.name)
         return architecture_from_hf_config(config, name), config
     except (OSError, ValueError) as unreadable:
-        where = loaded.locate(f"model.{field}")
+        where = loaded.at(f"model.{field}")
         found.append(error("MP143", f"the model's configuration cannot be used: {unreadable}", where, field=f"model.{field}"))
         return None, None
 
 
-def _hf_config(spec: ModelSpec) -> dict[str, Any]:
+def _hf_config(loaded: LoadedJob, spec: ModelSpec) -> dict[str, Any]:
     if spec.architecture is not None:
         return dict(spec.architecture)
-    path = Path(spec.hf_config) if spec.hf_config else Path(spec.checkpoint or "") / "config.json"
+    path = loaded.file(spec.hf_config) if spec.hf_config else loaded.file(spec.checkpoint or "") / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no mapping")
@@ -101,7 +102,7 @@ def _cluster(loaded: LoadedJob, found: list[Diagnostic]) -> Cluster | None:
             return Cluster(groups=tuple(_nodes(group) for group in spec.groups))
         return Cluster(groups=(_nodes(spec),))
     except ValueError as unknown:
-        found.append(error("MP141", str(unknown), loaded.locate("cluster.gpu"), field="cluster.gpu"))
+        found.append(error("MP141", str(unknown), loaded.at("cluster.gpu"), field="cluster.gpu"))
         return None
 
 
@@ -121,20 +122,21 @@ def _nodes(spec: ClusterSpec | NodeGroupSpec) -> NodeGroup:
     )
 
 
-def run_options(job: JobSpec, model: ModelArchitecture, hf_config: Mapping[str, Any] | None) -> RunOptions:
-    """What the executor needs beyond the graph."""
+def run_options(loaded: LoadedJob, model: ModelArchitecture, hf_config: Mapping[str, Any] | None) -> RunOptions:
+    """What the executor needs beyond the graph; paths are absolute, so that a plan can be run from anywhere."""
+    job = loaded.spec
     source = ModelSource(
         name=model.name,
         hf_config=hf_config if job.model.checkpoint is None else None,
-        checkpoint=job.model.checkpoint,
+        checkpoint=_absolute(loaded, job.model.checkpoint),
         params_total=model.params_total,
         params_active=model.params_active,
     )
     return RunOptions(
         seed=job.seed,
         model=source,
-        tokenizer=_tokenizer(job),
-        data=tuple(_data_sources(job)),
+        tokenizer=_tokenizer(loaded),
+        data=tuple(_data_sources(loaded)),
         train_dtype=job.precision.train,
         rollout_dtype=job.precision.rollout,
         max_restarts=job.failures.max_restarts,
@@ -142,20 +144,25 @@ def run_options(job: JobSpec, model: ModelArchitecture, hf_config: Mapping[str, 
     )
 
 
-def _tokenizer(job: JobSpec) -> TokenizerSource:
-    spec = job.model.tokenizer
+def _absolute(loaded: LoadedJob, name: str | None) -> str | None:
+    return None if name is None else str(loaded.file(name).resolve())
+
+
+def _tokenizer(loaded: LoadedJob) -> TokenizerSource:
+    model = loaded.spec.model
+    spec = model.tokenizer
     if isinstance(spec, TokenizerSpec):
         if spec.characters is not None:
             return TokenizerSource(kind="characters", characters=spec.characters)
-        return TokenizerSource(kind="file", path=spec.path or "")
-    if spec == "auto" and job.model.checkpoint is not None:
-        return TokenizerSource(kind="file", path=job.model.checkpoint)
-    if spec == "auto" and job.model.hf_config is not None:
-        return TokenizerSource(kind="file", path=str(Path(job.model.hf_config).parent))
+        return TokenizerSource(kind="file", path=_absolute(loaded, spec.path) or "")
+    beside = model.checkpoint or (str(Path(model.hf_config).parent) if model.hf_config else None)
+    if spec == "auto" and beside is not None:
+        return TokenizerSource(kind="file", path=_absolute(loaded, beside) or "")
     return TokenizerSource(kind="byte")
 
 
-def _data_sources(job: JobSpec) -> Iterator[DataSource]:
+def _data_sources(loaded: LoadedJob) -> Iterator[DataSource]:
+    job = loaded.spec
     named: list[tuple[str, str | ArithmeticPrompts | None]] = [("data.prompts", job.data.prompts)]
     if job.warm_start is not None:
         named.append(("warm_start.data", job.warm_start.data))
@@ -166,17 +173,17 @@ def _data_sources(job: JobSpec) -> Iterator[DataSource]:
             options = {"seed": prompts.seed, "num_prompts": prompts.num_prompts, "max_operand": prompts.max_operand}
             yield DataSource(name=name, generator=prompts.generator, options=options)
         else:
-            yield DataSource(name=name, path=prompts)
+            yield DataSource(name=name, path=_absolute(loaded, prompts))
 
 
 def _unread_warnings(loaded: LoadedJob, unread: Sequence[str]) -> Iterator[Diagnostic]:
     """A field that the user set and nothing read: it decides nothing in this job."""
     for path in unread:
-        if loaded.is_set(path):
+        if loaded.origins.of(path).kind != "default":
             yield warning(
                 "MP160",
                 f"{path} is set, and nothing in this job reads it",
-                loaded.locate(path),
+                loaded.at(path),
                 field=path,
                 help="remove it, or check that the part it belongs to is in use",
             )
@@ -189,7 +196,7 @@ def _plan(loaded: LoadedJob, ctx: PassContext, run: RunOptions, outcome: Outcome
         tool_version=__version__,
         spec=loaded.resolved(),
         spec_sha256=loaded.sha256(),
-        sources=loaded.source_digests(),
+        sources=tuple((name, hashlib.sha256(text.encode()).hexdigest()) for name, text in loaded.sources.items()),
         cluster=_cluster_summary(ctx.cluster),
         run=run,
         graph=outcome.graph,

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from miles_plan.diagnostics import Diagnostic
 from miles_plan.ir.graph import Fact, Loop, TaskGraph
 from miles_plan.ir.options import Aggregation, LossOptions, OptimizerOptions, RatioLevel, SamplingOptions
 from miles_plan.ir.plan import Decision
@@ -74,7 +73,6 @@ class LowerAlgorithm(Pass):
     def run(self, graph: TaskGraph, ctx: PassContext) -> Outcome:
         """One loop for a warm start if the spec has one, one for the algorithm."""
         job = ctx.job
-        diagnostics = tuple(_misfits(ctx))
         tasks, edges = _warm_start(job)
         if job.algorithm.kind == "sft":
             more_tasks, more_edges = _supervised(job)
@@ -83,7 +81,7 @@ class LowerAlgorithm(Pass):
         loops = [Loop(name="warm_start", iterations=job.warm_start.steps)] if job.warm_start else []
         loops.append(Loop(name=_main_loop(job), iterations=job.algorithm.steps))
         lowered = TaskGraph(name=job.name, loops=tuple(loops)).with_tasks([*tasks, *more_tasks], [*edges, *more_edges])
-        return Outcome(graph=lowered, diagnostics=diagnostics, decisions=tuple(_decisions(job)))
+        return Outcome(graph=lowered, decisions=tuple(_decisions(job)))
 
 
 def _main_loop(job: JobSpec) -> str:
@@ -269,13 +267,11 @@ def _advantage(job: JobSpec, recipe: Recipe) -> Advantage:
 
 def _train_step(job: JobSpec, recipe: Recipe) -> TrainStep:
     algorithm = job.algorithm
-    clip_high = algorithm.clip_high
-    if clip_high == "auto":
-        clip_high = algorithm.clip if recipe.clip_high is None else max(recipe.clip_high, algorithm.clip)
+    usual = algorithm.clip if recipe.clip_high is None else max(recipe.clip_high, algorithm.clip)
     loss = LossOptions(
         kind="policy_gradient",
         clip_low=algorithm.clip,
-        clip_high=clip_high,
+        clip_high=usual if algorithm.clip_high == "auto" else algorithm.clip_high,
         dual_clip=algorithm.dual_clip,
         ratio_level=recipe.ratio_level,
         kl_coef=algorithm.kl_loss_coef,
@@ -331,12 +327,12 @@ def _learning_edges(job: JobSpec, recipe: Recipe, forwards: list[AnyTask], *, sa
     for forward in forwards:
         if isinstance(forward, Values):
             yield _edge("values", "advantage", "values")
-        elif forward.name != "old_log_probs" or recipe.teacher or job.algorithm.kl_reward_coef:
+        elif recipe.teacher or job.algorithm.kl_reward_coef:
             yield _edge(forward.name, "advantage", "log_probs")
     yield _edge(samples, "train", "samples")
     yield _edge("advantage", "train", "advantages")
     for forward in forwards:
-        if isinstance(forward, Logprobs) and forward.model != "teacher":
+        if forward.name == "old_log_probs" or (forward.name == "reference_log_probs" and job.algorithm.kl_loss_coef):
             yield _edge(forward.name, "train", "log_probs")
     yield _edge("train", "train", "weights", 1)
 
@@ -363,21 +359,6 @@ def _with_saves(job: JobSpec, tasks: list[AnyTask], edges: list[Edge]) -> tuple[
         )
         edges.append(_edge("weight_sync", "evaluate", "weights"))
     return tasks, edges
-
-
-def _misfits(ctx: PassContext) -> Iterator[Diagnostic]:
-    """What the algorithm cannot work with: known only once the recipe is."""
-    job = ctx.job
-    recipe = RECIPES.get(job.algorithm.kind)
-    samples = job.rollout.samples_per_prompt
-    if recipe is not None and recipe.estimator in ("group", "leave_one_out") and samples < 2:
-        yield ctx.error(
-            "MP150",
-            f"{job.algorithm.kind} compares the samples of one prompt, and samples_per_prompt is {samples}: "
-            "every advantage would be 0",
-            "rollout.samples_per_prompt",
-            help="use at least 2 (8 is common), or algorithm.kind: reinforce_plus_plus",
-        )
 
 
 def _decisions(job: JobSpec) -> Iterator[Decision]:

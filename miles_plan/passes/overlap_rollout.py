@@ -1,9 +1,9 @@
 """How rollout and training overlap: the distance of the weights edge is the whole mechanism.
 
-The sync before rollout i takes the weights that training step i - d left behind. d = 1 is synchronous: generation waits for the
-step before it. d = 2 is one step off: rollout i runs while step i - 1 trains. In general samples are d - 1 versions old when they
-are trained on, so a staleness bound is a distance, and the executor's dataflow gives the overlap without further rules. A buffer
-between the two holds what is ahead; its capacity follows from the bound.
+The sync before rollout i takes the weights that training step i - d left behind. d = 1 is synchronous: generation waits for
+the step before it. d = 2 is one step off: rollout i runs while step i - 1 trains. In general samples are d - 1 versions old
+when they are trained on, so a staleness bound is a distance, and the executor's dataflow gives the overlap without further
+rules. A buffer between the two holds what is ahead; its capacity follows from the bound.
 """
 
 from __future__ import annotations
@@ -95,13 +95,6 @@ def _misfits(graph: TaskGraph, ctx: PassContext, staleness: int) -> Iterator[Dia
             f"{ctx.job.schedule.mode} overlaps rollout and training, but both are placed on GPUs {train.gpus}",
             "schedule.mode",
             help="set placement: disaggregate (or rollout_gpus), or schedule.mode: synchronous",
-        )
-    if ctx.job.schedule.mode == "synchronous" and staleness:
-        yield ctx.error(
-            "MP211",
-            f"a synchronous schedule has no stale samples, max_staleness is {staleness}",
-            "schedule.max_staleness",
-            help="leave it out, or choose schedule.mode: asynchronous",
         )
     if ctx.job.schedule.mode == "one_step_off" and staleness != 1:
         yield ctx.error(

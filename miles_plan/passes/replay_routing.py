@@ -24,7 +24,7 @@ SUSPICIOUS_MISMATCH_FRACTION = 0.3
 
 @dataclass(frozen=True)
 class ReplayRoutingPass(Pass):
-    """Record expert ids in the rollout and replay them in the trainer, where the alignment asks for it and there are experts."""
+    """Record expert ids in the rollout and replay them in the trainer, where alignment asks for it and there are experts."""
 
     name: ClassVar[str] = "replay_routing"
     needs: ClassVar[frozenset[Fact]] = frozenset({"placed"})
@@ -72,8 +72,8 @@ class ReplayRoutingPass(Pass):
 
 
 def moe_layers(model: ModelArchitecture) -> tuple[int, ...]:
-    """Indices of the layers with experts, dense first layers left out; MTP layers are not among them (they are not replayed)."""
-    return tuple(index for index, kind in enumerate(model.layer_kinds) if isinstance(model.kinds[kind].ffn, MoeFfn))
+    """Indices of the layers with experts. Dense layers are left out, and MTP layers: those are not replayed."""
+    return tuple(index for index, kind in enumerate(model.layer_kinds()) if isinstance(model.kinds[kind].ffn, MoeFfn))
 
 
 def _payload(ctx: PassContext, bytes_per_token: int) -> Estimate:

@@ -78,10 +78,10 @@ def _start_times(graph: TaskGraph, loop: str) -> TaskGraph:
         blocking = conflicts.get(task.group or "", set())
         start_s = max([ready_s, *(free_s.get(name, 0.0) for name in blocking)])
         # Full durations here, not means: the verifier holds a start against the whole run of what comes before.
-        end_s[task.name] = start_s + (task.estimate.mid_s if task.estimate else 0.0)
+        end_s[task.name] = round(start_s, 6) + (task.estimate.mid_s if task.estimate else 0.0)
         for name in blocking & {task.group}:
             free_s[name] = end_s[task.name]
-        placed.append(replace(task, start_s=start_s))
+        placed.append(replace(task, start_s=round(start_s, 6)))
     return graph.with_replaced(*placed)
 
 

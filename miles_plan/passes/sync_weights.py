@@ -1,7 +1,7 @@
 """Weight sync: which transport carries new weights to the rollout engines, in which buckets, tensor by tensor.
 
-Every transport that the placement allows is priced and the cheapest wins. The transfer list says, for each name pattern, how the
-trainer's shards become the engine's shards and in which buckets they travel: it is what moves, in that order.
+Every transport that the placement allows is priced and the cheapest wins. The transfer list says, for each name pattern, how
+the trainer's shards become the engine's shards and in which buckets they travel: it is what moves, in that order.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from miles_plan.catalog.tensors import weight_tensors
-from miles_plan.cost.weight_sync import SyncWorkload, weight_sync_time
+from miles_plan.cost.interval import Interval
+from miles_plan.cost.weight_sync import SyncOptions, weight_sync_time
 from miles_plan.diagnostics import Diagnostic
 from miles_plan.ir.graph import Fact, TaskGraph
 from miles_plan.ir.group import DeviceGroup
@@ -23,13 +24,16 @@ from miles_plan.passes.base import Outcome, Pass, PassContext
 MIB = 1 << 20
 # Miles' --update-weight-buffer-size default; the embedded engines' models are small, so that several buckets are exercised.
 BUCKET_BYTES = {"torch": 4 * MIB, "megatron": 512 * MIB, "fsdp2": 512 * MIB}
+# Number formats in the spec and in the cost models.
+ROLLOUT_PRECISION = {"bf16": "bf16", "fp32": "fp32", "fp8_blockwise": "fp8", "mxfp8": "mxfp8", "nvfp4": "nvfp4", "int4": "int4"}
+# Bytes of an element with its scales: fp32 a 128 x 128 block; a byte a block of 32; a byte a block of 16; bf16 a group of 32.
 DTYPE_BYTES = {
     "fp32": 4.0,
     "bf16": 2.0,
     "fp8_blockwise": 1.0 + 4.0 / (128 * 128),
     "mxfp8": 1.0 + 1.0 / 32,
-    "nvfp4": 0.5625,
-    "int4": 0.5625,
+    "nvfp4": 0.5 + 1.0 / 16,
+    "int4": 0.5 + 2.0 / 32,
 }
 
 
@@ -52,7 +56,8 @@ class SyncWeights(Pass):
         if asked != "auto" and asked not in allowed:
             return Outcome(graph=graph, diagnostics=(_refusal(ctx, asked, allowed, train, rollout),))
         bucket_bytes = bucket_size_bytes(ctx)
-        prices = {transport: sync_seconds(ctx, train, rollout, transport, bucket_bytes) for transport in allowed}
+        layouts = layouts_of(train, rollout)
+        prices = {transport: sync_price(ctx, *layouts, transport, bucket_bytes).mid for transport in allowed}
         chosen: Transport = asked if asked != "auto" else min(prices, key=lambda transport: prices[transport])
         transfers = tuple(transfer_list(ctx, train, rollout, bucket_bytes))
         total_bytes = sum(transfer.size_bytes for transfer in transfers)
@@ -90,29 +95,24 @@ def _one_host(ctx: PassContext, *groups: DeviceGroup) -> bool:
     return len({gpu // per_node for span in spans for gpu in (span.first, span.end - 1)}) <= 1
 
 
-def sync_seconds(ctx: PassContext, train: DeviceGroup, rollout: DeviceGroup, transport: Transport, bucket_bytes: int) -> float:
-    """Expected seconds of one sync by `transport`."""
-    return weight_sync_time(sync_workload(ctx, train, rollout, bucket_bytes), transport, ctx.cluster).mid
+def sync_price(
+    ctx: PassContext, train: TrainLayout, rollout: RolloutLayout, transport: Transport, bucket_bytes: int
+) -> Interval:
+    """Seconds of one sync by `transport`."""
+    options = SyncOptions(bucket_bytes=bucket_bytes, rollout_precision=ROLLOUT_PRECISION[ctx.job.precision.rollout])
+    return weight_sync_time(ctx.model, train, rollout, transport, ctx.cluster, options)
 
 
-def sync_workload(ctx: PassContext, train: DeviceGroup, rollout: DeviceGroup, bucket_bytes: int) -> SyncWorkload:
-    """What a sync has to move between these two groups."""
-    train_layout, rollout_layout = train.train_layout, rollout.rollout_layout
-    assert train_layout is not None and rollout_layout is not None
-    return SyncWorkload(
-        model=ctx.model,
-        train_layout=train_layout,
-        rollout_layout=rollout_layout,
-        bytes_per_param=DTYPE_BYTES[ctx.job.precision.rollout],
-        bucket_bytes=bucket_bytes,
-        colocated=train.shares_gpus_with(rollout),
-    )
+def layouts_of(train: DeviceGroup, rollout: DeviceGroup) -> tuple[TrainLayout, RolloutLayout]:
+    """The two groups' layouts, which placement has set."""
+    assert train.train_layout is not None
+    assert rollout.rollout_layout is not None
+    return train.train_layout, rollout.rollout_layout
 
 
 def transfer_list(ctx: PassContext, train: DeviceGroup, rollout: DeviceGroup, bucket_bytes: int) -> Iterator[TensorTransfer]:
     """Tensor patterns in travel order, each with how both sides split it and its buckets."""
-    train_layout, rollout_layout = train.train_layout, rollout.rollout_layout
-    assert train_layout is not None and rollout_layout is not None
+    train_layout, rollout_layout = layouts_of(train, rollout)
     width = DTYPE_BYTES[ctx.job.precision.rollout]
     sent_bytes = 0
     for tensor in weight_tensors(ctx.model):

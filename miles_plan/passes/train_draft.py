@@ -1,8 +1,8 @@
 """Speculative rollout: a draft proposes tokens, the policy verifies them, and the draft learns online inside the step.
 
 With per-token acceptance a and k draft steps one verification yields (1 - a^(k+1)) / (1 - a) tokens in expectation, the bonus
-token included (Leviathan et al., arXiv 2211.17192, equation 1). Acceptance falls as the policy moves away from the draft, so the
-draft is trained on the rollout's own tokens; embedding and head are shared with the policy and take no gradient from it.
+token included (Leviathan et al., arXiv 2211.17192, equation 1). Acceptance falls as the policy moves away from the draft, so
+the draft is trained on the rollout's own tokens; embedding and head are shared with the policy and take no gradient from it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class TrainDraft(Pass):
             decisions=(
                 Decision(
                     field="rollout.speculative",
-                    value=f"{speculative.method}, {speculative.steps} steps, {speculation.draft_tokens} tokens verified at once",
+                    value=f"{speculative.method}, {speculative.steps} steps, {speculation.draft_tokens} tokens at once",
                     reason=f"about {speculation.accept_length:.2f} tokens a verification at acceptance {mid:g}",
                     by=self.name,
                 ),
