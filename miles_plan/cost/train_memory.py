@@ -278,7 +278,7 @@ def _saved_bytes(saved: Saved, columns: LayoutColumns, options: TrainMemoryOptio
 def _activation_terms(model: ModelArchitecture, columns: LayoutColumns, options: TrainMemoryOptions) -> dict[str, Floats]:
     """Saved activations at the peak of forward and backward, shape [n, pp]."""
     hidden, counts = model.hidden_size, stage_kinds(model, columns.pp, columns.vpp, columns.stage_layers)
-    tokens = options.micro_batch_tokens / columns.cp
+    tokens = options.tokens_per_gpu
     modules: frozenset[str] = options.recompute_modules if options.recompute == "selective" else frozenset()
     full = np.stack([layer_saved_bytes(kind, hidden, columns, options, modules) for kind in model.kinds], axis=1)
     boundary = hidden * options.element_bytes / columns.sequence_split
@@ -293,11 +293,11 @@ def _activation_terms(model: ModelArchitecture, columns: LayoutColumns, options:
     flight = microbatches_in_flight(columns.pp, columns.vpp, options.num_microbatches)
     if options.forward_only:
         return {"activations": np.zeros_like(kept), "pipeline in flight": np.zeros_like(kept), "recomputed layer": live}
-    first = kept * tokens[:, None]
+    first = kept * tokens
     return {
         "activations": first,
         "pipeline in flight": first * (flight - 1.0),
-        "recomputed layer": live * tokens[:, None],
+        "recomputed layer": live * tokens,
     }
 
 
@@ -307,7 +307,7 @@ def _head_bytes(model: ModelArchitecture, columns: LayoutColumns, options: Train
     Megatron's vocabulary-parallel cross entropy holds bf16 logits and their fp32 softmax, then a bf16 gradient: six
     bytes an element at the peak (measured). An entropy term needs one more fp32 copy.
     """
-    tokens = options.micro_batch_tokens / columns.cp
+    tokens = options.tokens_per_gpu
     element = options.logits_bytes or (6.0 + (4.0 if options.entropy else 0.0))
     whole = element * tokens
     if options.logits_chunk_tokens:  # the bf16 logits stay whole, and so does their gradient
@@ -319,7 +319,7 @@ def _head_bytes(model: ModelArchitecture, columns: LayoutColumns, options: Train
 
 def _backward_bytes(model: ModelArchitecture, columns: LayoutColumns, options: TrainMemoryOptions) -> Floats:
     """Gradients in flight inside one layer's backward: of its output and of its widest inner tensor, shape [n]."""
-    tokens = options.micro_batch_tokens / columns.cp
+    tokens = options.tokens_per_gpu
     wide = np.zeros(len(columns))
     for kind in model.kinds:
         if isinstance(kind.ffn, DenseFfn):
@@ -341,7 +341,7 @@ def _megatron_terms(
     terms = _state_terms(params, columns, options)
     terms |= _activation_terms(model, columns, options)
     shape = params.total.shape
-    tokens = options.micro_batch_tokens / columns.cp
+    tokens = options.tokens_per_gpu
     last = np.arange(columns.pp) == columns.pp - 1
     head = np.where(last, _head_bytes(model, columns, options)[:, None], 0.0)
     # The head's peak and a layer's backward do not meet: the rank feels the larger.
@@ -352,7 +352,7 @@ def _megatron_terms(
     terms["pipeline buffers"] = np.where(last, 0.0, p2p[:, None]) * np.ones(shape)
     gather = tokens * model.hidden_size * options.element_bytes
     split = columns.sequence_parallel & (columns.tp > 1)
-    terms["gather buffer"] = np.where(split, gather, 0.0)[:, None] * np.ones(shape)
+    terms["gather buffer"] = np.where(split, float(gather), 0.0)[:, None] * np.ones(shape)
     scratch = np.zeros(shape)
     if options.fused_gradient_accumulation and not options.forward_only:
         scratch = _dummy_gradient_bytes(model, columns, options)
@@ -398,7 +398,7 @@ def _fsdp_terms(
 ) -> dict[str, Floats]:
     """FSDP2: fp32 shards of everything, two gathered units, one unsharded gradient (xtuner's accounting)."""
     params = rank_params(model, columns)
-    size, tokens = options.element_bytes, options.micro_batch_tokens / columns.cp
+    size, tokens = options.element_bytes, options.tokens_per_gpu
     shards = (columns.dp * columns.cp)[:, None]
     sharded = params.total / shards
     layers = stage_kinds(model, columns.pp, columns.vpp, columns.stage_layers).sum(axis=1)
@@ -430,7 +430,7 @@ def _fsdp_terms(
 def _torch_terms(model: ModelArchitecture, columns: LayoutColumns, options: TrainMemoryOptions) -> dict[str, Floats]:
     """The embedded engine: fp32 masters and moments unsharded, attention scores whole, no communicator memory."""
     params = rank_params(model, columns)
-    tokens = options.micro_batch_tokens / columns.cp
+    tokens = options.tokens_per_gpu
     state = options.optimizer.bytes_per_param
     copies = options.element_bytes if options.precision != "fp32" else 0
     terms = {
@@ -445,7 +445,12 @@ def _torch_terms(model: ModelArchitecture, columns: LayoutColumns, options: Trai
     heads = np.array([getattr(kind.mixer, "heads", 0) if kind.mixer else 0 for kind in model.kinds], dtype=np.float64)
     keep = counts if options.recompute == "none" else np.minimum(counts, 1.0)
     # Softmax input, output and the fp32 copy between them, for each query of the microbatch and key of its sequence.
-    scores = (8.0 + options.element_bytes) * tokens * min(options.seq_len, options.micro_batch_tokens) / columns.tp
+    scores = (
+        (8.0 + options.element_bytes)
+        * tokens
+        * np.minimum(options.seq_len, options.tokens_per_gpu * columns.cp)
+        / columns.tp
+    )
     terms["attention scores"] = scores[:, None] * (keep @ heads)
     head = np.zeros_like(params.total)
     head[:, -1] = (options.logits_bytes or 12.0) * tokens * model.vocab_size / columns.tp

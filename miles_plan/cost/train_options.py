@@ -40,16 +40,17 @@ class OptimizerOptions:
 class TrainMemoryOptions:
     """One microbatch and what surrounds it.
 
-    micro_batch_tokens: packed tokens of one microbatch before context parallelism cuts it (Miles: max_tokens_per_gpu x
-    cp). seq_len: longest sequence, which only unfused attention feels. recompute_layers: with full recomputation by
-    block, layers a pipeline rank recomputes; 0 = all. moe_imbalance: tokens of the fullest expert-parallel rank over
-    the mean. logits_chunk_tokens: head and loss in chunks of that many tokens; 0 = at once. logits_bytes: bytes an
-    element of the logits holds at the peak; 0 takes what the engine is known to hold. reference: a frozen copy of the
-    weights for a KL term, resident on the GPU or swapped through host memory. trainable_fraction: below 1 for adapters.
+    tokens_per_gpu: packed tokens of one microbatch on one GPU, after context parallelism cut it (Miles:
+    max_tokens_per_gpu). seq_len: longest sequence, which only unfused attention feels. recompute_layers: with full
+    recomputation by block, layers a pipeline rank recomputes; 0 = all. moe_imbalance: tokens of the fullest
+    expert-parallel rank over the mean. logits_chunk_tokens: head and loss in chunks of that many tokens; 0 = at once.
+    logits_bytes: bytes an element of the logits holds at the peak; 0 takes what the engine is known to hold. entropy:
+    the loss has an entropy term. reference: a frozen copy of the weights for a KL term, resident on the GPU or swapped
+    through host memory. trainable_fraction: below 1 for adapters. forward_only: a log-prob pass.
     """
 
     engine: Engine = "megatron"
-    micro_batch_tokens: int = 8192
+    tokens_per_gpu: int = 8192
     seq_len: int = 8192
     num_microbatches: int = 1
     precision: TrainPrecision = "bf16"
@@ -68,8 +69,8 @@ class TrainMemoryOptions:
     forward_only: bool = False
 
     def __post_init__(self) -> None:
-        if self.micro_batch_tokens < 1 or self.seq_len < 1 or self.num_microbatches < 1:
-            raise ValueError("micro_batch_tokens, seq_len and num_microbatches must be at least 1")
+        if self.tokens_per_gpu < 1 or self.seq_len < 1 or self.num_microbatches < 1:
+            raise ValueError("tokens_per_gpu, seq_len and num_microbatches must be at least 1")
         if not 0.0 <= self.optimizer.offload_fraction <= 1.0:
             raise ValueError(f"offload_fraction must be between 0 and 1, got {self.optimizer.offload_fraction}")
 

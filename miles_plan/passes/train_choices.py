@@ -6,18 +6,20 @@ are priced in one vectorised call; nothing is sampled, so the cheapest one found
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from miles_plan.catalog.gpus import Cluster, NodeGroup
+from miles_plan.cost.communication import links_of
 from miles_plan.cost.layer_time import ComputeOptions
 from miles_plan.cost.profile import profile_for
+from miles_plan.cost.train_memory import train_memory_columns
 from miles_plan.cost.train_options import OptimizerOptions, TrainMemoryOptions
-from miles_plan.cost.train_time import TrainTimeOptions, TrainWorkload, price_train_layouts
+from miles_plan.cost.train_time import TrainTimeOptions, TrainWorkload, train_step_columns
 from miles_plan.ir.layout import Recompute, TrainLayout
 from miles_plan.passes.base import PassContext
 from miles_plan.passes.layout_space import Room, even_stages, train_layouts, train_obstacles
@@ -127,20 +129,20 @@ def price_layouts(ctx: PassContext, cluster: Cluster, layouts: Sequence[TrainLay
     left_out: Counter[str] = Counter()
     smallest: TrainChoice | None = None
     for cp in sorted({layout.cp for layout in layouts}):
+        overflowing: dict[tuple[Recompute, bool], set[TrainLayout]] = defaultdict(set)  # by smaller budgets already
         for budget in _budgets(ctx, workload, cp):
             fitting: dict[_Options, set[TrainLayout]] = {}
             for options in _option_space(ctx, budget):
-                lighter = set().union(*(fits for other, fits in fitting.items() if other.dominates(options)))
+                known = overflowing[options.recompute, options.optimizer_offload]
+                lighter = known.union(*(fits for other, fits in fitting.items() if other.dominates(options)))
                 remaining = [layout for layout in layouts if layout.cp == cp and layout not in lighter]
-                fitting[options] = set()
-                for choice in _price(ctx, cluster, remaining, workload, options):
-                    if smallest is None or choice.peak_bytes < smallest.peak_bytes:
-                        smallest = choice
-                    if choice.peak_bytes <= capacity:
-                        found.append(choice)
-                        fitting[options].add(choice.layout)
-                    else:
-                        left_out["peak memory over capacity"] += 1
+                fits, nearest = _price(ctx, cluster, remaining, workload, options, capacity)
+                found += fits
+                fitting[options] = {choice.layout for choice in fits}
+                known.update(layout for layout in remaining if layout not in fitting[options])
+                left_out["peak memory over capacity"] += len(remaining) - len(fits)
+                if nearest is not None and (smallest is None or nearest.peak_bytes < smallest.peak_bytes):
+                    smallest = nearest
     found.sort(key=lambda choice: (choice.step_s + choice.log_prob_s, choice.optimizer_offload, choice.peak_bytes))
     return TrainSearch(choices=tuple(found), left_out=left_out, smallest=smallest)
 
@@ -235,40 +237,44 @@ def train_workload(ctx: PassContext, workload: StepWorkload, tokens_per_gpu: int
 
 
 def _price(
-    ctx: PassContext, cluster: Cluster, layouts: list[TrainLayout], workload: StepWorkload, options: _Options
-) -> Iterator[TrainChoice]:
+    ctx: PassContext,
+    cluster: Cluster,
+    layouts: list[TrainLayout],
+    workload: StepWorkload,
+    options: _Options,
+    capacity: int,
+) -> tuple[list[TrainChoice], TrainChoice | None]:
+    """The layouts that fit, with their times, and the one whose peak is smallest. Only what fits is worth timing."""
     if not layouts:
-        return
+        return [], None
+    links = links_of(cluster, profile_for(cluster.groups[0].gpu))
     batch = train_workload(ctx, workload, options.tokens_per_gpu)
     per_rank = workload.total_tokens / ctx.job.algorithm.updates_per_rollout / min(layout.dp for layout in layouts)
     microbatches = int(np.ceil(per_rank / (options.tokens_per_gpu * layouts[0].cp)))
-    prices = price_train_layouts(
-        ctx.model,
-        layouts,
-        batch,
-        cluster,
-        memory_options(ctx, workload, options, microbatches=microbatches),
-        time_options(ctx, options),
-        profile_for(cluster.groups[0].gpu),
+    held = train_memory_columns(
+        ctx.model, layouts, memory_options(ctx, workload, options, microbatches=microbatches), links.profile
     )
-    template = TrainChoice(
-        layout=layouts[0],
-        recompute=options.recompute,
-        tokens_per_gpu=options.tokens_per_gpu,
-        optimizer_offload=options.optimizer_offload,
-        step_s=0.0,
-        log_prob_s=0.0,
-        peak_bytes=0.0,
-        static_bytes=0.0,
-        host_bytes=0.0,
-    )
-    for index, layout in enumerate(layouts):
-        yield replace(
-            template,
-            layout=layout,
-            step_s=float(prices.step_s[index]),
-            log_prob_s=float(prices.log_prob_s[index]),
-            peak_bytes=float(prices.device_bytes[index]),
-            static_bytes=float(prices.static_bytes[index]),
-            host_bytes=float(prices.host_bytes[index]),
+
+    def choice(index: int, step_s: float, log_prob_s: float) -> TrainChoice:
+        return TrainChoice(
+            layout=layouts[index],
+            recompute=options.recompute,
+            tokens_per_gpu=options.tokens_per_gpu,
+            optimizer_offload=options.optimizer_offload,
+            step_s=step_s,
+            log_prob_s=log_prob_s,
+            peak_bytes=float(held.device_bytes[index]),
+            static_bytes=float(held.static_bytes[index]),
+            host_bytes=float(held.host_bytes[index]),
         )
+
+    nearest = choice(int(np.argmin(held.device_bytes)), 0.0, 0.0)
+    rows = np.flatnonzero(held.device_bytes <= capacity)
+    if not len(rows):
+        return [], nearest
+    fitting = [layouts[row] for row in rows]
+    time = time_options(ctx, options)
+    step = sum(train_step_columns(ctx.model, fitting, batch, links, time).values())
+    passes = sum(train_step_columns(ctx.model, fitting, batch, links, time, forward_only=True).values())
+    times = zip(np.atleast_1d(step), np.atleast_1d(passes), strict=True)
+    return [choice(int(row), float(one), float(other)) for row, (one, other) in zip(rows, times, strict=True)], nearest

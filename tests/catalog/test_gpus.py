@@ -2,7 +2,21 @@ import pytest
 
 from miles_plan.catalog.gpus import Cluster, NodeGroup, cluster_of, find_gpu, gpu_names
 
-LISTED = ["a100", "h100", "h200", "h20", "b200", "b300", "gb200", "gb300", "mi300x", "mi325x", "mi350x", "mi355x", "cpu"]
+LISTED = (
+    "a100",
+    "h100",
+    "h200",
+    "h20",
+    "b200",
+    "b300",
+    "gb200",
+    "gb300",
+    "mi300x",
+    "mi325x",
+    "mi350x",
+    "mi355x",
+    "cpu",
+)
 
 
 @pytest.mark.parametrize("name", LISTED)

@@ -76,7 +76,7 @@ def test_a_latent_config_with_dense_first_layers() -> None:
     read = architecture_from_hf_config(config, "v3")
     assert read.runs == ((0, 3), (1, 58))
     assert isinstance(read.kinds[0].mixer, MultiLatent)
-    assert read.params_checkpoint / 1e9 == pytest.approx(684.5, rel=0.005)  # 671 + the prediction layer's 13.5 shared-free
+    assert read.params_checkpoint / 1e9 == pytest.approx(684.5, rel=0.005)
 
 
 @pytest.mark.parametrize(
