@@ -6,6 +6,7 @@ it imports what is heavy inside the function. To add one, import it here and put
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated
@@ -55,6 +56,9 @@ def _options(
 
 def main() -> None:
     """Run the command line. No traceback reaches the user: findings exit with 1, our own bugs with 2 and a place to report."""
+    for stream in (sys.stdout, sys.stderr):  # a file name or a model name must not fail to print in an ASCII locale
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except PlanError as problem:

@@ -27,8 +27,8 @@ def internal_error(problem: Exception) -> Diagnostic:
     return error(
         "MP901",
         f"unexpected {type(problem).__name__}{f': {text[0]}' if text else ''}{where}",
-        help=f"this is a bug of miles-plan {miles_plan.__version__}: please report it on the project's issue tracker with the spec",
-        notes=[f"set {TRACEBACK_VARIABLE}=1 to see the traceback"],
+        help=f"this is a bug of miles-plan {miles_plan.__version__}: please report it on the project's issue tracker",
+        notes=[f"report the spec and the output with {TRACEBACK_VARIABLE}=1 in the environment, which shows the traceback"],
     )
 
 

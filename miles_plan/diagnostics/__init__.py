@@ -2,6 +2,7 @@
 
 from miles_plan.diagnostics.codes import PAGES, explanation
 from miles_plan.diagnostics.diagnostic import Diagnostic, Edit, Fix, PlanError, Severity, by_place, error, warning
+from miles_plan.diagnostics.excerpt import excerpt
 from miles_plan.diagnostics.location import Location
 from miles_plan.diagnostics.nearest import nearest
 from miles_plan.diagnostics.page import Page
@@ -21,6 +22,7 @@ __all__ = [
     "Severity",
     "by_place",
     "error",
+    "excerpt",
     "explanation",
     "nearest",
     "render",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 _LONGEST = 64  # characters; a longer word is no slip of the finger
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
+def nearest(word: str, choices: Collection[str]) -> str:
     """The choice closest to `word`, or nothing if none is close or two are equally close.
 
     Close is at most one slip in three characters, where a slip is a letter added, left out, replaced, or swapped with its
@@ -15,13 +15,14 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """
     if not word or len(word) > _LONGEST:
         return ""
-    ranked = sorted((_slips(_folded(word), _folded(choice)), choice) for choice in set(choices))
     limit = max(1, len(word) // 3)
-    close = [(slips, choice) for slips, choice in ranked if slips <= limit and slips < len(choice)]
-    if close and (len(close) == 1 or close[0][0] < close[1][0]):
-        return close[0][1]
-    begun = [choice for _, choice in ranked if len(word) >= 3 and _folded(choice).startswith(_folded(word))]
-    return begun[0] if len(begun) == 1 and not close else ""
+    alike = {choice for choice in choices if abs(len(choice) - len(word)) <= limit < len(choice)}
+    ranked = sorted((_slips(_folded(word), _folded(choice)), choice) for choice in alike)
+    close = [(slips, choice) for slips, choice in ranked if slips <= limit]
+    if close:
+        return close[0][1] if len(close) == 1 or close[0][0] < close[1][0] else ""
+    begun = {choice for choice in choices if len(word) >= 3 and _folded(choice).startswith(_folded(word))}
+    return begun.pop() if len(begun) == 1 else ""
 
 
 def _folded(word: str) -> str:

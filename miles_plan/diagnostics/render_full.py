@@ -82,7 +82,7 @@ def _diff(fix: FixView, margin: str, paint: Paint) -> list[str]:
 
 def _visible(text: str) -> str:
     """Text without characters that would move the cursor: a tab is a space, other controls a replacement character."""
-    return "".join(" " if each == "\t" else each if each.isprintable() or each == "\n" else "\ufffd" for each in text)
+    return "".join(" " if each == "\t" else each if each.isprintable() else "\ufffd" for each in text)
 
 
 def _columns(text: str) -> int:

@@ -41,9 +41,15 @@ class FieldEntry:
     @property
     def default_text(self) -> str:
         """The default as a spec would have it; a section's is that of its fields."""
-        if isinstance(self.default, Section):
-            return "that of its fields"
-        return {None: "absent", (): "none", True: "true", False: "false"}.get(self.default, str(self.default))
+        match self.default:
+            case Section():
+                return "that of its fields"
+            case None | ():
+                return "absent"
+            case bool():
+                return str(self.default).lower()
+            case _:
+                return str(self.default)
 
     @property
     def unit(self) -> str:

@@ -89,6 +89,8 @@ def _range(marks: tuple[Any, ...]) -> str:
     limits = bounds(marks)
     lower = next((each for each in limits if each[0] in ("at least", "above")), None)
     upper = next((each for each in limits if each[0] in ("at most", "below")), None)
+    if lower and upper and lower[1] == upper[1]:
+        return f": {number_text(lower[1])}"
     if lower and upper and lower[0] == "at least" and upper[0] == "at most":
         return f" from {number_text(lower[1])} to {number_text(upper[1])}"
     return "".join(f"{' and' if index else ''} {word} {number_text(limit)}" for index, (word, limit) in enumerate(limits))

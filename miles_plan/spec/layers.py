@@ -13,7 +13,7 @@ from functools import reduce
 from pathlib import Path
 
 from miles_plan.diagnostics import Diagnostic, Location, error
-from miles_plan.spec.limits import MAX_FILES
+from miles_plan.spec.limits import MAX_DEPTH, MAX_FILES, MAX_NODES
 from miles_plan.spec.source_text import read_source
 from miles_plan.spec.tree import Entry, ListNode, MapNode, Node, ScalarNode, child
 from miles_plan.spec.yaml_tree import parse_yaml
@@ -24,12 +24,17 @@ _SET = re.compile(r"(?P<path>[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*)=(?P<value>.*)")
 
 @dataclass
 class Layers:
-    """Files read so far: their texts and directories by display name, and what is wrong with them."""
+    """Files read so far: their texts and directories by display name, and what is wrong with them.
+
+    `incomplete`: some file could not be read, so what the merged spec lacks may well stand there.
+    """
 
     sources: dict[str, str] = field(default_factory=dict)
     directories: dict[str, Path] = field(default_factory=dict)
     findings: list[Diagnostic] = field(default_factory=list)
-    _read: int = 0
+    incomplete: bool = False
+    _files: int = 0
+    _budget: int = MAX_NODES  # values that all files together may still hold
 
     def read(self, file: str, named_at: Location | None = None, above: tuple[Path, ...] = ()) -> MapNode | None:
         """The mapping in `file` on top of its bases; None if it cannot be had. `above` are the files that led here."""
@@ -39,8 +44,8 @@ class Layers:
             circle = " -> ".join(each.name for each in (*above[above.index(real) :], real))
             self.findings.append(error("MP104", f"`base:` leads back to `{file}`", named_at, notes=[circle]))
             return None
-        self._read += 1
-        if self._read > MAX_FILES:
+        self._files += 1
+        if self._files > MAX_FILES:
             self.findings.append(error("MP104", f"`base:` leads to more than {MAX_FILES} files", named_at))
             return None
         text = read_source(path, file, named_at)
@@ -49,9 +54,10 @@ class Layers:
             return None
         self.sources[file] = text
         self.directories[file] = path.parent
-        root, findings = parse_yaml(text, file)
-        self.findings.extend(findings)
-        if root is None and not findings:
+        parsed = parse_yaml(text, file, budget=self._budget)
+        root, self._budget = parsed.root, parsed.budget
+        self.findings.extend(parsed.findings)
+        if root is None and not parsed.findings:
             self.findings.append(error("MP122", "the file is empty", Location(file, 1, 1), help="a spec is a mapping of keys"))
         if not isinstance(root, MapNode):
             if root is not None:
@@ -65,7 +71,9 @@ class Layers:
         for name, where in self._base_names(root):
             display = os.path.normpath(os.path.join(os.path.dirname(file), name))
             base = self.read(display, where, above)
-            if base is not None:
+            if base is None:
+                self.incomplete = True
+            else:
                 lower.append(base)
         return reduce(merge_maps, [*lower, MapNode(own, root.location)])
 
@@ -81,6 +89,7 @@ class Layers:
             else:
                 where = item.location if item.location.end_column else root.entries["base"].key_location
                 self.findings.append(error("MP104", "`base` must be a path or a list of paths", where, field="base"))
+                self.incomplete = True
         return names
 
     def override(self, root: MapNode, sets: Sequence[str]) -> MapNode:
@@ -88,33 +97,29 @@ class Layers:
         self.sources[SET_FILE] = "\n".join(each.replace("\n", " ").replace("\r", " ") for each in sets)
         self.directories[SET_FILE] = Path()
         for line, text in enumerate(sets, start=1):
-            parts = _SET.fullmatch(text)
-            if not parts:
-                whole = Location(SET_FILE, line, 1, line, len(text) + 1)
-                self.findings.append(
-                    error(
-                        "MP105",
-                        "an override has the form `path.to.field=value`",
-                        whole,
-                        help="for example `rollout.temperature=0.7`",
-                    )
-                )
-                continue
-            steps = parts["path"].split(".")
-            if steps[0] == "base":
-                where = Location(SET_FILE, line, 1, line, 5)
-                self.findings.append(error("MP105", "`base` can only be set in a file", where))
-                continue
-            value, findings = parse_yaml(parts["value"], SET_FILE, line=line, column=parts.start("value") + 1)
-            self.findings.extend(findings)
-            if value is None:
-                end = len(text) + 1
-                value = ScalarNode(None, "", False, Location(SET_FILE, line, end, line, end))
-            if not findings:
-                changed = _put(root, steps, value, line, 1)
-                assert isinstance(changed, MapNode)
-                root = changed
+            root = self._override_one(root, text, line)
         return root
+
+    def _override_one(self, root: MapNode, text: str, line: int) -> MapNode:
+        whole = Location(SET_FILE, line, 1, line, len(text) + 1)
+        parts = _SET.fullmatch(text) if text.isprintable() else None
+        steps = parts["path"].split(".") if parts else []
+        if parts is None or len(steps) > MAX_DEPTH:
+            help = "for example `rollout.temperature=0.7`"
+            self.findings.append(error("MP105", "an override has the form `path.to.field=value`", whole, help=help))
+            return root
+        if steps[0] == "base":
+            self.findings.append(error("MP105", "`base` can only be set in a file", whole, field="base"))
+            return root
+        column = parts.start("value") + 1
+        parsed = parse_yaml(parts["value"], SET_FILE, line=line, column=column)
+        self.findings.extend(parsed.findings)
+        if parsed.findings:
+            return root
+        nothing = ScalarNode(None, "", False, Location(SET_FILE, line, column, line, column))
+        changed = _put(root, steps, parsed.root or nothing, line, 1)
+        assert isinstance(changed, MapNode)
+        return changed
 
 
 def merge_maps(lower: MapNode, upper: MapNode) -> MapNode:

@@ -22,6 +22,7 @@ from miles_plan.spec.tree import Entry, ListNode, MapNode, Node, ScalarNode, fro
 from miles_plan.spec.validate import validate
 
 MAPPING_FILE = "<mapping>"
+OF_ABSENCE = frozenset({"MP121", "MP130", "MP133"})  # say that something is not given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,23 +67,21 @@ def load_job(path: str | os.PathLike[str], sets: Sequence[str] = ()) -> LoadedJo
     root = layers.read(file)
     merged = layers.override(root or MapNode({}, Location(file)), sets)
     if root is None:
-        raise _refused(layers.findings, layers.sources)
-    return _loaded(_rebase(merged, layers, Path(file).parent), file, layers.findings, layers.sources)
+        raise _refused(layers, [])
+    return _loaded(_rebase(merged, layers, Path(file).parent), file, layers)
 
 
 def job_from_mapping(data: Mapping[str, Any], directory: str | os.PathLike[str] = ".") -> LoadedJob:
     """As `load_job`, for a job that is plain data. Diagnostics name fields, not lines. TypeError if it is not JSON-like."""
     root = from_data(data, MAPPING_FILE)
     assert isinstance(root, MapNode)
-    return _loaded(root, MAPPING_FILE, [], {}, Path(directory))
+    return _loaded(root, MAPPING_FILE, Layers(), Path(directory))
 
 
-def _loaded(
-    root: MapNode, file: str, findings: list[Diagnostic], sources: Mapping[str, str], directory: Path | None = None
-) -> LoadedJob:
+def _loaded(root: MapNode, file: str, layers: Layers, directory: Path | None = None) -> LoadedJob:
     result = validate(root, file)
-    if isinstance(result, list) or findings:
-        raise _refused([*findings, *(result if isinstance(result, list) else ())], sources)
+    if isinstance(result, list) or layers.findings:
+        raise _refused(layers, result if isinstance(result, list) else [])
     marks = list(leaves(result))
     ledger = Ledger((path for path, _, _ in marks), {path: inert.reason for path, _, inert in marks if inert})
     attach(result, ledger)
@@ -90,21 +89,20 @@ def _loaded(
         spec=result,
         origins=Origins(root, file),
         ledger=ledger,
-        sources=dict(sources),
+        sources=dict(layers.sources),
         directory=Path(file).parent if directory is None else directory,
     )
 
 
-def _refused(findings: list[Diagnostic], sources: Mapping[str, str]) -> PlanError:
-    """The findings as an error, without those that only follow from another at the same place, and not too many."""
-    first: dict[object, Diagnostic] = {}
-    for each in findings:
-        first.setdefault(each.location if each.location and each.location.line else (each.code, each.field, each.message), each)
-    kept = by_place(first.values())
-    if len(kept) > MAX_FINDINGS:
-        more = f"{len(kept) - MAX_FINDINGS:,} further findings are not shown"
-        kept = (*kept[: MAX_FINDINGS - 1], replace(kept[MAX_FINDINGS - 1], notes=(*kept[MAX_FINDINGS - 1].notes, more)))
-    return PlanError(kept, sources)
+def _refused(layers: Layers, fields: list[Diagnostic]) -> PlanError:
+    """Everything found, but not what only follows from a mistake in the reading of the files, and not too much."""
+    taken = {each.location for each in layers.findings if each.location and each.location.line}
+    follows = OF_ABSENCE if layers.incomplete else frozenset()
+    found = by_place([*layers.findings, *(each for each in fields if each.location not in taken and each.code not in follows)])
+    if len(found) > MAX_FINDINGS:
+        last = found[MAX_FINDINGS - 1]
+        found = (*found[: MAX_FINDINGS - 1], replace(last, notes=(*last.notes, "further findings are not shown")))
+    return PlanError(found, layers.sources)
 
 
 def _rebase(root: MapNode, layers: Layers, directory: Path) -> MapNode:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
-from miles_plan.diagnostics import Diagnostic, Edit, Fix, Location, error, nearest
+from miles_plan.diagnostics import Diagnostic, Edit, Fix, Location, error, excerpt, nearest
 from miles_plan.spec.fields import FieldEntry, all_fields, pattern_of
 from miles_plan.spec.foreign_names import FOREIGN_NAMES
 from miles_plan.spec.job import JobSpec
@@ -17,7 +17,6 @@ from miles_plan.spec.origins import Origins
 from miles_plan.spec.scalars import resolve
 from miles_plan.spec.tree import Node, Path, ScalarNode, find
 
-_LONGEST_SHOWN = 60
 _RANGE_ERRORS = {
     "greater_than": ("gt", "above"),
     "greater_than_equal": ("ge", "at least"),
@@ -38,7 +37,7 @@ def unknown_key(section: Path, key: str, origins: Origins) -> Diagnostic:
     fix = _rename(where, key, here) if here in free else None
     return error(
         "MP120",
-        f"unknown key `{shown(key)}`{inside}",
+        f"unknown key `{excerpt(key)}`{inside}",
         where,
         field=path,
         help=_key_help(key, here, names),
@@ -52,7 +51,7 @@ def missing_key(section: Path, key: str, origins: Origins) -> Diagnostic:
     path = ".".join((*section, key))
     inside = f" in `{'.'.join(section)}`" if section else ""
     entry = all_fields().get(pattern_of(path))
-    help = f"add `{key}`, {entry.kind.phrase}" if entry else f"add `{key}`"
+    help = f"add `{key}`; it must be {entry.kind.phrase}" if entry else f"add `{key}`"
     return error("MP121", f"missing key `{key}`{inside}", origins.key(".".join(section)), field=path, help=help)
 
 
@@ -74,12 +73,6 @@ def bad_value(path: Path, details: ErrorDetails, origins: Origins) -> Diagnostic
     return error(code, message, where, field=dotted, help=_value_help(value, close, fix), fix=fix)
 
 
-def shown(text: str) -> str:
-    """Text of the user as part of a line: cut, and without characters that would move the cursor."""
-    cut = text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 3]}..."
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in cut)
-
-
 def got(value: Any) -> str:
     """A value with its type, as the end of `must be ..., got ...`."""
     match value:
@@ -88,7 +81,7 @@ def got(value: Any) -> str:
         case bool():
             return f"{str(value).lower()} (a truth value)"
         case str():
-            return f'"{shown(value)}" (text)'
+            return f'"{excerpt(value)}" (text)'
         case int() | float():
             return number_text(value) if abs(value) < 1e18 else f"{float(value):g}"
         case dict():
@@ -102,7 +95,7 @@ def got(value: Any) -> str:
 def _as_written(node: Node | None, value: Any) -> str:
     """As `got`, but a number in the user's own digits: 1e400 is read as infinity, and `inf` would puzzle."""
     if isinstance(node, ScalarNode) and not node.quoted and isinstance(value, int | float) and not isinstance(value, bool):
-        return shown(node.text)
+        return excerpt(node.text)
     return got(value)
 
 

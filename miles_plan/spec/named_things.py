@@ -10,7 +10,7 @@ from typing import Any
 from miles_plan.catalog.gpus import find_gpu, gpu_names
 from miles_plan.catalog.hf_config import architecture_from_hf_config
 from miles_plan.catalog.models import find_model, model_aliases, model_names
-from miles_plan.diagnostics import Diagnostic, error, nearest, warning
+from miles_plan.diagnostics import Diagnostic, error, excerpt, nearest, warning
 from miles_plan.spec.data import BUILT_IN_REWARDS
 from miles_plan.spec.entry_points import look_up
 from miles_plan.spec.fields import all_fields, pattern_of
@@ -41,8 +41,9 @@ def _file(loaded: LoadedJob, path: str, name: str, mark: PathMark) -> Iterator[D
         return
     there = _holds(found.exists)
     wanted = {"file": "a file", "directory": "a directory", "any": "a file or directory"}[mark.kind]
-    message = f"`{name}` is not {wanted}" if there else f"no file or directory `{name}`"
-    help = "" if there else f"a relative path starts at the spec's directory, `{loaded.directory.resolve()}`"
+    shown = excerpt(name, 200)
+    message = f"`{shown}` is not {wanted}" if there else f"no file or directory `{shown}`"
+    help = "" if there or found == Path(name) else f"looked for `{excerpt(str(found), 200)}`, relative to the spec file"
     yield error("MP142", message, loaded.at(path), field=path, help=help)
 
 

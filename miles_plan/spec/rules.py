@@ -238,7 +238,7 @@ def _reward_present(algorithm: AlgorithmSpec, data: DataSpec) -> Iterator[Breach
     if data.reward is None and algorithm.kind not in WITHOUT_REWARD:
         yield Breach(
             "MP133",
-            "data",
+            "data.reward",
             f"`{algorithm.kind}` needs `data.reward`",
             "add `reward: math`, `exact_match`, or `package.module:function`",
         )

@@ -51,25 +51,24 @@ class Section(BaseModel):
         """Equal when the fields are: where a spec came from and who read it do not count."""
         return isinstance(other, Section) and type(self) is type(other) and self.__dict__ == other.__dict__
 
-    __hash__ = None  # type: ignore[assignment]  # a section holds mappings; compare specs by their SHA-256
-
 
 def attach(section: Section, ledger: Ledger, prefix: str = "") -> None:
     """Make `section` and all sections inside it report reads to `ledger` under paths that start with `prefix`."""
     section._place = (ledger, prefix)
-    for path, inner in _inner_sections(section, prefix):
-        attach(inner, ledger, f"{path}.")
+    for name, value in section.__dict__.items():
+        for path, inner in _inner_sections(f"{prefix}{name}", value):
+            attach(inner, ledger, f"{path}.")
 
 
 def leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, Any, Inert | None]]:
-    """Each leaf field below `section`: its dotted path, its value, and its `Inert` mark if it has one."""
+    """Each leaf field below `section` in spec order: its dotted path, its value, and its `Inert` mark if it has one."""
     for name, info in type(section).__pydantic_fields__.items():
         value = section.__dict__[name]
         path = f"{prefix}{name}"
         if not _is_inner(value):
             yield path, value, next((mark for mark in info.metadata if isinstance(mark, Inert)), None)
-    for path, inner in _inner_sections(section, prefix):
-        yield from leaves(inner, f"{path}.")
+        for inner_path, inner in _inner_sections(path, value):
+            yield from leaves(inner, f"{inner_path}.")
 
 
 def _is_inner(value: object) -> bool:
@@ -77,9 +76,9 @@ def _is_inner(value: object) -> bool:
     return isinstance(value, Section) or (isinstance(value, tuple) and bool(value) and isinstance(value[0], Section))
 
 
-def _inner_sections(section: Section, prefix: str) -> Iterator[tuple[str, Section]]:
-    for name, value in section.__dict__.items():
-        if isinstance(value, Section):
-            yield f"{prefix}{name}", value
-        elif _is_inner(value):
-            yield from ((f"{prefix}{name}.{index}", each) for index, each in enumerate(value))
+def _inner_sections(path: str, value: object) -> Iterator[tuple[str, Section]]:
+    """The section that a field holds, or those in its list, each with its path."""
+    if isinstance(value, Section):
+        yield path, value
+    elif isinstance(value, tuple):
+        yield from ((f"{path}.{index}", each) for index, each in enumerate(value) if isinstance(each, Section))

@@ -7,7 +7,7 @@ import re
 import stat
 from pathlib import Path
 
-from miles_plan.diagnostics import Diagnostic, Location, error
+from miles_plan.diagnostics import Diagnostic, Location, error, excerpt, nearest
 from miles_plan.spec.limits import MAX_FILE_BYTES
 
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -21,19 +21,19 @@ _OTHER_ENCODINGS = (
 
 def read_source(path: Path, file: str, named_at: Location | None = None) -> str | Diagnostic:
     """The text of `path`, which diagnostics call `file`. `named_at` is where a spec names it, if one does."""
-    where = named_at or Location(file)
+    where, shown = named_at or Location(file), excerpt(file, 200)
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            return error("MP101", f"`{file}` is not a regular file", where)
+            return error("MP101", f"`{shown}` is not a regular file", where)
         with path.open("rb") as stream:
             raw = stream.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
-        return error("MP101", f"no file `{file}`", where, help=_near(path))
+        return error("MP101", f"no file `{shown}`", where, help=_near(path))
     except (OSError, ValueError) as problem:  # ValueError: a NUL in the path
-        return error("MP101", f"cannot read `{file}`: {getattr(problem, 'strerror', None) or problem}", where)
+        return error("MP101", f"cannot read `{shown}`: {getattr(problem, 'strerror', None) or problem}", where)
     if len(raw) > MAX_FILE_BYTES:
         help = "move data into a file of its own and name the file in the spec"
-        return error("MP103", f"`{file}` is larger than {MAX_FILE_BYTES:,} bytes", where, help=help)
+        return error("MP103", f"`{shown}` is larger than {MAX_FILE_BYTES:,} bytes", where, help=help)
     return decode(raw, file)
 
 
@@ -61,11 +61,9 @@ def _place(before: str, file: str) -> Location:
 
 def _near(path: Path) -> str:
     """A hint when the directory holds a YAML file with a similar name, or the directory itself is missing."""
-    from difflib import get_close_matches
-
     try:
         names = [each.name for each in path.parent.iterdir() if each.suffix in {".yaml", ".yml"}]
     except OSError:
         return f"there is no directory `{path.parent}`"
-    close = get_close_matches(path.name, names, n=1)
-    return f"did you mean `{path.parent / close[0]}`?" if close else ""
+    close = nearest(path.name, names)
+    return f"did you mean `{path.parent / close}`?" if close else ""

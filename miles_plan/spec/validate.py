@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 from miles_plan.diagnostics import Diagnostic, Location, error
 from miles_plan.spec.fields import all_fields
 from miles_plan.spec.job import JobSpec
+from miles_plan.spec.limits import MAX_FINDINGS
 from miles_plan.spec.mistakes import bad_value, missing_key, unknown_key
 from miles_plan.spec.origins import Origins
 from miles_plan.spec.rules import UNKNOWN, breaches
@@ -26,7 +27,8 @@ def validate(root: MapNode, file: str) -> JobSpec | list[Diagnostic]:
     try:
         spec = JobSpec.model_validate(to_data(root), context={"rules_apart": True})
     except ValidationError as problem:
-        found = [_diagnose(details, origins) for details in problem.errors(include_url=False, include_context=True)]
+        first = problem.errors(include_url=False)[: MAX_FINDINGS + 1]
+        found = [_diagnose(details, origins) for details in first]
         return [*_one_a_place(found), *_breaches(origins, _Pieces(root))]
     return list(_breaches(origins, spec.value_at)) or spec
 

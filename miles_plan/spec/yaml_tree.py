@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import yaml
 
-from miles_plan.diagnostics import Diagnostic, Location, error
+from miles_plan.diagnostics import Diagnostic, Location, error, excerpt
 from miles_plan.spec.limits import MAX_DEPTH, MAX_FINDINGS, MAX_NODES
 from miles_plan.spec.scalars import resolve
 from miles_plan.spec.tree import Entry, ListNode, MapNode, Node, ScalarNode
@@ -29,7 +29,8 @@ class _Open:
     items: list[Node] = field(default_factory=list)
     entries: dict[str, Entry] = field(default_factory=dict)
     key: tuple[str, Location] | None = None
-    size: int = 1
+    size: int = 1  # values below it with aliases expanded, itself included
+    depth: int = 0  # of the deepest list or mapping inside it
 
 
 class _Mark(Protocol):
@@ -43,6 +44,15 @@ class _Stop(Exception):  # noqa: N818 - control flow inside this file, not an er
     """Reading cannot go on; the finding is already noted."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Anchored:
+    """A value that aliases may stand for."""
+
+    node: Node
+    size: int
+    depth: int
+
+
 @dataclass
 class _Reader:
     """State of one document being read. `first_line` and `first_column` place a fragment inside a larger text."""
@@ -53,9 +63,9 @@ class _Reader:
     first_column: int = 1
     findings: list[Diagnostic] = field(default_factory=list)
     stack: list[_Open] = field(default_factory=list)
-    anchors: dict[str, tuple[Node, int] | None] = field(default_factory=dict)  # None while the anchored value is open
+    anchors: dict[str, _Anchored | None] = field(default_factory=dict)  # None while the anchored value is open
     root: Node | None = None
-    size: int = 0
+    budget: int = MAX_NODES
 
     def at(self, start: _Mark | None, end: _Mark | None = None) -> Location:
         def place(mark: _Mark) -> tuple[int, int]:
@@ -66,7 +76,7 @@ class _Reader:
         return Location(self.file, *place(start), *(place(end) if end else (0, 0)))
 
     def inside(self, place: Location) -> Location:
-        """`place`, or the end of the text if it lies behind it: what is missing at the end of a file is missed one line later."""
+        """`place`, or the end of the text if it lies behind: what a file lacks at its end is missed one line later."""
         lines = self.text.splitlines() or [""]
         last = self.first_line + len(lines) - 1
         if place.line <= last:
@@ -123,14 +133,14 @@ class _Reader:
         if event.tag is not None:
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")
             where = self.at(event.start_mark, event.end_mark)
-            self.note(_unused_feature(f"the tag `{_short(tag)}`", where, "write the value without a tag"))
+            self.note(_unused_feature(f"the tag `{excerpt(tag)}`", where, "write the value without a tag"))
 
     def take_alias(self, event: yaml.AliasEvent) -> None:
         where, name = self.at(event.start_mark, event.end_mark), str(event.anchor)
         if name not in self.anchors:
             raise self.stop(
                 error(
-                    "MP113", f"alias `*{_short(name)}` has no anchor before it", where, help=f"define `&{_short(name)}` above"
+                    "MP113", f"alias `*{excerpt(name)}` has no anchor before it", where, help=f"define `&{excerpt(name)}` above"
                 )
             )
         target = self.anchors[name]
@@ -138,15 +148,16 @@ class _Reader:
             raise self.stop(
                 error(
                     "MP113",
-                    f"alias `*{_short(name)}` stands inside its own anchor",
+                    f"alias `*{excerpt(name)}` stands inside its own anchor",
                     where,
                     help="the value would contain itself",
                 )
             )
-        node, size = target
         if self.stack and self.stack[-1].is_map and self.stack[-1].key is None:
             raise self.stop(_unused_feature("an alias as a key", where, "write the key out"))
-        self.put(node, size, where)
+        self.check_depth(target.depth, where)
+        self.count(target.size, where)
+        self.put(target)
 
     def take_scalar(self, event: yaml.ScalarEvent) -> None:
         where = self.at(event.start_mark, event.end_mark)
@@ -156,42 +167,44 @@ class _Reader:
             parent.size += 1
             self.count(1, where)
             return
+        self.count(1, where)
         quoted = not event.implicit[0]
-        node = ScalarNode(event.value if quoted else resolve(event.value), event.value, quoted, where)
+        done = _Anchored(ScalarNode(event.value if quoted else resolve(event.value), event.value, quoted, where), 1, 0)
         if event.anchor:
-            self.anchors[event.anchor] = (node, 1)
-        self.put(node, 1, where)
+            self.anchors[event.anchor] = done
+        self.put(done)
 
     def open(self, event: yaml.CollectionStartEvent) -> None:
         where = self.at(event.start_mark)
         if self.stack and self.stack[-1].is_map and self.stack[-1].key is None:
             raise self.stop(_unused_feature("a key that is a list or mapping", where, "write the key as one word"))
-        if len(self.stack) >= MAX_DEPTH:
-            raise self.stop(error("MP103", f"nested deeper than {MAX_DEPTH} levels", where, help="a job spec needs about five"))
+        self.check_depth(1, where)
+        self.count(1, where)
         if event.anchor:
             self.anchors[event.anchor] = None
         assert event.start_mark is not None
         self.stack.append(_Open(isinstance(event, yaml.MappingStartEvent), event.start_mark, event.anchor))
 
     def close(self, event: yaml.CollectionEndEvent) -> None:
-        done = self.stack.pop()
-        one_line = event.end_mark is not None and event.end_mark.line == done.start.line
-        where = self.at(done.start, event.end_mark if one_line else None)
-        node: Node = MapNode(done.entries, where) if done.is_map else ListNode(tuple(done.items), where)
-        if done.anchor:
-            self.anchors[done.anchor] = (node, done.size)
-        self.put(node, 1, where, counted=done.size - 1)
+        frame = self.stack.pop()
+        one_line = event.end_mark is not None and event.end_mark.line == frame.start.line
+        where = self.at(frame.start, event.end_mark if one_line else None)
+        node: Node = MapNode(frame.entries, where) if frame.is_map else ListNode(tuple(frame.items), where)
+        done = _Anchored(node, frame.size, frame.depth + 1)
+        if frame.anchor:
+            self.anchors[frame.anchor] = done
+        self.put(done)
 
-    def put(self, node: Node, size: int, where: Location, counted: int = 0) -> None:
-        """Hang `node` under the open parent. `counted` of its values were counted when they were read."""
-        self.count(size, where)
+    def put(self, done: _Anchored) -> None:
+        """Hang a finished value under the open parent."""
         if not self.stack:
-            self.root = node
+            self.root = done.node
             return
         parent = self.stack[-1]
-        parent.size += size + counted
+        parent.size += done.size
+        parent.depth = max(parent.depth, done.depth)
         if not parent.is_map:
-            parent.items.append(node)
+            parent.items.append(done.node)
             return
         assert parent.key is not None  # libyaml gives key and value in turn
         (key, key_place), parent.key = parent.key, None
@@ -199,48 +212,46 @@ class _Reader:
             self.note(_unused_feature("a merge key", key_place, "use `base:` to share settings between files"))
         elif key in parent.entries:
             first = parent.entries[key].key_location
-            self.note(
-                error(
-                    "MP111",
-                    f"duplicate key `{_short(key)}`",
-                    key_place,
-                    help="keep one of the two",
-                    notes=[f"first at {first}"],
-                )
-            )
+            message = f"duplicate key `{excerpt(key)}`"
+            self.note(error("MP111", message, key_place, help="keep one of the two", notes=[f"first at {first}"]))
         else:
-            parent.entries[key] = Entry(key, key_place, node)
+            parent.entries[key] = Entry(key, key_place, done.node)
+
+    def check_depth(self, more: int, where: Location) -> None:
+        if len(self.stack) + more > MAX_DEPTH:
+            raise self.stop(error("MP103", f"nested deeper than {MAX_DEPTH} levels", where, help="a job spec needs about five"))
 
     def count(self, size: int, where: Location) -> None:
-        self.size += size
-        if self.size > MAX_NODES:
-            raise self.stop(
-                error(
-                    "MP103",
-                    f"more than {MAX_NODES:,} values once aliases are expanded",
-                    where,
-                    help="move data into a file of its own and name the file in the spec",
-                )
-            )
+        self.budget -= size
+        if self.budget < 0:
+            message = f"more than {MAX_NODES:,} values once aliases are expanded"
+            help = "move data into a file of its own and name the file in the spec"
+            raise self.stop(error("MP103", message, where, help=help))
 
 
-def parse_yaml(text: str, file: str, *, line: int = 1, column: int = 1) -> tuple[Node | None, list[Diagnostic]]:
-    """The document in `text`, and what is wrong with it. The tree is None if reading stopped early or the text is empty.
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """A document read: its tree (None if reading stopped early or the text is empty), findings, and values left to read."""
 
-    `file` names the text in locations; `line` and `column` say where in that file the text begins.
+    root: Node | None
+    findings: list[Diagnostic]
+    budget: int
+
+
+def parse_yaml(text: str, file: str, *, line: int = 1, column: int = 1, budget: int = MAX_NODES) -> Parsed:
+    """Read the one document in `text`.
+
+    `file` names the text in locations; `line` and `column` say where in that file the text begins; `budget` is how many values
+    it may hold once aliases are expanded.
     """
-    reader = _Reader(file, text, line, column)
+    reader = _Reader(file, text, line, column, budget=budget)
     reader.read()
     complete = reader.root is not None and not reader.stack
-    return (reader.root if complete else None), reader.findings
+    return Parsed(reader.root if complete else None, reader.findings, reader.budget)
 
 
 def _unused_feature(what: str, where: Location, help: str) -> Diagnostic:
     return error("MP112", f"{what} is not used in specs", where, help=help)
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 60 else f"{name[:57]}..."
 
 
 def _syntax_error(problem: yaml.YAMLError, reader: _Reader) -> Diagnostic:
