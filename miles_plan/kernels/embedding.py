@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from miles_plan.kernels.autograd import apply
 from miles_plan.kernels.checks import check_float, check_integer, check_shape
+from miles_plan.kernels.collectives import RankGroup
 from miles_plan.kernels.exact import all_reduce_sum
 
 
-def embedding(token_ids: Tensor, weight: Tensor, *, vocab_start: int = 0, group: dist.ProcessGroup | None = None) -> Tensor:
+def embedding(token_ids: Tensor, weight: Tensor, *, vocab_start: int = 0, group: RankGroup | None = None) -> Tensor:
     """Rows of the table: token_ids int64 [M], weight [V, H] holding tokens vocab_start .. vocab_start + V - 1 -> [M, H].
 
     With `group`, ranks hold consecutive slices of the vocabulary and every rank gets all rows: all but one rank add
@@ -29,7 +29,7 @@ def embedding(token_ids: Tensor, weight: Tensor, *, vocab_start: int = 0, group:
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, token_ids: Tensor, weight: Tensor, vocab_start: int, group: dist.ProcessGroup | None) -> Tensor:
+    def forward(ctx: Any, token_ids: Tensor, weight: Tensor, vocab_start: int, group: RankGroup | None) -> Tensor:
         local = token_ids - vocab_start
         own = (local >= 0) & (local < weight.shape[0])
         local = torch.where(own, local, 0)

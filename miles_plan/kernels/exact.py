@@ -10,8 +10,9 @@ Floating-Point Summation", ARITH 2013), with the grid taken per row so that rows
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from miles_plan.kernels.collectives import RankGroup
 
 MANTISSA_BITS = 53
 _EXPONENT_MASK = 0x7FF0000000000000
@@ -40,7 +41,7 @@ def power_of_two_above(magnitude: Tensor) -> Tensor:
     return (at_least.view(torch.int64) & _EXPONENT_MASK).view(torch.float64).mul_(2.0)
 
 
-def row_bound(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+def row_bound(x: Tensor, group: RankGroup | None = None) -> Tensor:
     """A power of two above every |element| of each row (last dimension), shape [..., 1], float64.
 
     With a process group the row is sharded over its ranks and the bound is the whole row's.
@@ -60,7 +61,7 @@ def round_to_grid(x: Tensor, bound: Tensor | float, bits: int) -> Tensor:
     return (x.double() + shift).sub_(shift)
 
 
-def exact_sum(x: Tensor, *, bound: float, max_terms: int, group: dist.ProcessGroup | None = None) -> Tensor:
+def exact_sum(x: Tensor, *, bound: float, max_terms: int, group: RankGroup | None = None) -> Tensor:
     """Sum over the last dimension of numbers in [-bound, bound], kept as [..., 1], float64, whatever the order.
 
     `max_terms` is a constant of the model (vocabulary, maximum context), never the length at hand, and fixes the grid;
@@ -70,15 +71,15 @@ def exact_sum(x: Tensor, *, bound: float, max_terms: int, group: dist.ProcessGro
     return all_reduce_sum(round_to_grid(x, bound, bits).sum(dim=-1, keepdim=True), group)
 
 
-def all_reduce_max(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def all_reduce_max(x: Tensor, group: RankGroup | None) -> Tensor:
     """Elementwise maximum over the ranks, in place; x itself without a group."""
     if group is not None:
-        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=group)
+        group.all_reduce_max(x)
     return x
 
 
-def all_reduce_sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def all_reduce_sum(x: Tensor, group: RankGroup | None) -> Tensor:
     """Elementwise sum over the ranks, in place; the same bits in any order when the terms lie on one grid."""
     if group is not None:
-        dist.all_reduce(x, op=dist.ReduceOp.SUM, group=group)
+        group.all_reduce_sum(x)
     return x

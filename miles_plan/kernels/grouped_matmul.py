@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from miles_plan.kernels.autograd import apply
 from miles_plan.kernels.checks import check_float, check_shape
+from miles_plan.kernels.collectives import RankGroup
 from miles_plan.kernels.exact import all_reduce_sum, bits_for, round_to_grid, row_bound
 from miles_plan.kernels.matmul import prepare_weight
 
@@ -24,7 +24,7 @@ def grouped_matmul(
     rows_per_expert: Sequence[int],
     *,
     k_full: int | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: RankGroup | None = None,
     prepared: Tensor | None = None,
 ) -> Tensor:
     """y[r] = x[r] W[e]^T where expert e owns the next rows_per_expert[e] rows: x [M, K], weight [E, N, K] -> [M, N].
@@ -53,7 +53,7 @@ class _GroupedMatmul(torch.autograd.Function):
         weight: Tensor,
         counts: tuple[int, ...],
         k_full: int,
-        group: dist.ProcessGroup | None,
+        group: RankGroup | None,
         prepared: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -82,7 +82,7 @@ class _GroupedMatmul(torch.autograd.Function):
 
 
 def _forward(
-    x: Tensor, weight: Tensor, counts: tuple[int, ...], k_full: int, group: dist.ProcessGroup | None, prepared: Tensor | None
+    x: Tensor, weight: Tensor, counts: tuple[int, ...], k_full: int, group: RankGroup | None, prepared: Tensor | None
 ) -> Tensor:
     """The one place that chooses the implementation; exact sums in float64 run on every device."""
     if prepared is None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from miles_plan.kernels.autograd import apply
 from miles_plan.kernels.checks import check_integer, check_shape
+from miles_plan.kernels.collectives import RankGroup
 from miles_plan.kernels.elementary import exp, log
 from miles_plan.kernels.exact import all_reduce_max, all_reduce_sum, exact_sum
 
@@ -21,7 +21,7 @@ def log_prob(
     temperature: float = 1.0,
     vocab_size: int | None = None,
     vocab_start: int = 0,
-    group: dist.ProcessGroup | None = None,
+    group: RankGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of each row under softmax(logits / temperature), both float32 [M].
 
@@ -54,7 +54,7 @@ class _LogProb(torch.autograd.Function):
         temperature: float,
         vocab_size: int,
         vocab_start: int,
-        group: dist.ProcessGroup | None,
+        group: RankGroup | None,
     ) -> tuple[Tensor, Tensor]:
         local = targets - vocab_start
         own = (local >= 0) & (local < logits.shape[1])

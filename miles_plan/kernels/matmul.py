@@ -9,15 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from miles_plan.kernels.autograd import apply
 from miles_plan.kernels.checks import check_float, check_shape
+from miles_plan.kernels.collectives import RankGroup
 from miles_plan.kernels.exact import all_reduce_sum, bits_for, round_to_grid, row_bound
 
 
-def prepare_weight(weight: Tensor, *, k_full: int | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
+def prepare_weight(weight: Tensor, *, k_full: int | None = None, group: RankGroup | None = None) -> Tensor:
     """Rows of a weight [..., N, K] on their grids, float64: done once per weight version and passed to `matmul`.
 
     `k_full` is K of the whole layer when `group` shards it (row-parallel); the grid is the whole row's.
@@ -27,7 +27,7 @@ def prepare_weight(weight: Tensor, *, k_full: int | None = None, group: dist.Pro
     return round_to_grid(weight.detach(), row_bound(weight, group), bits)
 
 
-def exact_product(x: Tensor, prepared: Tensor, *, k_full: int | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
+def exact_product(x: Tensor, prepared: Tensor, *, k_full: int | None = None, group: RankGroup | None = None) -> Tensor:
     """x [M, K] times a prepared weight [N, K], exact sums in float64 [M, N], summed over `group` when K is sharded."""
     bits = bits_for(k_full or x.shape[-1])[0]
     product = round_to_grid(x, row_bound(x, group), bits) @ prepared.T
@@ -59,7 +59,7 @@ def row_parallel_matmul(
     bias: Tensor | None = None,
     *,
     k_full: int,
-    group: dist.ProcessGroup | None,
+    group: RankGroup | None,
     prepared: Tensor | None = None,
 ) -> Tensor:
     """`matmul` with K sharded over `group`: x [..., K / ranks], weight [N, K / ranks]; every rank gets the whole y.
@@ -68,7 +68,7 @@ def row_parallel_matmul(
     the bits of one. The bias is whole on every rank and is added once. The backward needs no communication.
     """
     _check(x, weight, bias)
-    if group is None and x.shape[-1] != k_full:
+    if (group is None or group.size == 1) and x.shape[-1] != k_full:
         raise ValueError(f"x has K={x.shape[-1]} but k_full={k_full} and no group shards it")
     result: Tensor = apply(_Matmul, x, weight, bias, prepared, k_full, group, x.dtype)
     return result
@@ -91,7 +91,7 @@ class _Matmul(torch.autograd.Function):
         bias: Tensor | None,
         prepared: Tensor | None,
         k_full: int,
-        group: dist.ProcessGroup | None,
+        group: RankGroup | None,
         out_dtype: torch.dtype,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -111,7 +111,7 @@ class _Matmul(torch.autograd.Function):
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, prepared: Tensor | None, k_full: int, group: dist.ProcessGroup | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, prepared: Tensor | None, k_full: int, group: RankGroup | None
 ) -> Tensor:
     """The one place that chooses the implementation; exact sums in float64 run on every device."""
     if prepared is None:
