@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
@@ -148,8 +149,11 @@ def _tp_problems(tp: int, config: DecoderConfig) -> list[str]:
 
 def _open_store(rendezvous: str | None, rank: int, world_size: int, timeout_s: float) -> Store:
     parts = urlsplit(rendezvous or "")
+    stores: Any = dist  # the stores are missing from torch's stubs
     if parts.scheme == "tcp" and parts.hostname and parts.port:
-        return dist.TCPStore(parts.hostname, parts.port, world_size, rank == 0, timedelta(seconds=timeout_s))
+        store: Store = stores.TCPStore(parts.hostname, parts.port, world_size, rank == 0, timedelta(seconds=timeout_s))
+        return store
     if parts.scheme == "file" and parts.path:
-        return dist.FileStore(str(Path(parts.path)), world_size)
+        store = stores.FileStore(str(Path(parts.path)), world_size)
+        return store
     raise ValueError(f"rendezvous must be tcp://HOST:PORT or file:///PATH, got {rendezvous!r}")

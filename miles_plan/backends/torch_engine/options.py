@@ -44,8 +44,8 @@ class RolloutEngineOptions:
     """One rank of one embedded rollout engine.
 
     model_directory: a Hugging Face checkpoint, served as version 0; kv_pool_tokens: tokens the paged KV cache holds, a
-    multiple of page_tokens; max_running: most samples decoded together; prefill_chunk_tokens: most prompt tokens fed in one step;
-    prefix_sharing: samples of one prompt share its KV pages; return_routing: record the experts of every token;
+    multiple of page_tokens; max_running: most samples decoded together; prefill_chunk_tokens: most prompt tokens fed in one
+    step; prefix_sharing: samples of one prompt share its KV pages; return_routing: record the experts of every token;
     max_context_tokens: longest sequence allowed, 0 = the model's; host_directory: where weights put to sleep are parked.
     """
 

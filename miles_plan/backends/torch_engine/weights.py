@@ -198,7 +198,8 @@ def initialise_checkpoint(config: Mapping[str, Any], directory: Path, seed: int)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(full, dtype=torch.float32)
+            auto: Any = AutoModelForCausalLM  # its methods carry no annotations
+            model = auto.from_config(full, dtype=torch.float32)
         model.save_pretrained(aside)
         os.replace(aside, directory)
     finally:
