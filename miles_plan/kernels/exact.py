@@ -46,8 +46,9 @@ def row_bound(x: Tensor, group: RankGroup | None = None) -> Tensor:
 
     With a process group the row is sharded over its ranks and the bound is the whole row's.
     """
-    low, high = torch.aminmax(x.detach(), dim=-1, keepdim=True)
-    return power_of_two_above(all_reduce_max(torch.maximum(high, -low).double(), group))
+    # amax of abs, not aminmax: torch's CPU aminmax along a dimension was measured ten times slower
+    largest = x.detach().abs().amax(dim=-1, keepdim=True)
+    return power_of_two_above(all_reduce_max(largest.double(), group))
 
 
 def round_to_grid(x: Tensor, bound: Tensor | float, bits: int) -> Tensor:
