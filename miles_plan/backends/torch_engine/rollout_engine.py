@@ -38,6 +38,7 @@ class _Record:
 
     log_probs: list[float] = field(default_factory=list)
     routing: list[Array] = field(default_factory=list)
+    num_routed: int = 0
     stopped: bool = False
 
 
@@ -260,7 +261,8 @@ class TorchRolloutEngine:
         """The logits after the prompt; the sample's routing record begins with its prompt's."""
         assert sample.prompt is not None, "a fresh sample has just forked"
         result: _PromptResult = sample.prompt.result
-        generation.records[sample.index].routing = list(result.routing)
+        record = generation.records[sample.index]
+        record.routing, record.num_routed = list(result.routing), sample.num_prompt
         assert result.logits is not None, "samples fork from prompts that are fed"
         return result.logits
 
@@ -320,10 +322,11 @@ class TorchRolloutEngine:
         for sequence, count in feeds:
             start, end = end, end + count
             if isinstance(sequence, Sample):
-                record = generation.records[sequence.index].routing
+                record = generation.records[sequence.index]
                 # a retracted sample is fed again from its prompt on: what is known of a position stays
-                known = sum(len(part) for part in record)
-                record.append(rows[start + max(0, known - sequence.num_cached) : end])
+                fresh = rows[min(end, start + record.num_routed - sequence.num_cached) : end]
+                record.routing.append(fresh)
+                record.num_routed += len(fresh)
             elif isinstance(sequence, Prompt):
                 _result_of(sequence).routing.append(rows[start:end])
 
