@@ -12,33 +12,41 @@ import numpy as np
 
 from miles_plan.data.batch import Array, SampleBatch
 
-AdvantageKind = Literal["grpo", "grpo_centered", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae"]
+Estimator = Literal["group", "leave_one_out", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae"]
 
 
 def compute_advantages(
-    batch: SampleBatch, kind: AdvantageKind, *, kl_coef: float = 0.0, discount: float = 1.0, gae_lambda: float = 1.0
+    batch: SampleBatch,
+    estimator: Estimator,
+    *,
+    normalize_std: bool = True,
+    gamma: float = 1.0,
+    gae_lambda: float = 1.0,
+    kl_reward_coef: float = 0.0,
 ) -> Array:
     """Advantage of each response token, float32 [R], from the column `reward` [N].
 
-    kl_coef > 0 subtracts kl_coef x (old - reference log-prob) from each token's reward and reads the columns
-    `old_log_probs` and `reference_log_probs` [R]; only the estimators with token rewards (`reinforce_plus_plus`, `gae`) take
-    it. `gae` reads the column `values` [R]. ValueError for a missing column or a reward that is not finite.
+    normalize_std: `group` divides by the group's deviation. kl_reward_coef > 0 takes kl_reward_coef x (old - reference log-prob)
+    from each token's reward and reads the columns `old_log_probs` and `reference_log_probs` [R]; only the estimators with token
+    rewards (`reinforce_plus_plus`, `gae`) take it. `gae` reads the column `values` [R]. ValueError for a missing column or a
+    reward that is not finite.
     """
     rewards = _finite(_column(batch, "reward"), "reward")
-    if kind in ("reinforce_plus_plus", "gae"):
-        shaped = token_rewards(rewards, batch.response_length, _kl_penalty(batch, kl_coef))
-        if kind == "gae":
+    lengths = batch.response_length
+    if estimator in ("reinforce_plus_plus", "gae"):
+        shaped = token_rewards(rewards, lengths, _kl_penalty(batch, kl_reward_coef))
+        if estimator == "gae":
             values = _finite(_column(batch, "values"), "values")
-            return generalized_advantages(shaped, values, batch.response_length, discount, gae_lambda)[0].astype(np.float32)
-        return whiten(discounted_returns(shaped, batch.response_length, discount)).astype(np.float32)
-    if kl_coef:
-        raise ValueError(f"'{kind}' has one reward per sample: put the KL penalty into the loss, not into the reward")
-    if kind == "rloo":
-        per_sample = leave_one_out(rewards, batch.prompt_id)
-    else:
-        per_sample = group_normalized(rewards, batch.prompt_id, divide_by_std=kind == "grpo")
-    per_token = np.repeat(per_sample, batch.response_length)
-    return (whiten(per_token) if kind == "reinforce_plus_plus_baseline" else per_token).astype(np.float32)
+            return generalized_advantages(shaped, values, lengths, gamma, gae_lambda)[0].astype(np.float32)
+        return whiten(discounted_returns(shaped, lengths, gamma)).astype(np.float32)
+    if kl_reward_coef:
+        raise ValueError(f"'{estimator}' has one reward per sample: put the KL penalty into the loss, not into the reward")
+    if estimator == "leave_one_out":
+        return np.repeat(leave_one_out(rewards, batch.prompt_id), lengths).astype(np.float32)
+    if estimator == "group":
+        normalized = group_normalized(rewards, batch.prompt_id, divide_by_std=normalize_std)
+        return np.repeat(normalized, lengths).astype(np.float32)
+    return whiten(np.repeat(group_normalized(rewards, batch.prompt_id, divide_by_std=False), lengths)).astype(np.float32)
 
 
 def group_normalized(rewards: Array, prompt_id: Array, *, divide_by_std: bool, epsilon: float = 1e-6) -> Array:
@@ -79,22 +87,22 @@ def token_rewards(rewards: Array, response_length: Array, kl_penalty: Array | No
     return shaped
 
 
-def discounted_returns(rewards: Array, response_length: Array, discount: float) -> Array:
-    """G_t = r_t + discount x G_(t+1) inside each response; float64 [R]."""
-    return _backward_sums(np.asarray(rewards, dtype=np.float64), response_length, discount)
+def discounted_returns(rewards: Array, response_length: Array, gamma: float) -> Array:
+    """G_t = r_t + gamma x G_(t+1) inside each response; float64 [R]."""
+    return _backward_sums(np.asarray(rewards, dtype=np.float64), response_length, gamma)
 
 
 def generalized_advantages(
-    rewards: Array, values: Array, response_length: Array, discount: float, gae_lambda: float
+    rewards: Array, values: Array, response_length: Array, gamma: float, gae_lambda: float
 ) -> tuple[Array, Array]:
     """Generalised advantage estimates and the returns a critic learns (GAE, arXiv 1506.02438); float64 [R] each.
 
-    delta_t = r_t + discount x V_(t+1) - V_t and A_t = delta_t + discount x lambda x A_(t+1). The value after a response's last
+    delta_t = r_t + gamma x V_(t+1) - V_t and A_t = delta_t + gamma x lambda x A_(t+1). The value after a response's last
     token is 0, whether it stopped or was cut.
     """
     next_values = np.append(values[1:], 0.0)
     next_values[np.cumsum(response_length)[response_length > 0] - 1] = 0.0
-    advantages = _backward_sums(rewards + discount * next_values - values, response_length, discount * gae_lambda)
+    advantages = _backward_sums(rewards + gamma * next_values - values, response_length, gamma * gae_lambda)
     return advantages, advantages + values
 
 
@@ -123,11 +131,11 @@ def _groups(prompt_id: Array) -> tuple[Array, Array]:
     return group, size
 
 
-def _kl_penalty(batch: SampleBatch, kl_coef: float) -> Array | None:
-    if not kl_coef:
+def _kl_penalty(batch: SampleBatch, kl_reward_coef: float) -> Array | None:
+    if not kl_reward_coef:
         return None
     old, reference = _column(batch, "old_log_probs"), _column(batch, "reference_log_probs")
-    return kl_coef * _finite(old - reference, "old_log_probs - reference_log_probs")
+    return kl_reward_coef * _finite(old - reference, "old_log_probs - reference_log_probs")
 
 
 def _column(batch: SampleBatch, name: str) -> Array:

@@ -16,8 +16,8 @@ import numpy as np
 
 from miles_plan.data.batch import Array
 
-RatioScope = Literal["token", "sequence", "geometric"]
-OutOfBounds = Literal["truncate", "clip", "mask"]
+CorrectionMethod = Literal["tis", "mis"]
+RatioLevel = Literal["token", "sequence", "geometric"]
 
 LOG_RATIO_LIMIT = 20.0  # exp beyond it says nothing more, and overflows float32 at 88
 
@@ -40,29 +40,28 @@ def importance_correction(
     rollout_log_probs: Array,
     response_length: Array,
     *,
-    scope: RatioScope,
-    out_of_bounds: OutOfBounds,
-    upper: float,
-    lower: float = 0.0,
+    method: CorrectionMethod,
+    level: RatioLevel = "token",
+    clip_low: float = 0.0,
+    clip_high: float = 2.0,
     veto_below: float = 0.0,
 ) -> Correction:
     """Weight of each response token.
 
-    scope: the token's own ratio, the product over its sequence, or the geometric mean over its sequence. out_of_bounds: ratios
-    above `upper` become `upper` (truncate), are clipped to both bounds (clip), or weigh 0 (mask). A sequence with one token
-    whose own ratio is below `veto_below` weighs 0 (the veto of MIS). ValueError for bounds that exclude a ratio of 1 or
-    log-probs that do not fit or are not finite.
+    level: the token's own ratio, the product over its sequence, or the geometric mean over its sequence. method: `tis` clips
+    the ratio to [clip_low, clip_high], `mis` gives weight 0 to a ratio outside. A sequence with one token whose own ratio is
+    below `veto_below` weighs 0 (the veto of MIS). ValueError for bounds that exclude a ratio of 1, and for log-probs that do
+    not fit or are not finite.
     """
-    if not 0.0 <= lower <= 1.0 <= upper:
-        raise ValueError(f"bounds must satisfy 0 <= lower <= 1 <= upper, got {lower} and {upper}")
+    if not 0.0 <= clip_low <= 1.0 <= clip_high:
+        raise ValueError(f"bounds must satisfy 0 <= clip_low <= 1 <= clip_high, got {clip_low} and {clip_high}")
     difference = _difference(trainer_log_probs, rollout_log_probs, response_length)
     sample = np.repeat(np.arange(len(response_length)), response_length)
-    ratio = np.exp(np.clip(_in_scope(difference, sample, response_length, scope), -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
-    above = ratio > upper
-    below = ratio < lower if out_of_bounds != "truncate" else np.zeros_like(above)
+    ratio = np.exp(np.clip(_at_level(difference, sample, response_length, level), -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+    above, below = ratio > clip_high, ratio < clip_low
     vetoed = _vetoed(difference, sample, len(response_length), veto_below)
-    kept = ~vetoed & ~(above | below) if out_of_bounds == "mask" else ~vetoed
-    weights = np.where(kept, np.clip(ratio, 0.0 if out_of_bounds == "truncate" else lower, upper), 0.0)
+    kept = ~(vetoed | above | below) if method == "mis" else ~vetoed
+    weights = np.where(kept, np.clip(ratio, clip_low, clip_high), 0.0)
     return Correction(
         weights=weights.astype(np.float32),
         kept=kept,
@@ -99,11 +98,11 @@ def _difference(trainer_log_probs: Array, rollout_log_probs: Array, response_len
     return difference
 
 
-def _in_scope(difference: Array, sample: Array, response_length: Array, scope: RatioScope) -> Array:
-    if scope == "token":
+def _at_level(difference: Array, sample: Array, response_length: Array, level: RatioLevel) -> Array:
+    if level == "token":
         return difference
     sums = np.bincount(sample, weights=difference, minlength=len(response_length))
-    return np.asarray((sums / np.maximum(response_length, 1) if scope == "geometric" else sums)[sample])
+    return np.asarray((sums / np.maximum(response_length, 1) if level == "geometric" else sums)[sample])
 
 
 def _vetoed(difference: Array, sample: Array, num_samples: int, veto_below: float) -> Array:

@@ -96,7 +96,7 @@ def test_reinforce_plus_plus_takes_the_kl_from_the_reward(make_batch):
     )
     kl = np.array([0.5, 0.0, -1.0])
     returns = np.array([1.0 - 0.1 * kl[0] - 0.1 * kl[1], 1.0 - 0.1 * kl[1], -0.1 * kl[2]])
-    advantages = compute_advantages(batch, "reinforce_plus_plus", kl_coef=0.1)
+    advantages = compute_advantages(batch, "reinforce_plus_plus", kl_reward_coef=0.1)
     np.testing.assert_allclose(advantages, whiten(returns), rtol=1e-6)
 
 
@@ -106,10 +106,10 @@ def test_reinforce_plus_plus_baseline_whitens_centered_rewards_over_tokens(make_
     np.testing.assert_allclose(compute_advantages(batch, "reinforce_plus_plus_baseline"), expected, rtol=1e-6)
 
 
-def test_every_kind_gives_one_float32_per_response_token(make_batch):
+def test_every_estimator_gives_one_float32_per_response_token(make_batch):
     batch = make_batch([0, 0, 1], [2, 3, 0], reward=[1.0, 0.0, 1.0], values=[0.0] * 5)
-    for kind in ("grpo", "grpo_centered", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae"):
-        advantages = compute_advantages(batch, kind)
+    for estimator in ("group", "leave_one_out", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae"):
+        advantages = compute_advantages(batch, estimator)
         assert advantages.shape == (5,)
         assert advantages.dtype == np.float32
 
@@ -117,8 +117,8 @@ def test_every_kind_gives_one_float32_per_response_token(make_batch):
 def test_bad_rewards_and_misplaced_penalties_are_refused(make_batch):
     batch = make_batch([0, 0], [1, 1], reward=[1.0, np.nan])
     with pytest.raises(ValueError, match="'reward' holds 1 values that are not finite"):
-        compute_advantages(batch, "grpo")
+        compute_advantages(batch, "group")
     with pytest.raises(ValueError, match="no column 'reward'"):
-        compute_advantages(replace(batch, columns={}), "grpo")
+        compute_advantages(replace(batch, columns={}), "group")
     with pytest.raises(ValueError, match="put the KL penalty into the loss"):
-        compute_advantages(make_batch([0], [1], reward=[1.0]), "grpo", kl_coef=0.1)
+        compute_advantages(make_batch([0], [1], reward=[1.0]), "group", kl_reward_coef=0.1)
