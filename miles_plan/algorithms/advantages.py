@@ -26,8 +26,8 @@ def compute_advantages(
 ) -> Array:
     """Advantage of each response token, float32 [R], from the column `reward` [N].
 
-    normalize_std: `group` divides by the group's deviation. kl_reward_coef > 0 takes kl_reward_coef x (old - reference log-prob)
-    from each token's reward and reads the columns `old_log_probs` and `reference_log_probs` [R]; only the estimators with token
+    normalize_std: `group` divides by the group's deviation. kl_reward_coef > 0 takes that x (old - reference log-prob) from
+    each token's reward and reads the columns `old_log_probs` and `reference_log_probs` [R]; only the estimators with token
     rewards (`reinforce_plus_plus`, `gae`) take it. `gae` reads the column `values` [R]. ValueError for a missing column or a
     reward that is not finite.
     """

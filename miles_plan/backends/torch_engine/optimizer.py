@@ -1,0 +1,120 @@
+"""AdamW with fp32 masters over parameter buffers: each rank updates the chunk it owns, then weights are gathered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from miles_plan.backends.torch_engine.parameter_buffers import ParameterBuffer
+from miles_plan.ir.options import OptimizerOptions
+
+_STATE = ("masters", "first_moment", "second_moment")
+
+
+class ShardedAdamW:
+    """Decoupled weight decay Adam (arXiv 1711.05101) on the chunks of some buffers; `group` spans all ranks of the trainer.
+
+    state: per buffer the float32 [chunk_size] tensors `masters`, `first_moment`, `second_moment`, or None while parked.
+    """
+
+    def __init__(self, buffers: Sequence[ParameterBuffer], group: dist.ProcessGroup | None) -> None:
+        self.buffers = tuple(buffers)
+        self.group = group
+        self.steps_taken = 0
+        self.steps_skipped = 0
+        self.state: list[dict[str, Tensor]] | None = []
+        for buffer in self.buffers:
+            assert buffer.weights is not None, "the optimizer starts from resident weights"
+            masters = buffer.weights[buffer.chunk].to(torch.float32, copy=True)
+            self.state.append(dict(zip(_STATE, (masters, torch.zeros_like(masters), torch.zeros_like(masters)), strict=True)))
+
+    def step(self, options: OptimizerOptions) -> dict[str, float]:
+        """Reduce gradients, clip them by their global norm, update masters and weights; gradients are spent afterwards.
+
+        A norm that is not finite skips the update on all ranks. Metrics: grad_norm (before clipping), learning_rate (of this
+        step), skipped_steps (1.0 or 0.0).
+        """
+        assert self.state is not None, "step while the optimizer state is parked"
+        chunks = [buffer.reduce_gradients() for buffer in self.buffers]
+        norm = self._global_norm(chunks)
+        rate = learning_rate(options, self.steps_taken)
+        if not math.isfinite(norm):
+            self.steps_skipped += 1
+            return {"grad_norm": norm, "learning_rate": rate, "skipped_steps": 1.0}
+        self.steps_taken += 1
+        scale = min(1.0, options.clip_grad_norm / (norm + 1e-6)) if options.clip_grad_norm else 1.0
+        for buffer, gradients, state in zip(self.buffers, chunks, self.state, strict=True):
+            if scale < 1.0:
+                gradients.mul_(scale)
+            _update(state, gradients, buffer.own_spans("decayed"), options, rate=rate, step=self.steps_taken)
+            buffer.publish(state["masters"])
+        return {"grad_norm": norm, "learning_rate": rate, "skipped_steps": 0.0}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state by name, for a checkpoint or for parking."""
+        assert self.state is not None, "the optimizer state is parked"
+        return {f"{index}.{name}": state[name] for index, state in enumerate(self.state) for name in _STATE}
+
+    def replace_tensors(self, tensors: Mapping[str, Tensor] | None) -> None:
+        """Take back what `tensors` gave; None lets go of it."""
+        self.state = (
+            None
+            if tensors is None
+            else [{name: tensors[f"{index}.{name}"] for name in _STATE} for index in range(len(self.buffers))]
+        )
+
+    def _global_norm(self, chunks: Sequence[Tensor]) -> float:
+        """Norm over all parameters, each counted once; the same number on every rank, added in rank order."""
+        squares = torch.zeros(1, dtype=torch.float64)
+        for buffer, gradients in zip(self.buffers, chunks, strict=True):
+            for span in buffer.own_spans("counted"):
+                squares += torch.linalg.vector_norm(gradients[span], dtype=torch.float64) ** 2
+        if self.group is not None:
+            parts = torch.empty(dist.get_world_size(self.group), dtype=torch.float64)
+            dist.all_gather_into_tensor(parts, squares, group=self.group)
+            squares = parts.sum()
+        return math.sqrt(float(squares)) if torch.isfinite(squares) else float(squares)
+
+
+def learning_rate(options: OptimizerOptions, steps_taken: int) -> float:
+    """Rate of the next step: linear warm-up over `warmup_steps`, then down to `min_learning_rate` at `total_steps`.
+
+    ValueError for a decaying schedule whose total_steps do not reach beyond the warm-up.
+    """
+    peak, floor = options.learning_rate, options.min_learning_rate
+    if steps_taken < options.warmup_steps:
+        return peak * (steps_taken + 1) / options.warmup_steps
+    if options.schedule == "constant":
+        return peak
+    span = options.total_steps - options.warmup_steps
+    if span < 1:
+        raise ValueError(
+            f"schedule '{options.schedule}' needs total_steps > warmup_steps, "
+            f"got {options.total_steps} and {options.warmup_steps}"
+        )
+    progress = min((steps_taken - options.warmup_steps) / span, 1.0)
+    remaining = 1.0 - progress if options.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return floor + (peak - floor) * remaining
+
+
+def _update(
+    state: Mapping[str, Tensor],
+    gradients: Tensor,
+    decayed: Sequence[slice],
+    options: OptimizerOptions,
+    *,
+    rate: float,
+    step: int,
+) -> None:
+    masters, first, second = (state[name] for name in _STATE)
+    if options.weight_decay:
+        for span in decayed:
+            masters[span].mul_(1.0 - rate * options.weight_decay)
+    first.lerp_(gradients, 1.0 - options.beta1)
+    second.mul_(options.beta2).addcmul_(gradients, gradients, value=1.0 - options.beta2)
+    deviation = second.sqrt().div_(math.sqrt(1.0 - options.beta2**step)).add_(options.epsilon)
+    masters.addcdiv_(first, deviation, value=-rate / (1.0 - options.beta1**step))
