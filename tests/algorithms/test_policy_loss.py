@@ -34,6 +34,7 @@ def surrogate(ratio, advantage, **options):
         (5.0, -2.0, {}, (10.0, 0.0)),
         (5.0, -2.0, {"dual_clip": 3.0}, (6.0, 1.0)),  # dual clip bounds it at 3 x 2
         (1.1, -2.0, {"dual_clip": 3.0}, (2.2, 0.0)),
+        (0.5, 2.0, {"dual_clip": 3.0}, (-1.0, 0.0)),  # and leaves positive advantages alone
     ],
 )
 def test_clipped_surrogate_by_hand(ratio, advantage, options, expected):
@@ -161,6 +162,18 @@ def test_an_empty_micro_batch_costs_nothing(batch):
     )
     loss, _ = policy_loss(torch.zeros(0, requires_grad=True), none, OPTIONS[1])
     assert loss.item() == 0.0
+
+
+def test_the_penalty_is_added_and_the_bonus_taken_away(batch):
+    options = replace(PLAIN, kl_coef=0.5, kl_estimator="k1", entropy_coef=0.25)
+    targets = targets_of(batch, options)
+    entropy = torch.arange(8.0, dtype=torch.float64)
+    plain, _ = policy_loss(targets.old_log_probs, targets, PLAIN)
+    full, metrics = policy_loss(targets.old_log_probs, targets, options, entropy=entropy)
+    counted = torch.tensor(batch.columns["loss_mask"]) > 0
+    difference = (targets.old_log_probs - targets.reference_log_probs)[counted].mean()
+    assert metrics["reference_kl"].item() == pytest.approx(difference.item(), rel=1e-6)
+    assert full.item() == pytest.approx((plain + 0.5 * difference - 0.25 * entropy[counted].mean()).item(), rel=1e-6)
 
 
 def test_missing_targets_are_refused(batch):

@@ -1,4 +1,4 @@
-"""Real ranks for tests: processes that are started once and given function after function to run under torch.distributed."""
+"""Real ranks for tests: processes that are started once and given function after function to run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import multiprocessing
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,20 @@ TIMEOUT_S = 120
 
 
 class RankPool:
-    """Up to `size` spawned processes; `run` gives ranks 0 .. world_size - 1 a fresh gloo process group on loopback."""
+    """Up to `size` spawned processes; `run` gives ranks 0 .. world_size - 1 a fresh place to meet."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.workers: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
 
     def run(self, function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
-        """function(rank, *arguments) on each rank; the results in rank order. Fails with the first rank's traceback."""
+        """function(rank, rendezvous, *arguments) on each rank; results in rank order. Fails with the first rank's traceback."""
         while len(self.workers) < world_size:
             self.workers.append(_start_worker())
         with tempfile.TemporaryDirectory() as directory:
-            store = str(Path(directory) / "store")
+            rendezvous = f"file://{Path(directory) / 'store'}"
             for rank in range(world_size):
-                self.workers[rank][1].send((function, rank, world_size, store, arguments))
+                self.workers[rank][1].send((function, rank, rendezvous, arguments))
             results, errors = [], []
             for rank in range(world_size):
                 process, connection = self.workers[rank]
@@ -66,24 +65,17 @@ def _start_worker() -> tuple[multiprocessing.process.BaseProcess, Connection]:
 
 def _work(connection: Connection) -> None:
     import torch
-    import torch.distributed as dist
 
     torch.set_num_threads(1)
     while True:
         try:
-            function, rank, world_size, store, arguments = connection.recv()
+            function, rank, rendezvous, arguments = connection.recv()
         except EOFError:
             return
         try:
-            dist.init_process_group(
-                "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
-            )
-            answer = ("result", function(rank, *arguments))
+            answer = ("result", function(rank, rendezvous, *arguments))
         except Exception:
-            answer = ("error", f"rank {rank} of {world_size}:\n{traceback.format_exc()}")
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            answer = ("error", f"rank {rank}:\n{traceback.format_exc()}")
         connection.send(answer)
 
 

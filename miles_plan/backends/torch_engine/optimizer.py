@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from miles_plan.backends.torch_engine.parameter_buffers import ParameterBuffer
 from miles_plan.ir.options import OptimizerOptions
+from miles_plan.kernels.collectives import RankGroup
 
 _STATE = ("masters", "first_moment", "second_moment")
 
@@ -21,7 +21,7 @@ class ShardedAdamW:
     state: per buffer the float32 [chunk_size] tensors `masters`, `first_moment`, `second_moment`, or None while parked.
     """
 
-    def __init__(self, buffers: Sequence[ParameterBuffer], group: dist.ProcessGroup | None) -> None:
+    def __init__(self, buffers: Sequence[ParameterBuffer], group: RankGroup) -> None:
         self.buffers = tuple(buffers)
         self.group = group
         self.steps_taken = 0
@@ -73,10 +73,7 @@ class ShardedAdamW:
         for buffer, gradients in zip(self.buffers, chunks, strict=True):
             for span in buffer.own_spans("counted"):
                 squares += torch.linalg.vector_norm(gradients[span], dtype=torch.float64) ** 2
-        if self.group is not None:
-            parts = torch.empty(dist.get_world_size(self.group), dtype=torch.float64)
-            dist.all_gather_into_tensor(parts, squares, group=self.group)
-            squares = parts.sum()
+        squares = torch.cat(self.group.all_gather(squares)).sum()
         return math.sqrt(float(squares)) if torch.isfinite(squares) else float(squares)
 
 

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
+
+from miles_plan.kernels.collectives import RankGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,29 +29,27 @@ class BufferedParameter:
     parameter: Parameter
     counted: bool
     decayed: bool
-    partial_over: dist.ProcessGroup | None = None
+    partial_over: RankGroup | None = None
 
 
 class ParameterBuffer:
-    """The parameters that one process group replicates (None: only this rank), laid out in one flat tensor.
+    """The parameters that the ranks of one group replicate, laid out in one flat tensor.
 
     weights: [n] in the compute dtype, or None while parked; gradients: float32 [n], or None while freed. n is padded to a
     multiple of the group's size, so that every rank owns an equal chunk.
     """
 
-    def __init__(self, parameters: Sequence[BufferedParameter], group: dist.ProcessGroup | None) -> None:
+    def __init__(self, parameters: Sequence[BufferedParameter], group: RankGroup) -> None:
         # Alike parameters next to each other: a chunk then has few spans that are counted or decayed.
         self.parameters = sorted(parameters, key=lambda each: (each.counted, each.decayed))
         self.group = group
-        self.ranks = dist.get_world_size(group) if group is not None else 1
-        self.rank = dist.get_rank(group) if group is not None else 0
         self.offsets = _offsets([each.parameter.numel() for each in self.parameters])
         self.shapes = [each.parameter.shape for each in self.parameters]
-        self.chunk_size = -(-self.offsets[-1] // self.ranks)
+        self.chunk_size = -(-self.offsets[-1] // self.group.size)
         self.gradients: Tensor | None = None
         self.weights: Tensor | None = None
         dtype = self.parameters[0].parameter.dtype if self.parameters else torch.float32
-        flat = torch.zeros(self.chunk_size * self.ranks, dtype=dtype)
+        flat = torch.zeros(self.chunk_size * self.group.size, dtype=dtype)
         for view, each in zip(self.views(flat), self.parameters, strict=True):
             view.copy_(each.parameter.detach())
             each.parameter.register_post_accumulate_grad_hook(self._accumulate)  # type: ignore[no-untyped-call]
@@ -60,7 +59,7 @@ class ParameterBuffer:
     @property
     def chunk(self) -> slice:
         """The part of the flat tensors that this rank owns."""
-        return slice(self.rank * self.chunk_size, (self.rank + 1) * self.chunk_size)
+        return slice(self.group.rank * self.chunk_size, (self.group.rank + 1) * self.chunk_size)
 
     def views(self, flat: Tensor) -> Iterator[Tensor]:
         """Each parameter's place in a flat tensor, in its shape."""
@@ -84,7 +83,7 @@ class ParameterBuffer:
     def clear_gradients(self) -> None:
         """Gradients of zero; takes their memory where it was freed."""
         if self.gradients is None:
-            self.gradients = torch.zeros(self.chunk_size * self.ranks, dtype=torch.float32)
+            self.gradients = torch.zeros(self.chunk_size * self.group.size, dtype=torch.float32)
         else:
             self.gradients.zero_()
 
@@ -101,24 +100,19 @@ class ParameterBuffer:
         assert self.gradients is not None, "reduce before clear_gradients"
         for view, each in zip(self.views(self.gradients), self.parameters, strict=True):
             if each.partial_over is not None:
-                dist.all_reduce(view, group=each.partial_over)
-        if self.group is None:
-            return self.gradients
-        parts = torch.empty_like(self.gradients)
-        dist.all_to_all_single(parts, self.gradients, group=self.group)
-        total = parts[: self.chunk_size]
-        for rank in range(1, self.ranks):
-            total += parts[rank * self.chunk_size : (rank + 1) * self.chunk_size]
+                each.partial_over.all_reduce_sum(view)
+        one_row_each = [1] * self.group.size
+        parts = self.group.all_to_all(self.gradients.view(self.group.size, -1), one_row_each, one_row_each)
+        total = parts[0]
+        for part in parts[1:]:
+            total += part
         return total
 
     def publish(self, masters: Tensor) -> None:
         """Weights of all replicas from everyone's fp32 chunk."""
         assert self.weights is not None, "publish while the weights are parked"
-        own = masters.to(self.weights.dtype)
-        if self.group is None:
-            self.weights.copy_(own)
-        else:
-            dist.all_gather_into_tensor(self.weights, own, group=self.group)
+        chunks = self.group.all_gather(masters.to(self.weights.dtype))
+        torch.cat(chunks, out=self.weights)
 
     def own_spans(self, attribute: str) -> list[slice]:
         """Spans of this rank's chunk whose parameters have the attribute (`counted` or `decayed`) set, adjacent ones joined."""

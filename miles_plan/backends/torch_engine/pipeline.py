@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from miles_plan.kernels.collectives import RankGroup
 
 Pass = tuple[Literal["forward", "backward"], int]
 StageForward = Callable[[int, Tensor | None], Tensor]
@@ -32,25 +33,25 @@ def one_forward_one_backward(stage: int, stages: int, micro_batches: int) -> Ite
 
 @dataclass(slots=True)
 class StageLinks:
-    """Sends to and receives from the neighbouring stages of one pipeline; stage i is rank i of `group` (None: one stage).
+    """Sends to and receives from the neighbouring stages of one pipeline; stage i is rank i of `group`.
 
     A send does not wait: its tensor is kept until it has left, so that two stages that send to each other cannot block.
     """
 
-    group: dist.ProcessGroup | None
+    group: RankGroup
     dtype: torch.dtype
     width: int
-    _in_flight: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
+    _in_flight: list[tuple[Any, Tensor]] = field(default_factory=list)
 
     @property
     def stage(self) -> int:
         """This rank's stage."""
-        return dist.get_rank(self.group) if self.group is not None else 0
+        return self.group.rank
 
     @property
     def stages(self) -> int:
         """Stages of the pipeline."""
-        return dist.get_world_size(self.group) if self.group is not None else 1
+        return self.group.size
 
     @property
     def is_first(self) -> bool:
@@ -65,18 +66,14 @@ class StageLinks:
     def receive(self, rows: int, *, from_stage: int) -> Tensor:
         """[rows, width] from a neighbour."""
         tensor = torch.empty(rows, self.width, dtype=self.dtype)
-        if rows:
-            dist.recv(tensor, group=self.group, group_src=from_stage)
-        return tensor
+        return self.group.receive(tensor, from_stage) if rows else tensor
 
     def send(self, tensor: Tensor, *, to_stage: int) -> None:
         """Send to a neighbour without waiting. Nothing travels for an empty micro-batch."""
         if not len(tensor):
             return
         tensor = tensor.contiguous()
-        work = dist.isend(tensor, group=self.group, group_dst=to_stage)
-        assert work is not None, "this rank is outside its pipeline's group"
-        self._in_flight.append((work, tensor))
+        self._in_flight.append((self.group.start_send(tensor, to_stage), tensor))
 
     def wait_sent(self) -> None:
         """Return when all sends have left."""

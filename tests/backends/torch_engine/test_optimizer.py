@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.nn import Parameter
 
+from miles_plan.backends.torch_engine.mesh import open_mesh
 from miles_plan.backends.torch_engine.optimizer import ShardedAdamW, learning_rate
 from miles_plan.backends.torch_engine.parameter_buffers import BufferedParameter, ParameterBuffer
+from miles_plan.ir.layout import TrainLayout
 from miles_plan.ir.options import OptimizerOptions
+from miles_plan.kernels.collectives import RankGroup, single_rank
 
 OPTIONS = OptimizerOptions(learning_rate=0.01, weight_decay=0.1, clip_grad_norm=0.5)
 SHAPES = {"matrix": (5, 3), "norm": (3,), "other": (2, 4)}
@@ -21,13 +23,13 @@ def parameters(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Param
     return {name: Parameter(torch.randn(shape, generator=draw).to(dtype)) for name, shape in SHAPES.items()}
 
 
-def buffered(owned: dict[str, Parameter], group: dist.ProcessGroup | None = None, uncounted: str = "") -> ParameterBuffer:
+def buffered(owned: dict[str, Parameter], group: RankGroup | None = None, uncounted: str = "") -> ParameterBuffer:
     return ParameterBuffer(
         [
             BufferedParameter(name=name, parameter=each, counted=name != uncounted, decayed=each.ndim > 1)
             for name, each in owned.items()
         ],
-        group,
+        group or single_rank(),
     )
 
 
@@ -39,7 +41,7 @@ def loss_of(owned: dict[str, Parameter], seed: int) -> torch.Tensor:
 def test_same_steps_as_torch_adamw():
     ours, theirs = parameters(0), parameters(0)
     buffer = buffered(ours)
-    optimizer = ShardedAdamW([buffer], None)
+    optimizer = ShardedAdamW([buffer], single_rank())
     reference = torch.optim.AdamW(
         [
             {"params": [each for each in theirs.values() if each.ndim > 1], "weight_decay": 0.1},
@@ -76,7 +78,7 @@ def test_gradients_of_micro_batches_add_up_in_fp32_for_bf16_weights():
 def test_masters_keep_what_bf16_weights_cannot_hold():
     owned = parameters(0, torch.bfloat16)
     buffer = buffered(owned)
-    optimizer = ShardedAdamW([buffer], None)
+    optimizer = ShardedAdamW([buffer], single_rank())
     before = optimizer.tensors()["0.masters"].clone()
     buffer.clear_gradients()
     loss_of(owned, 0).backward()
@@ -89,7 +91,7 @@ def test_masters_keep_what_bf16_weights_cannot_hold():
 def test_a_norm_that_is_not_finite_skips_the_step():
     owned = parameters(0)
     buffer = buffered(owned)
-    optimizer = ShardedAdamW([buffer], None)
+    optimizer = ShardedAdamW([buffer], single_rank())
     before, moments = buffer.weights.clone(), optimizer.tensors()["0.first_moment"].clone()
     for bad in (math.inf, math.nan):
         buffer.clear_gradients()
@@ -105,7 +107,7 @@ def test_a_norm_that_is_not_finite_skips_the_step():
 def test_weights_and_state_can_be_let_go_and_taken_back():
     owned = parameters(0)
     buffer = buffered(owned)
-    optimizer = ShardedAdamW([buffer], None)
+    optimizer = ShardedAdamW([buffer], single_rank())
     state = optimizer.tensors()
     optimizer.replace_tensors(None)
     flat = buffer.detach_weights()
@@ -128,14 +130,13 @@ def test_learning_rate_schedules_by_hand():
         learning_rate(replace(linear, total_steps=4), 4)
 
 
-def train(rank: int, world_size: int) -> dict[str, object]:
-    """Two buffers: one replicated over all ranks with `norm` counted on rank 0 only, one that this rank has for itself."""
-    shared, own = parameters(0), {"expert": Parameter(torch.full((2, 2), 1.0 + rank))}
-    buffers = [
-        buffered(shared, dist.group.WORLD if world_size > 1 else None, uncounted="norm" if rank else ""),
-        buffered(own),
-    ]
-    optimizer = ShardedAdamW(buffers, dist.group.WORLD if world_size > 1 else None)
+def train(rank: int, rendezvous: str | None, world_size: int) -> dict[str, object]:
+    """Two buffers: one sharded over all ranks; one of this rank alone, whose `norm` all ranks hold alike, and rank 0 counts."""
+    mesh = open_mesh(TrainLayout(dp=world_size), rank, rendezvous=rendezvous, timeout_s=60)
+    shared = parameters(0)
+    own = {"expert": Parameter(torch.full((2, 2), 1.0 + rank)), "norm": Parameter(torch.ones(3))}
+    buffers = [buffered(shared, mesh.dp), buffered(own, uncounted="norm" if rank else "")]
+    optimizer = ShardedAdamW(buffers, mesh.world)
     norms = []
     for step in range(3):
         for buffer in buffers:
@@ -143,14 +144,15 @@ def train(rank: int, world_size: int) -> dict[str, object]:
         for part in range(4):
             if part % world_size == rank:
                 loss_of(shared, 10 * step + part).backward()
-        own["expert"].sum().backward()
+        (own["expert"].sum() + own["norm"].sum()).backward()
         norms.append(optimizer.step(replace(OPTIONS, clip_grad_norm=0.0))["grad_norm"])
+    mesh.close()
     weights = {name: each.detach().clone() for name, each in (shared | own).items()}
     return {"weights": weights, "norms": norms, "bytes": sum(each.nbytes for each in optimizer.tensors().values())}
 
 
 def test_sharded_over_two_ranks_equals_one_rank(ranks):
-    single = train(0, 1)
+    single = train(0, None, 1)
     first, second = ranks.run(train, 2, 2)
     assert first["norms"] == second["norms"]
     for name in SHAPES:

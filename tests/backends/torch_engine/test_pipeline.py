@@ -2,16 +2,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from miles_plan.backends.torch_engine.mesh import open_mesh
 from miles_plan.backends.torch_engine.pipeline import (
     StageLinks,
     one_forward_one_backward,
     run_forward,
     run_forward_backward,
 )
+from miles_plan.ir.layout import TrainLayout
 
 WIDTH = 8
 ROWS = [3, 0, 5, 2, 4]
@@ -39,9 +40,10 @@ def layers() -> list[torch.nn.Linear]:
     return [torch.nn.Linear(WIDTH, WIDTH) for _ in range(4)]
 
 
-def run(rank: int, stages: int) -> dict[str, object]:
-    """Four layers over the stages; loss is a weighted sum of the last layer's output."""
-    links = StageLinks(dist.group.WORLD if stages > 1 else None, torch.float32, WIDTH)
+def run(rank: int, rendezvous: str | None, stages: int) -> dict[str, object]:
+    """Four layers over the stages; the loss is the sum of the last layer's squares."""
+    mesh = open_mesh(TrainLayout(pp=stages), rank, rendezvous=rendezvous, timeout_s=60)
+    links = StageLinks(mesh.pp, torch.float32, WIDTH)
     per_stage = 4 // stages
     own = layers()[links.stage * per_stage : (links.stage + 1) * per_stage]
     inputs = [torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(index)) for index, rows in enumerate(ROWS)]
@@ -59,12 +61,13 @@ def run(rank: int, stages: int) -> dict[str, object]:
     with torch.no_grad():
         outputs = run_forward(links, ROWS, hidden_states)
     run_forward_backward(links, ROWS, loss)
+    mesh.close()
     return {"outputs": outputs, "gradients": [layer.weight.grad for layer in own]}
 
 
 @pytest.mark.parametrize("stages", [2, 4])
 def test_stages_compute_what_one_process_computes(ranks, stages):
-    single = run(0, 1)
+    single = run(0, None, 1)
     parts = ranks.run(run, stages, stages)
     assert all(not part["outputs"] for part in parts[:-1])
     for whole, piece in zip(single["outputs"], parts[-1]["outputs"], strict=True):
