@@ -18,19 +18,17 @@ _STATE = ("masters", "first_moment", "second_moment")
 class ShardedAdamW:
     """Decoupled weight decay Adam (arXiv 1711.05101) on the chunks of some buffers; `group` spans all ranks of the trainer.
 
-    state: per buffer the float32 [chunk_size] tensors `masters`, `first_moment`, `second_moment`, or None while parked.
+    masters: each buffer's chunk of the initial weights, float32; the optimizer keeps and changes them. state: per buffer the float32 [chunk_size] tensors `masters`, `first_moment`, `second_moment`, or None while parked.
     """
 
-    def __init__(self, buffers: Sequence[ParameterBuffer], group: RankGroup) -> None:
+    def __init__(self, buffers: Sequence[ParameterBuffer], masters: Sequence[Tensor], group: RankGroup) -> None:
         self.buffers = tuple(buffers)
         self.group = group
         self.steps_taken = 0
         self.steps_skipped = 0
-        self.state: list[dict[str, Tensor]] | None = []
-        for buffer in self.buffers:
-            assert buffer.weights is not None, "the optimizer starts from resident weights"
-            masters = buffer.weights[buffer.chunk].to(torch.float32, copy=True)
-            self.state.append(dict(zip(_STATE, (masters, torch.zeros_like(masters), torch.zeros_like(masters)), strict=True)))
+        self.state: list[dict[str, Tensor]] | None = [
+            dict(zip(_STATE, (own, torch.zeros_like(own), torch.zeros_like(own)), strict=True)) for own in masters
+        ]
 
     def step(self, options: OptimizerOptions) -> dict[str, float]:
         """Reduce gradients, clip them by their global norm, update masters and weights; gradients are spent afterwards.

@@ -7,100 +7,93 @@ moments of it (ZeRO stage 1, arXiv 1910.02054; Megatron's distributed optimizer)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from miles_plan.kernels.collectives import RankGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BufferedParameter:
-    """A parameter and how its gradient is summed and counted.
+    """A parameter's name and shape, and what the optimizer does with it.
 
     counted: this rank's copy enters the global gradient norm (of a parameter that tensor-parallel ranks hold alike, one copy
-    does); decayed: weight decay applies; partial_over: a group whose ranks hold partial gradients that must be added first.
+    does); decayed: weight decay applies.
     """
 
     name: str
-    parameter: Parameter
-    counted: bool
-    decayed: bool
-    partial_over: RankGroup | None = None
+    shape: tuple[int, ...]
+    counted: bool = True
+    decayed: bool = True
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return torch.Size(self.shape).numel()
 
 
 class ParameterBuffer:
     """The parameters that the ranks of one group replicate, laid out in one flat tensor.
 
-    weights: [n] in the compute dtype, or None while parked; gradients: float32 [n], or None while freed. n is padded to a
-    multiple of the group's size, so that every rank owns an equal chunk.
+    weights: [n] in the compute dtype, or None while parked; gradients: float32 [n], or None while freed; parameters: the views
+    of the weights that autograd sees, by name. n is padded to a multiple of the group's size, so that every rank owns an equal
+    chunk.
     """
 
-    def __init__(self, parameters: Sequence[BufferedParameter], group: RankGroup) -> None:
+    def __init__(
+        self, layout: Sequence[BufferedParameter], group: RankGroup, *, dtype: torch.dtype, device: str = "cpu"
+    ) -> None:
         # Alike parameters next to each other: a chunk then has few spans that are counted or decayed.
-        self.parameters = sorted(parameters, key=lambda each: (each.counted, each.decayed))
+        self.layout = sorted(layout, key=lambda each: (each.counted, each.decayed))
         self.group = group
-        self.offsets = _offsets([each.parameter.numel() for each in self.parameters])
-        self.shapes = [each.parameter.shape for each in self.parameters]
-        self.chunk_size = -(-self.offsets[-1] // self.group.size)
-        self.gradients: Tensor | None = None
+        self.dtype, self.device = dtype, device
+        self.offsets = _offsets([each.size for each in self.layout])
+        self.chunk_size = -(-self.offsets[-1] // group.size)
+        self.chunk = slice(group.rank * self.chunk_size, (group.rank + 1) * self.chunk_size)
         self.weights: Tensor | None = None
-        dtype = self.parameters[0].parameter.dtype if self.parameters else torch.float32
-        flat = torch.zeros(self.chunk_size * self.group.size, dtype=dtype)
-        for view, each in zip(self.views(flat), self.parameters, strict=True):
-            view.copy_(each.parameter.detach())
-            each.parameter.register_post_accumulate_grad_hook(self._accumulate)  # type: ignore[no-untyped-call]
-        self._place = {id(each.parameter): number for number, each in enumerate(self.parameters)}
-        self.attach_weights(flat)
+        self.gradients: Tensor | None = None
+        self.parameters: dict[str, Tensor] = {}
 
-    @property
-    def chunk(self) -> slice:
-        """The part of the flat tensors that this rank owns."""
-        return slice(self.group.rank * self.chunk_size, (self.group.rank + 1) * self.chunk_size)
+    def flatten(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """A flat tensor from one tensor for each parameter, zero in the padding."""
+        flat = torch.zeros(self.chunk_size * self.group.size, dtype=dtype, device=self.device)
+        for name, view in self.views(flat).items():
+            view.copy_(tensors[name])
+        return flat
 
-    def views(self, flat: Tensor) -> Iterator[Tensor]:
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Each parameter's place in a flat tensor, in its shape."""
-        for offset, shape in zip(self.offsets, self.shapes, strict=False):
-            yield flat[offset : offset + shape.numel()].view(shape)
+        return {
+            each.name: flat[offset : offset + each.size].view(each.shape)
+            for offset, each in zip(self.offsets, self.layout, strict=False)
+        }
 
     def attach_weights(self, flat: Tensor) -> None:
-        """Make every parameter a view of `flat`."""
+        """Take `flat` as the weights; the parameters are new views of it."""
         self.weights = flat
-        for view, each in zip(self.views(flat), self.parameters, strict=True):
-            each.parameter.data = view
+        self.parameters = {name: view.detach().requires_grad_() for name, view in self.views(flat).items()}
+        for offset, each in zip(self.offsets, self.layout, strict=False):
+            self.parameters[each.name].register_post_accumulate_grad_hook(self._accumulate_at(offset))  # type: ignore[no-untyped-call]
 
     def detach_weights(self) -> Tensor:
-        """Leave every parameter empty and give the flat weights away, so that their memory can be freed."""
-        flat, self.weights = self.weights, None
+        """Give the weights away, so that their memory can be freed; there are no parameters until they are back."""
+        flat, self.weights, self.parameters = self.weights, None, {}
         assert flat is not None, "weights are already detached"
-        for each in self.parameters:
-            each.parameter.data = flat.new_empty(0)
         return flat
 
     def clear_gradients(self) -> None:
         """Gradients of zero; takes their memory where it was freed."""
         if self.gradients is None:
-            self.gradients = torch.zeros(self.chunk_size * self.group.size, dtype=torch.float32)
+            self.gradients = torch.zeros(self.chunk_size * self.group.size, dtype=torch.float32, device=self.device)
         else:
             self.gradients.zero_()
-
-    def _accumulate(self, parameter: Tensor) -> None:
-        """Add what backward left into the fp32 gradients at once: bf16 sums over micro-batches would lose digits."""
-        assert self.gradients is not None, "backward before clear_gradients"
-        if parameter.grad is not None:
-            offset = self.offsets[self._place[id(parameter)]]
-            self.gradients[offset : offset + parameter.numel()].add_(parameter.grad.reshape(-1))
-            parameter.grad = None
 
     def reduce_gradients(self) -> Tensor:
         """Sum of this rank's chunk over all replicas, float32 [chunk_size], added in rank order."""
         assert self.gradients is not None, "reduce before clear_gradients"
-        for view, each in zip(self.views(self.gradients), self.parameters, strict=True):
-            if each.partial_over is not None:
-                each.partial_over.all_reduce_sum(view)
         one_row_each = [1] * self.group.size
         parts = self.group.all_to_all(self.gradients.view(self.group.size, -1), one_row_each, one_row_each)
         total = parts[0]
@@ -108,24 +101,38 @@ class ParameterBuffer:
             total += part
         return total
 
+    def gather_chunks(self, chunk: Tensor) -> Tensor:
+        """The flat tensor in the compute dtype, from every replica's chunk."""
+        return torch.cat(self.group.all_gather(chunk.to(self.dtype)))
+
     def publish(self, masters: Tensor) -> None:
-        """Weights of all replicas from everyone's fp32 chunk."""
+        """Set the weights of all replicas from everyone's fp32 chunk."""
         assert self.weights is not None, "publish while the weights are parked"
-        chunks = self.group.all_gather(masters.to(self.weights.dtype))
-        torch.cat(chunks, out=self.weights)
+        self.weights.copy_(self.gather_chunks(masters))
 
     def own_spans(self, attribute: str) -> list[slice]:
         """Spans of this rank's chunk whose parameters have the attribute (`counted` or `decayed`) set, adjacent ones joined."""
         spans: list[slice] = []
         start = self.chunk.start
-        for offset, end, each in zip(self.offsets, self.offsets[1:], self.parameters, strict=False):
-            low, high = max(offset - start, 0), min(end - start, self.chunk_size)
+        for offset, each in zip(self.offsets, self.layout, strict=False):
+            low, high = max(offset - start, 0), min(offset + each.size - start, self.chunk_size)
             if not getattr(each, attribute) or low >= high:
                 continue
             if spans and spans[-1].stop == low:
                 low = spans.pop().start
             spans.append(slice(low, high))
         return spans
+
+    def _accumulate_at(self, offset: int) -> object:
+        """A hook that adds what backward left into the fp32 gradients: bf16 sums over micro-batches would lose digits."""
+
+        def accumulate(parameter: Tensor) -> None:
+            assert self.gradients is not None, "backward before clear_gradients"
+            assert parameter.grad is not None, "the hook runs after accumulation"
+            self.gradients[offset : offset + parameter.numel()].add_(parameter.grad.reshape(-1))
+            parameter.grad = None
+
+        return accumulate
 
 
 def _offsets(sizes: Sequence[int]) -> list[int]:

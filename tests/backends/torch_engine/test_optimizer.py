@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn import Parameter
 
 from miles_plan.backends.torch_engine.mesh import open_mesh
 from miles_plan.backends.torch_engine.optimizer import ShardedAdamW, learning_rate
@@ -18,30 +17,37 @@ OPTIONS = OptimizerOptions(learning_rate=0.01, weight_decay=0.1, clip_grad_norm=
 SHAPES = {"matrix": (5, 3), "norm": (3,), "other": (2, 4)}
 
 
-def parameters(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Parameter]:
+def tensors(seed: int) -> dict[str, torch.Tensor]:
     draw = torch.Generator().manual_seed(seed)
-    return {name: Parameter(torch.randn(shape, generator=draw).to(dtype)) for name, shape in SHAPES.items()}
+    return {name: torch.randn(shape, generator=draw) for name, shape in SHAPES.items()}
 
 
-def buffered(owned: dict[str, Parameter], group: RankGroup | None = None, uncounted: str = "") -> ParameterBuffer:
-    return ParameterBuffer(
-        [
-            BufferedParameter(name=name, parameter=each, counted=name != uncounted, decayed=each.ndim > 1)
-            for name, each in owned.items()
-        ],
-        group or single_rank(),
-    )
+def build(
+    initial: dict[str, torch.Tensor], group: RankGroup | None = None, *, uncounted: str = "", dtype: torch.dtype = torch.float32
+) -> ParameterBuffer:
+    layout = [
+        BufferedParameter(name=name, shape=tuple(each.shape), counted=name != uncounted, decayed=each.ndim > 1)
+        for name, each in initial.items()
+    ]
+    buffer = ParameterBuffer(layout, group or single_rank(), dtype=dtype)
+    buffer.attach_weights(buffer.flatten(initial, dtype))
+    return buffer
 
 
-def loss_of(owned: dict[str, Parameter], seed: int) -> torch.Tensor:
+def optimizer_of(*buffers: ParameterBuffer, group: RankGroup | None = None) -> ShardedAdamW:
+    masters = [buffer.weights[buffer.chunk].to(torch.float32, copy=True) for buffer in buffers]
+    return ShardedAdamW(buffers, masters, group or single_rank())
+
+
+def loss_of(owned: dict[str, torch.Tensor], seed: int) -> torch.Tensor:
     draw = torch.Generator().manual_seed(seed)
-    return sum((each.float() * torch.randn(each.shape, generator=draw)).square().sum() for each in owned.values())
+    return sum((owned[name].float() * torch.randn(SHAPES[name], generator=draw)).square().sum() for name in SHAPES)
 
 
 def test_same_steps_as_torch_adamw():
-    ours, theirs = parameters(0), parameters(0)
-    buffer = buffered(ours)
-    optimizer = ShardedAdamW([buffer], single_rank())
+    buffer = build(tensors(0))
+    optimizer = optimizer_of(buffer)
+    ours, theirs = buffer.parameters, {name: each.requires_grad_() for name, each in tensors(0).items()}
     reference = torch.optim.AdamW(
         [
             {"params": [each for each in theirs.values() if each.ndim > 1], "weight_decay": 0.1},
@@ -65,23 +71,20 @@ def test_same_steps_as_torch_adamw():
 
 
 def test_gradients_of_micro_batches_add_up_in_fp32_for_bf16_weights():
-    owned = parameters(0, torch.bfloat16)
-    buffer = buffered(owned)
+    buffer = build(tensors(0), dtype=torch.bfloat16)
     buffer.clear_gradients()
     for _ in range(300):
-        (owned["norm"].sum() * 2**-7).backward()
-    assert owned["norm"].grad is None
-    view = dict(zip((each.name for each in buffer.parameters), buffer.views(buffer.gradients), strict=True))["norm"]
-    assert (view == 300 * 2**-7).all()  # bf16 would have stopped growing at 256 x 2**-7
+        (buffer.parameters["norm"].sum() * 2**-7).backward()
+    assert buffer.parameters["norm"].grad is None
+    assert (buffer.views(buffer.gradients)["norm"] == 300 * 2**-7).all()  # bf16 would have stopped growing at 256 x 2**-7
 
 
 def test_masters_keep_what_bf16_weights_cannot_hold():
-    owned = parameters(0, torch.bfloat16)
-    buffer = buffered(owned)
-    optimizer = ShardedAdamW([buffer], single_rank())
+    buffer = build(tensors(0), dtype=torch.bfloat16)
+    optimizer = optimizer_of(buffer)
     before = optimizer.tensors()["0.masters"].clone()
     buffer.clear_gradients()
-    loss_of(owned, 0).backward()
+    loss_of(buffer.parameters, 0).backward()
     optimizer.step(replace(OPTIONS, learning_rate=1e-6))
     masters = optimizer.tensors()["0.masters"]
     assert (masters != before).any()
@@ -89,13 +92,12 @@ def test_masters_keep_what_bf16_weights_cannot_hold():
 
 
 def test_a_norm_that_is_not_finite_skips_the_step():
-    owned = parameters(0)
-    buffer = buffered(owned)
-    optimizer = ShardedAdamW([buffer], single_rank())
+    buffer = build(tensors(0))
+    optimizer = optimizer_of(buffer)
     before, moments = buffer.weights.clone(), optimizer.tensors()["0.first_moment"].clone()
     for bad in (math.inf, math.nan):
         buffer.clear_gradients()
-        (owned["norm"].sum() * bad).backward()
+        (buffer.parameters["norm"].sum() * bad).backward()
         metrics = optimizer.step(OPTIONS)
         assert metrics["skipped_steps"] == 1.0
         assert not math.isfinite(metrics["grad_norm"])
@@ -105,16 +107,15 @@ def test_a_norm_that_is_not_finite_skips_the_step():
 
 
 def test_weights_and_state_can_be_let_go_and_taken_back():
-    owned = parameters(0)
-    buffer = buffered(owned)
-    optimizer = ShardedAdamW([buffer], single_rank())
+    buffer = build(tensors(0))
+    optimizer = optimizer_of(buffer)
     state = optimizer.tensors()
     optimizer.replace_tensors(None)
     flat = buffer.detach_weights()
-    assert all(each.numel() == 0 for each in owned.values())
+    assert buffer.parameters == {}
     buffer.attach_weights(flat)
     optimizer.replace_tensors(state)
-    assert torch.equal(owned["matrix"], parameters(0)["matrix"])
+    assert torch.equal(buffer.parameters["matrix"], tensors(0)["matrix"])
 
 
 def test_learning_rate_schedules_by_hand():
@@ -133,10 +134,10 @@ def test_learning_rate_schedules_by_hand():
 def train(rank: int, rendezvous: str | None, world_size: int) -> dict[str, object]:
     """Two buffers: one sharded over all ranks; one of this rank alone, whose `norm` all ranks hold alike, and rank 0 counts."""
     mesh = open_mesh(TrainLayout(dp=world_size), rank, rendezvous=rendezvous, timeout_s=60)
-    shared = parameters(0)
-    own = {"expert": Parameter(torch.full((2, 2), 1.0 + rank)), "norm": Parameter(torch.ones(3))}
-    buffers = [buffered(shared, mesh.dp), buffered(own, uncounted="norm" if rank else "")]
-    optimizer = ShardedAdamW(buffers, mesh.world)
+    alike = {"expert": torch.full((2, 2), 1.0 + rank), "norm": torch.ones(3)}
+    buffers = [build(tensors(0), mesh.dp), build(alike, uncounted="norm" if rank else "")]
+    optimizer = optimizer_of(*buffers, group=mesh.world)
+    shared, own = buffers[0].parameters, buffers[1].parameters
     norms = []
     for step in range(3):
         for buffer in buffers:
