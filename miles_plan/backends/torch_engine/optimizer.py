@@ -18,7 +18,8 @@ _STATE = ("masters", "first_moment", "second_moment")
 class ShardedAdamW:
     """Decoupled weight decay Adam (arXiv 1711.05101) on the chunks of some buffers; `group` spans all ranks of the trainer.
 
-    masters: each buffer's chunk of the initial weights, float32; the optimizer keeps and changes them. state: per buffer the float32 [chunk_size] tensors `masters`, `first_moment`, `second_moment`, or None while parked.
+    masters: each buffer's chunk of the initial weights, float32; the optimizer keeps and changes them. state: per buffer the
+    float32 [chunk_size] tensors `masters`, `first_moment`, `second_moment`, or None while parked.
     """
 
     def __init__(self, buffers: Sequence[ParameterBuffer], masters: Sequence[Tensor], group: RankGroup) -> None:
