@@ -44,8 +44,13 @@ class PreparedKeyValue:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Sequences of similar length, padded: rows int64 [B, L] into the packed tokens, slots where `rows` is real, flat int64."""
+    """Sequences of similar length, padded to [B, L].
 
+    sequences int64 [B]: which ones; rows int64 [B, L]: their packed tokens, any token as filler; slots int64: flat
+    places in [B, L] that hold a token, and tokens int64: which one.
+    """
+
+    sequences: Tensor
     rows: Tensor
     slots: Tensor
     tokens: Tensor
@@ -80,16 +85,19 @@ def pack_sequences(lengths: Sequence[int], *, device: torch.device | str = "cpu"
         else:
             groups.append([index])
     positions = torch.cat([torch.arange(n) for n in lengths]) if lengths else torch.zeros(0, dtype=torch.int64)
-    buckets = tuple(_bucket([starts[i] for i in group], [lengths[i] for i in group], device) for group in groups)
+    buckets = tuple(_bucket(group, starts, lengths, device) for group in groups)
     return PackedSequences(tuple(int(n) for n in lengths), positions.to(device), buckets)
 
 
-def _bucket(starts: list[int], lengths: list[int], device: torch.device | str) -> Bucket:
-    offsets = torch.arange(max(lengths))[None, :]
-    real = offsets < torch.tensor(lengths)[:, None]
-    rows = torch.where(real, torch.tensor(starts)[:, None] + offsets, torch.tensor(starts)[:, None])
+def _bucket(group: list[int], starts: Sequence[int], lengths: Sequence[int], device: torch.device | str) -> Bucket:
+    first = torch.tensor([starts[index] for index in group])[:, None]
+    length = torch.tensor([lengths[index] for index in group])[:, None]
+    offsets = torch.arange(int(length.max()))[None, :]
+    real = offsets < length
+    rows = torch.where(real, first + offsets, first)
     slots = real.flatten().nonzero().squeeze(1)
-    return Bucket(rows.to(device), slots.to(device), rows.flatten()[slots].to(device))
+    tokens = rows.flatten()[slots]
+    return Bucket(torch.tensor(group, device=device), rows.to(device), slots.to(device), tokens.to(device))
 
 
 def prepare_keys_values(keys: Tensor, values: Tensor) -> PreparedKeyValue:

@@ -21,7 +21,6 @@ from miles_plan.backends.torch_engine.parallel import enter_tensor_parallel
 from miles_plan.backends.torch_engine.prepared import PreparedWeights
 from miles_plan.backends.torch_engine.weights import Shard, Weights, vocab_range
 from miles_plan.kernels.attention import (
-    Bucket,
     PackedSequences,
     PreparedKeyValue,
     packed_attention,
@@ -58,7 +57,7 @@ class PagedBatch:
     """New tokens of several sequences on their way into the KV cache.
 
     tokens, positions int64 [M]; page, offset int64 [M]: where each token's key and value go; page_table int64 [B, P] and
-    context_tokens int64 [B] as in `paged_attention`; bucket pads the M tokens to [B, L], None when every sequence has one.
+    context_tokens int64 [B] as in `paged_attention`; sequences: the new tokens of each, None when every one has one.
     """
 
     tokens: Tensor
@@ -67,7 +66,7 @@ class PagedBatch:
     offset: Tensor
     page_table: Tensor
     context_tokens: Tensor
-    bucket: Bucket | None
+    sequences: PackedSequences | None
 
 
 class Decoder:
@@ -239,19 +238,17 @@ class Decoder:
         fresh = prepare_keys_values(keys, values)
         for cached, new in ((pool.keys, fresh.keys), (pool.values, fresh.values), (pool.value_scale, fresh.value_scale)):
             cached[batch.page, :, batch.offset] = new
-        padded = queries[:, None] if batch.bucket is None else queries[batch.bucket.rows]
-        attended = paged_attention(
-            padded,
-            pool,
-            batch.page_table,
-            batch.context_tokens,
-            scale=self.config.softmax_scale,
-            max_context=self.config.max_positions,
-        )
-        if batch.bucket is None:
-            return attended[:, 0]
+        scale, max_context = self.config.softmax_scale, self.config.max_positions
+        table, context = batch.page_table, batch.context_tokens
+        if batch.sequences is None:
+            return paged_attention(queries[:, None], pool, table, context, scale=scale, max_context=max_context)[:, 0]
         packed = torch.empty_like(queries)
-        packed[batch.bucket.tokens] = attended.flatten(0, 1)[batch.bucket.slots]
+        for bucket in batch.sequences.buckets:
+            own = bucket.sequences
+            attended = paged_attention(
+                queries[bucket.rows], pool, table[own], context[own], scale=scale, max_context=max_context
+            )
+            packed[bucket.tokens] = attended.flatten(0, 1)[bucket.slots]
         return packed
 
     def _check_replay(self, replay: Tensor | None, num_tokens: int) -> None:

@@ -46,11 +46,10 @@ class RolloutEngineOptions:
     model_directory: a Hugging Face checkpoint, served as version 0; kv_pool_tokens: tokens the paged KV cache holds, a
     multiple of page_tokens; max_running: most samples decoded together; prefill_chunk_tokens: most prompt tokens fed in one
     step; prefix_sharing: samples of one prompt share its KV pages; return_routing: record the experts of every token;
-    max_context_tokens: longest sequence allowed, 0 = the model's; host_directory: where weights put to sleep are parked.
+    max_context_tokens: longest sequence allowed, 0 = the model's.
     """
 
     model_directory: Path
-    host_directory: Path
     layout: RolloutLayout = field(default_factory=RolloutLayout)
     dtype: DtypeName = "float32"
     kv_pool_tokens: int = 65536
