@@ -91,6 +91,21 @@ def bar(width: int, spans: Iterable[tuple[float, float, str, str]]) -> Text:
     return filled
 
 
+def head(page: Page, title: str, right: str, facts: Iterable[tuple[str, str]]) -> None:
+    """The first lines of a page: title and what stands at its right, then facts, each with its name before it."""
+    line = Table.grid(expand=True)
+    line.add_column(overflow="fold")
+    line.add_column(justify="right")
+    line.add_row(text(title, "bold"), text(right, "dim"))
+    page.show(line)
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts:
+        table.add_row(text(name), text(value))
+    page.show(table)
+
+
 def flow(items: Sequence[Text], width: int) -> Text:
     """Items one after the other, as many a line as fit, none broken in two."""
     lines: list[Text] = [Text()]

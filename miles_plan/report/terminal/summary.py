@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from rich.table import Table
-from rich.text import Text
-
 from miles_plan.ir.memory import MemoryTimeline
 from miles_plan.ir.plan import Plan, plan_sha256
 from miles_plan.report.schedule import loop_schedules
-from miles_plan.report.terminal.page import Page, text
+from miles_plan.report.terminal.page import Page, head
 from miles_plan.report.units import bytes_text, count_text, estimate_text, plural, seconds_text
 from miles_plan.report.wording import cluster_text, memory_place
 
 
 def draw_summary(page: Page, plan: Plan) -> None:
     """Six lines that answer: what, on what, how long, does it fit, is anything odd."""
-    head = Table.grid(expand=True)
-    head.add_column(overflow="fold")
-    head.add_column(justify="right")
-    head.add_row(text(plan.name, "bold"), Text(f"plan {plan_sha256(plan)[:12]}", style="dim"))
-    page.show(head)
-    facts = Table.grid(padding=(0, 2, 0, 0))
-    facts.add_column(style="dim", no_wrap=True)
-    facts.add_column(overflow="fold")
-    for name, value in _facts(plan):
-        facts.add_row(name, text(value))
-    page.show(facts)
+    head(page, plan.name, f"plan {plan_sha256(plan)[:12]}", _facts(plan))
 
 
 def _facts(plan: Plan) -> list[tuple[str, str]]:
