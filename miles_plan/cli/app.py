@@ -15,6 +15,7 @@ import typer
 
 from miles_plan import __version__
 from miles_plan.cli.check import check
+from miles_plan.cli.compile import compile, estimate
 from miles_plan.cli.exit_code import ExitCode
 from miles_plan.cli.explain import explain
 from miles_plan.cli.findings import show_findings
@@ -25,8 +26,10 @@ from miles_plan.cli.schema import schema
 from miles_plan.diagnostics import PlanError
 
 COMMANDS = (
-    # compile, estimate, run, resume, status, diff, report, doctor: in the order of a job's life, before these
+    # run, resume, status, diff, report, doctor: in the order of a job's life, between these
     check,
+    compile,
+    estimate,
     explain,
     schema,
     models,

@@ -128,9 +128,7 @@ def gemm_seconds(gemm: Gemm, tokens: Floats, columns: LayoutColumns, links: Link
     size = 1.0 if quantized else 2.0
     traffic = (rows * deep + weights * wide * deep) * size + rows * wide * 2.0
     reached = gpu.hbm_bytes_per_s * profile.hbm_fraction
-    return np.asarray(
-        np.maximum(2.0 * rows * wide * deep / (peak * usable), traffic / reached) + profile.kernel_launch_s
-    )
+    return np.asarray(np.maximum(2.0 * rows * wide * deep / (peak * usable), traffic / reached) + profile.kernel_launch_s)
 
 
 def wave_fraction(rows: ArrayLike, wide: ArrayLike, sms: int) -> Floats:
@@ -210,9 +208,7 @@ def _moe_moved(ffn: MoeFfn, hidden: int, columns: LayoutColumns, options: Comput
     return np.asarray((routed + 12.0 * ffn.experts) / columns.sequence_split + beside)
 
 
-def _tp_seconds(
-    kind: LayerKind, hidden: int, tokens: Floats, columns: LayoutColumns, links: Links
-) -> tuple[Floats, Floats]:
+def _tp_seconds(kind: LayerKind, hidden: int, tokens: Floats, columns: LayoutColumns, links: Links) -> tuple[Floats, Floats]:
     """Tensor-parallel exchanges: two a part with sequence parallelism (gather and scatter), one sum without.
 
     Backward gathers the input once more for the weight gradient. Expert parts exchange by `ep` instead.

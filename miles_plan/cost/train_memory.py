@@ -446,10 +446,7 @@ def _torch_terms(model: ModelArchitecture, columns: LayoutColumns, options: Trai
     keep = counts if options.recompute == "none" else np.minimum(counts, 1.0)
     # Softmax input, output and the fp32 copy between them, for each query of the microbatch and key of its sequence.
     scores = (
-        (8.0 + options.element_bytes)
-        * tokens
-        * np.minimum(options.seq_len, options.tokens_per_gpu * columns.cp)
-        / columns.tp
+        (8.0 + options.element_bytes) * tokens * np.minimum(options.seq_len, options.tokens_per_gpu * columns.cp) / columns.tp
     )
     terms["attention scores"] = scores[:, None] * (keep @ heads)
     head = np.zeros_like(params.total)

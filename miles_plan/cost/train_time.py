@@ -139,9 +139,7 @@ def _group_seconds(
 ) -> dict[str, Floats]:
     tokens_per_replica = workload.total_tokens / columns.dp
     room = np.maximum(workload.tokens_per_gpu * columns.cp, workload.longest)
-    microbatches = (
-        np.maximum(1.0, np.ceil(tokens_per_replica / workload.gradient_steps / room)) * workload.gradient_steps
-    )
+    microbatches = np.maximum(1.0, np.ceil(tokens_per_replica / workload.gradient_steps / room)) * workload.gradient_steps
     batch = Microbatch(
         tokens=tokens_per_replica / microbatches,
         sum_squares=workload.sum_squares / columns.dp / microbatches,
@@ -241,9 +239,7 @@ def _update_seconds(
     reduce, gather = both("reduce", options.grad_bytes), both("gather", 2.0)
     exposed = reduce + gather
     if options.overlap_dp:  # the last backward hides most of the reduction, the first forward most of the gathering
-        exposed = np.maximum(0.1 * reduce, reduce - 0.6 * microbatch) + np.maximum(
-            0.1 * gather, gather - 0.3 * microbatch
-        )
+        exposed = np.maximum(0.1 * reduce, reduce - 0.6 * microbatch) + np.maximum(0.1 * gather, gather - 0.3 * microbatch)
     shard = dense / replicas + expert / expert_replicas
     shard = shard if options.optimizer.distributed else dense + expert
     return {"dp": exposed, "optimizer": _optimizer_seconds(shard, links, options.optimizer)}
@@ -254,9 +250,7 @@ def _optimizer_seconds(shard: Floats, links: Links, optimizer: OptimizerOptions)
         return np.zeros_like(shard)
     moved = shard * optimizer.offload_fraction
     on_gpu = (shard - moved) * OPTIMIZER_BYTES / (links.gpu.hbm_bytes_per_s * links.profile.hbm_fraction)
-    over_link = moved * (
-        4.0 / links.profile.device_to_host_bytes_per_s + 2.0 / links.profile.host_to_device_bytes_per_s
-    )
+    over_link = moved * (4.0 / links.profile.device_to_host_bytes_per_s + 2.0 / links.profile.host_to_device_bytes_per_s)
     on_host = moved * OPTIMIZER_BYTES / CPU_ADAM_BYTES_PER_S
     return np.asarray(on_gpu + over_link + on_host)
 

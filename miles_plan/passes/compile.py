@@ -47,7 +47,7 @@ def compile_job(loaded: LoadedJob, *, passes: Sequence[Pass] = DEFAULT, instrume
         outcome = Pipeline(passes=tuple(passes), instruments=instruments).run(empty, ctx)
     except PlanError as refused:
         raise PlanError(refused.diagnostics, loaded.sources) from None
-    unread = loaded.ledger.unread()
+    unread = tuple(path for path in loaded.ledger.unread() if loaded.origins.of(path).kind != "default")
     diagnostics = (*outcome.diagnostics, *_unread_warnings(loaded, unread))
     plan = _plan(loaded, ctx, run, replace(outcome, diagnostics=diagnostics), unread)
     return Compiled(plan=plan, diagnostics=diagnostics)
@@ -179,14 +179,13 @@ def _data_sources(loaded: LoadedJob) -> Iterator[DataSource]:
 def _unread_warnings(loaded: LoadedJob, unread: Sequence[str]) -> Iterator[Diagnostic]:
     """A field that the user set and nothing read: it decides nothing in this job."""
     for path in unread:
-        if loaded.origins.of(path).kind != "default":
-            yield warning(
-                "MP160",
-                f"{path} is set, and nothing in this job reads it",
-                loaded.at(path),
-                field=path,
-                help="remove it, or check that the part it belongs to is in use",
-            )
+        yield warning(
+            "MP160",
+            f"{path} is set, and nothing in this job reads it",
+            loaded.at(path),
+            field=path,
+            help="remove it, or check that the part it belongs to is in use",
+        )
 
 
 def _plan(loaded: LoadedJob, ctx: PassContext, run: RunOptions, outcome: Outcome, unread: Sequence[str]) -> Plan:

@@ -206,7 +206,7 @@ def memory_options(
         num_microbatches=max(1, microbatches),
         precision=COST_PRECISION[ctx.job.precision.train],
         recompute=options.recompute,
-        optimizer=_optimizer(options),
+        optimizer=_optimizer(ctx, options),
         entropy=ctx.job.algorithm.entropy_coef > 0,
         reference="none" if not reference else "swapped" if swapped else "resident",
     )
@@ -217,12 +217,12 @@ def time_options(ctx: PassContext, options: TrainChoice | _Options) -> TrainTime
     return TrainTimeOptions(
         compute=ComputeOptions(precision=COST_PRECISION[ctx.job.precision.train]),
         recompute=options.recompute,
-        optimizer=_optimizer(options),
+        optimizer=_optimizer(ctx, options),
     )
 
 
-def _optimizer(options: TrainChoice | _Options) -> OptimizerOptions:
-    return OptimizerOptions(offload_fraction=1.0 if options.optimizer_offload else 0.0)
+def _optimizer(ctx: PassContext, options: TrainChoice | _Options) -> OptimizerOptions:
+    return OptimizerOptions(kind=ctx.job.train.optimizer.kind, offload_fraction=1.0 if options.optimizer_offload else 0.0)
 
 
 def train_workload(ctx: PassContext, workload: StepWorkload, tokens_per_gpu: int) -> TrainWorkload:
