@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,11 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a checkpoint holds. done: per task, iterations of its loop that are behind it; cursors: rows drawn, per Prompts task.
+    """What a checkpoint holds.
 
-    older_weights: weight versions before the newest that rollouts after the cut still ask for, each with its file.
+    done: per task, iterations of its loop that are behind it; cursors and weights_made: rows drawn and weight versions made, by
+    instance as `task@iteration`; older_weights: versions before the newest that rollouts after the cut still ask for, each with
+    its file; journal_row: the last row of the journal when it was written.
     """
 
     plan_sha256: str
@@ -45,13 +47,11 @@ class Manifest:
     weight_version: int
     done: Mapping[str, int]
     cursors: Mapping[str, int]
+    weights_made: Mapping[str, int]
     older_weights: Mapping[str, str]
     journal_row: int
     seed: int
-    wall_s: float
-    restarts: int
-    files: tuple[FileRecord, ...] = ()
-    details: Mapping[str, Any] = field(default_factory=dict)
+    files: tuple[FileRecord, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,12 @@ class Instance:
         """`rollout@3`."""
         return f"{self.task}@{self.iteration}"
 
+    @classmethod
+    def parse(cls, text: str) -> Instance:
+        """The instance that prints as `text`."""
+        task, _, iteration = text.rpartition("@")
+        return cls(task, int(iteration))
+
 
 @dataclass(frozen=True, slots=True)
 class Wait:

@@ -11,43 +11,52 @@ from typing import Any, Literal
 from miles_plan.backends.executor.durable_files import naming
 
 EventKind = Literal[
-    "session_started",
-    "session_ended",
+    "run_started",
+    "run_resumed",
+    "run_finished",
+    "run_failed",
+    "interrupted",
     "cluster_started",
     "actors_started",
+    "loop_started",
     "task_started",
     "waiting",
     "overdue",
     "task_completed",
     "task_failed",
-    "restarting",
+    "task_retried",
+    "actors_rebuilt",
     "rolled_back",
-    "checkpoint_written",
-    "checkpoint_refused",
     "weights_published",
     "weights_acknowledged",
     "weights_released",
+    "checkpoint_written",
+    "checkpoint_loaded",
+    "checkpoint_refused",
     "digest_differs",
-    "interrupted",
     "cleaned_up",
     "warning",
 ]
 
 
 class EventLog:
-    """Appends one JSON line an event: `time` in seconds since the epoch, `event`, and its fields."""
+    """Appends one JSON line an event.
 
-    def __init__(self, path: Path) -> None:
-        """Open for appending. OSError names the path."""
-        self.path = path
+    time_s: seconds since the run first started; kind; owner: the task instance or part that the event is of; subject: what it
+    is about or waits for; then further fields by kind, such as `deadline_s` and `age_s` of a wait.
+    """
+
+    def __init__(self, path: Path, *, epoch: float) -> None:
+        """Open for appending; `epoch` is when the run first started. OSError names the path."""
+        self.path, self.epoch = path, epoch
         with naming(path):
             self._file = path.open("a", encoding="utf-8")
 
-    def write(self, event: EventKind, **fields: Any) -> None:
+    def write(self, kind: EventKind, owner: str, subject: str, **fields: Any) -> None:
         """One event, visible to readers when this returns."""
-        line = json.dumps({"time": round(time.time(), 4), "event": event, **fields}, ensure_ascii=False, default=str)
+        event = {"time_s": round(time.time() - self.epoch, 4), "kind": kind, "owner": owner, "subject": subject, **fields}
         with naming(self.path):
-            self._file.write(line + "\n")
+            self._file.write(json.dumps(event, ensure_ascii=False, default=str) + "\n")
             self._file.flush()
 
     def close(self) -> None:
@@ -55,15 +64,15 @@ class EventLog:
         self._file.close()
 
 
-def read_events(path: Path) -> Iterator[Mapping[str, Any]]:
-    """Events in order; a last line that a crash cut short is left out."""
+def read_lines(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The records of a JSONL file in order; a line that a crash cut short is left out, a missing file is empty."""
     if not path.exists():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                event = json.loads(line)
+                record = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(event, dict):
-                yield event
+            if isinstance(record, dict):
+                yield record

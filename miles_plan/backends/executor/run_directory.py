@@ -5,7 +5,7 @@
     journal.sqlite     every instance of a task: started, completed or failed
     events.jsonl       what happened and what waits for what, append-only
     metrics.jsonl      one line an iteration
-    timeline.json      when each task ran, as measured
+    timeline.jsonl     when each task ran, as measured, one line an attempt
     tensorboard/       the same metrics for TensorBoard
     checkpoints/       step-000040/ with its manifest.json, written last
     data/              rows that a generator made for this run
@@ -67,7 +67,7 @@ class RunDirectory:
     @property
     def timeline(self) -> Path:
         """Measured start and end of every task."""
-        return self.root / "timeline.json"
+        return self.root / "timeline.jsonl"
 
     @property
     def tensorboard(self) -> Path:
