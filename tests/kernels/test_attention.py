@@ -87,6 +87,18 @@ def test_neighbours_and_later_tokens_do_not_matter(lengths: list[int]) -> None:
         start += length
 
 
+def test_sums_over_keys_are_exact() -> None:
+    q, k, v = inputs(257)
+    k[1:256:2] = k[:256:2]  # pairs of keys with equal weights
+    v[:256:2] = torch.randn(v[1:256:2].shape, generator=torch.Generator().manual_seed(4)) * 1e4
+    v[1:256:2] = -v[:256:2]  # and opposite values: the sum cancels, which shows every rounding of a partial sum
+    v[-1] = 1e-9
+    expected = packed(q, k, v, [257])[-1]
+    for seed in range(4):
+        order = torch.cat([torch.randperm(256, generator=torch.Generator().manual_seed(seed)), torch.tensor([256])])
+        assert torch.equal(packed(q, k[order], v[order], [257])[-1], expected)
+
+
 def test_blocks_of_any_size_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [50, 50, 13]
     q, k, v = inputs(sum(lengths))

@@ -62,6 +62,18 @@ def test_sharded_vocabulary_gives_the_bits_of_one_rank(
         assert torch.equal(result[1], expected[1])
 
 
+def test_the_denominator_is_an_exact_sum() -> None:
+    logits, _ = inputs(vocab_size=5000)
+    targets = logits.argmax(dim=-1)  # a log-prob near zero shows the last bits of the denominator
+    logits[range(len(targets)), targets] += 25
+    expected = log_prob(logits, targets)
+    for seed in range(4):
+        order = torch.randperm(5000, generator=torch.Generator().manual_seed(seed))
+        found = log_prob(logits[:, order], logits[:, order].argmax(dim=-1))
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+
+
 def test_no_rows() -> None:
     log_probs, entropy = log_prob(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64))
     assert log_probs.shape == entropy.shape == (0,)

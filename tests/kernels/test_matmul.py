@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from miles_plan.kernels.collectives import RankGroup
-from miles_plan.kernels.matmul import matmul, prepare_weight, row_parallel_matmul
+from miles_plan.kernels.matmul import exact_product, matmul, prepare_weight, row_parallel_matmul
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -29,6 +29,17 @@ def test_a_row_alone_equals_the_row_in_a_batch(k: int, n: int, dtype: torch.dtyp
     assert torch.equal(matmul(x.flip(0), w, b).flip(0), whole)
     assert torch.equal(torch.cat([matmul(x, part) for part in w.split(2)], dim=1), matmul(x, w))
     assert torch.equal(matmul(x, w, b, prepared=prepare_weight(w)), whole)
+
+
+def test_the_sum_over_k_is_exact_in_float64() -> None:
+    x, w, _ = rows(29, 512, 31, torch.float32)
+    x[:, 256:], w[:, 256:] = x[:, :256] * 1.5, -w[:, :256]  # cancellation shows every rounding of a partial sum
+    prepared = prepare_weight(w)
+    expected = exact_product(x, prepared)
+    for seed in range(4):
+        order = torch.randperm(512, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(exact_product(x[:, order], prepared[:, order]), expected)
+    assert torch.equal(torch.cat([exact_product(row[None], prepared) for row in x]), expected)
 
 
 def test_threads_do_not_matter() -> None:

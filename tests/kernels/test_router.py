@@ -9,6 +9,7 @@ from miles_plan.kernels.router import choose_experts, count_mismatches, gate_wei
 def test_ties_go_to_the_lower_index() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0]])
     assert choose_experts(logits, 2).tolist() == [[1, 2], [0, 1]]
+    assert choose_experts(torch.zeros(3, 1000), 8).tolist() == [list(range(8))] * 3
 
 
 @pytest.mark.parametrize("normalise", [True, False])
