@@ -123,7 +123,6 @@ def start_actor(name: str, *, threads: int, resources: dict[str, float], placeme
     strategy = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=bundle) if placement else "DEFAULT"
     remote = ray.remote(concurrency_groups={"control": 1})(_with_control(Actor))
     return remote.options(
-        name=name,
         num_cpus=0,
         num_gpus=resources.get("GPU", 0),
         resources=wanted,

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class Session:
     belongings: Belongings
     janitor: Janitor
     started_s: float
-    placements: list[Any] = field(default_factory=list)
+    placements: dict[str, Any] = field(default_factory=dict)
 
     def place(self, bundles: Mapping[str, list[Mapping[str, float]]]) -> dict[str, Any]:
         """One placement group a part of the plan, all of them there when this returns. RunError names what is missing."""
@@ -53,8 +53,7 @@ class Session:
         made = {}
         for name, wanted in bundles.items():
             group = placement_group([dict(bundle) for bundle in wanted], strategy="PACK", name=f"miles-plan-{name}")
-            self.placements.append(group)
-            made[name] = group
+            self.placements[name] = made[name] = group
         deadline = time.monotonic() + PLACEMENT_WAIT_S
         for name, group in made.items():
             if not group.wait(max(0.1, deadline - time.monotonic())):
@@ -67,6 +66,14 @@ class Session:
                 )
         return made
 
+    def release_placements(self, names: Sequence[str]) -> None:
+        """Give placed resources back, to be placed anew."""
+        from ray.util.placement_group import remove_placement_group
+
+        for name in names:
+            if name in self.placements:
+                remove_placement_group(self.placements.pop(name))
+
     def close(self) -> list[str]:
         """Stop Ray and everything that carries the session's marker; returns what had to be killed."""
         import ray
@@ -78,12 +85,16 @@ class Session:
         return [each for each in found if each.startswith("process")]
 
 
-def start_session(plan: Plan) -> Session:
-    """Start Ray with what the plan needs and check that the machine has it. RunError says what does not match."""
+def start_session(plan: Plan, *, on_belongings: Callable[[Belongings], None]) -> Session:
+    """Start Ray with what the plan needs and check that the machine has it. RunError says what does not match.
+
+    `on_belongings` is told what there will be to clean up before there is anything.
+    """
     began = time.monotonic()
     marker = secrets.token_hex(6)
     temporary = Path(tempfile.mkdtemp(prefix="mplan-", dir=_short_temporary()))  # 0700; Unix sockets allow 107 characters
     belongings = Belongings(marker=marker, temporary=str(temporary), segment_prefix=f"{SEGMENT_PREFIX}-{marker}")
+    on_belongings(belongings)
     os.environ.update(RAY_ENVIRONMENT)
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token_file(temporary))
     os.environ["PYTHONPATH"] = import_path()

@@ -59,6 +59,10 @@ class EventLog:
             self._file.write(json.dumps(event, ensure_ascii=False, default=str) + "\n")
             self._file.flush()
 
+    def earlier(self, kind: EventKind) -> list[Mapping[str, Any]]:
+        """All events of a kind, of earlier sessions too."""
+        return [event for event in read_lines(self.path) if event.get("kind") == kind]
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()

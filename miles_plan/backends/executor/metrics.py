@@ -40,7 +40,7 @@ class MetricsFile:
         step = self.loop_offset[loop] + iteration + 1
         figures = self._open.pop((loop, iteration), {"task_s": {}})
         line = {"loop": loop, "iteration": iteration, "step": step, "step_s": round(now - self._last, 5), **figures}
-        if tokens := figures.get("tokens"):
+        if tokens := figures.get("tokens", figures.get("train_tokens")):
             line["tokens_per_s"] = tokens / max(now - self._last, 1e-9)
         self._last = now
         with naming(self.path):
@@ -50,9 +50,14 @@ class MetricsFile:
             self._scalars.write(step, line)
         return line
 
-    def drop_open(self) -> None:
-        """Forget iterations that are not over: they will run again."""
+    def restart_from(self, kept: Mapping[str, int]) -> None:
+        """Per loop, drop the lines of iterations from `kept[loop]` on, and what is open: they will run again."""
         self._open.clear()
+        self._file.close()
+        cut_metrics(self.path, kept)
+        with naming(self.path):
+            self._file = self.path.open("a", encoding="utf-8")
+        self._last = time.monotonic()
 
     def close(self) -> None:
         """Flush and close."""

@@ -13,6 +13,7 @@ from miles_plan.backends.executor.engines import TrainRank
 from miles_plan.backends.executor.operations.operation import Context, Operation, Outcome, Wait, Waiting, places
 from miles_plan.backends.executor.operations.publish import train_group
 from miles_plan.backends.executor.run_state import still_wanted
+from miles_plan.backends.executor.weight_files import save_buckets
 from miles_plan.ir.tasks import Checkpoint
 
 DEFAULT_KEEP = 2
@@ -24,12 +25,9 @@ def save_rank(rank: TrainRank, version: int, folder: Path) -> tuple[FileRecord, 
     return record_files(folder, [_relative(folder, name) for name in written])
 
 
-def save_buckets(rank: TrainRank, folder: Path, name: str, buckets: Sequence[WeightBucket]) -> tuple[FileRecord, ...]:
-    """Published weights as a safetensors file."""
-    from miles_plan.backends.torch_engine.exported_weights import write_safetensors
-
-    write_safetensors(buckets, folder / name)
-    return record_files(folder, [name])
+def save_published(rank: TrainRank, folder: Path, name: str, buckets: Sequence[WeightBucket]) -> tuple[FileRecord, ...]:
+    """Published weights as files below `folder / name`."""
+    return record_files(folder, [f"{name}/{file}" for file in save_buckets(folder / name, buckets)])
 
 
 def _relative(folder: Path, name: str) -> str:
@@ -60,8 +58,8 @@ def saved(context: Context, loop: str, iteration: int, done: dict[str, int], *, 
         files = [record for report in reports for record in report]
         older = {}
         for each in sorted(still_wanted(context.flow, done, state) - {version}):
-            older[str(each)] = name = f"weights-version-{each:06d}.safetensors"
-            calls = trainer.part([0]).call(save_buckets, folder, name, state.published[each].buckets)
+            older[str(each)] = name = f"weights-version-{each:06d}"
+            calls = trainer.part([0]).call(save_published, folder, name, state.published[each].buckets)
             (report,) = yield Wait(f"{places(trainer)}: save weights version {each}", calls)
             files += report
         cursors, made = state.at_cut(context.flow, done)

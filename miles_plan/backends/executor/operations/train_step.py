@@ -19,6 +19,13 @@ from miles_plan.backends.executor.run_state import publishes
 from miles_plan.data.batch import Array, SampleBatch
 from miles_plan.ir.tasks import TrainStep
 
+RENAMED = {  # names that the rollout and the comparison with it have for themselves
+    "tokens": "train_tokens",
+    "routing_mismatches": "train_routing_mismatches",
+    "routing_compared": "train_routing_compared",
+}
+COUNTS = ("tokens", "skipped_steps", "routing_mismatches", "routing_compared")
+
 
 def train_rank(
     rank: TrainRank, task: TrainStep, version: int, samples: SampleBatch, routing: RoutingRecord | None, names: tuple[str, ...],
@@ -31,7 +38,13 @@ def train_rank(
         batch = batch.with_columns(old_log_probs=batch.rollout_log_probs)
     found = []
     for part in updates_of(batch, task.updates):
-        metrics = engine.train_step(part, loss=task.loss, optimizer=task.optimizer, replay_routing=task.replay_routing)
+        metrics = engine.train_step(
+            part,
+            loss=task.loss,
+            optimizer=task.optimizer,
+            replay_routing=task.replay_routing,
+            temperature=task.temperature,
+        )
         found.append({name: float(value) for name, value in metrics.items()})
     rank.version = version + 1
     return found
@@ -57,7 +70,7 @@ def train_step(context: Context) -> Operation:
     reports = yield Wait(f"{places(context.group)}: train on version {version}", calls)
     state.trainer_version = version + 1
     state.weights_made[context.instance] = version + 1
-    figures = merged(reports[0])
+    figures = {RENAMED.get(name, name): figure for name, figure in merged(reports[0]).items()}
     if task.nonfinite != "skip" and figures.get("skipped_steps"):
         raise _nonfinite(context, task)
     if publishes(context.flow.graph, task.name):
@@ -71,7 +84,7 @@ def merged(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Metrics of a step from those of its updates: counts add up, the rest is averaged."""
     names = list(dict.fromkeys(name for update in updates for name in update))
     sums = {name: math.fsum(update.get(name, 0.0) for update in updates) for name in names}
-    return {name: total if name in ("tokens", "skipped_steps") else total / len(updates) for name, total in sums.items()}
+    return {name: total if name in COUNTS else total / len(updates) for name, total in sums.items()}
 
 
 def _nonfinite(context: Context, task: TrainStep) -> Exception:
