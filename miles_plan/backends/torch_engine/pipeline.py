@@ -41,6 +41,7 @@ class StageLinks:
     group: RankGroup
     dtype: torch.dtype
     width: int
+    device: str = "cpu"
     _in_flight: list[tuple[Any, Tensor]] = field(default_factory=list)
 
     @property
@@ -65,7 +66,7 @@ class StageLinks:
 
     def receive(self, rows: int, *, from_stage: int) -> Tensor:
         """[rows, width] from a neighbour."""
-        tensor = torch.empty(rows, self.width, dtype=self.dtype)
+        tensor = torch.empty(rows, self.width, dtype=self.dtype, device=self.device)
         return self.group.receive(tensor, from_stage) if rows else tensor
 
     def send(self, tensor: Tensor, *, to_stage: int) -> None:
