@@ -12,7 +12,7 @@ from miles_plan.ir.group import DeviceGroup
 from miles_plan.ir.memory import MemoryTimeline
 from miles_plan.ir.tasks import AnyTask, Edge, Task
 
-Fact = Literal["logical", "placed", "aligned", "sized", "synced", "guarded", "scheduled"]
+Fact = Literal["logical", "placed", "aligned", "sized", "synced", "priced", "guarded", "scheduled"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

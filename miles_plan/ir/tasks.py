@@ -199,6 +199,7 @@ class Logprobs(Task):
     tokens_per_gpu: int = 0
     replay_routing: bool = False
     compare_with_rollout: bool = False
+    alignment: Literal["exact", "replay", "corrected", "off"] | None = None  # None until aligned, or nothing to align
     max_log_prob_diff: float | None = None  # the run stops above it; None = only reported
 
     takes: ClassVar[frozenset[Payload]] = frozenset({"samples", "routing", "log_probs", "weights", "order"})

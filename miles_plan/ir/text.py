@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 from miles_plan.ir.graph import TaskGraph
 from miles_plan.ir.tasks import Task
 
-FACT_ORDER = ("logical", "placed", "aligned", "sized", "synced", "guarded", "scheduled")
+FACT_ORDER = ("logical", "placed", "aligned", "sized", "synced", "priced", "guarded", "scheduled")
 
 
 def to_text(graph: TaskGraph) -> str:
@@ -110,7 +110,7 @@ class _Parser:
 
     def take(self, expected: str | None = None, kind: str | None = None) -> str:
         if self.index >= len(self.tokens):
-            raise self._error(len(self.text), expected or kind or "more text")
+            raise self._error(len(self.text), f"'{expected}'" if expected else f"a {kind or 'token'}")
         found_kind, value, position = self.tokens[self.index]
         if (expected is not None and value != expected) or (kind is not None and found_kind != kind):
             raise self._error(position, f"'{expected}'" if expected else f"a {kind}")

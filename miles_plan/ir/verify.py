@@ -118,6 +118,15 @@ def _synced(graph: TaskGraph, num_gpus: int) -> Iterator[str]:
                 yield f"%{task.name} takes weights from %{edge.src}, which no sync delivered"
 
 
+def _priced(graph: TaskGraph, num_gpus: int) -> Iterator[str]:
+    """Every task has an estimate whose interval is in order."""
+    for task in graph.tasks:
+        if task.estimate is None:
+            yield f"%{task.name} has no estimate"
+        elif not 0.0 <= task.estimate.low_s <= task.estimate.mid_s <= task.estimate.high_s:
+            yield f"%{task.name}: estimate {task.estimate} is not an interval"
+
+
 def _guarded(graph: TaskGraph, num_gpus: int) -> Iterator[str]:
     """Every task has a deadline and a restart class."""
     for task in graph.tasks:
@@ -163,6 +172,7 @@ DEMANDS: dict[Fact, Callable[[TaskGraph, int], Iterator[str]]] = {
     "aligned": _aligned,
     "sized": _sized,
     "synced": _synced,
+    "priced": _priced,
     "guarded": _guarded,
     "scheduled": _scheduled,
 }
