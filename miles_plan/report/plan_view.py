@@ -150,7 +150,7 @@ def _loop_view(plan: Plan, schedule: LoopSchedule) -> dict[str, Any]:
         "schedule": schedule,
         "lead": lead,
         "activities": activity_keys(run.task for run in schedule.runs),
-        "chart": step_chart(plan.graph, name, schedule.runs, schedule.critical, {}),
+        "chart": step_chart(plan, name, schedule.runs, schedule.critical, {}),
     }
 
 

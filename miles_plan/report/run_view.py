@@ -150,7 +150,7 @@ def _typical_iteration(record: RunRecord, loop: str) -> dict[str, Any]:
     active = [task for task in tasks if task.name in measured]
     critical = [task.name for task in critical_path(graph, active)]
     name = f"Iteration {iteration} of loop {loop}, planned and measured"
-    chart = step_chart(graph, name, iteration_runs(tasks, active), critical, measured)
+    chart = step_chart(record.plan, name, iteration_runs(tasks, active), critical, measured)
     return {"gantt": chart, "iteration": iteration, "activities": activity_keys(active)}
 
 

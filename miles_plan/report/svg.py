@@ -8,6 +8,8 @@ from markupsafe import Markup, escape
 
 from miles_plan.report.printable import printable, printable_lines
 
+NARROWEST = 760  # pixels: below it a chart of 1,040 would have text too small to read, so it scrolls instead
+
 Attribute = str | int | float | None
 
 
@@ -29,8 +31,10 @@ def _value(value: Attribute) -> str:
     return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else printable(value)
 
 
-def figure(width: float, height: float, title: str, parts: Sequence[Markup], *, class_: str = "chart") -> Markup:
-    """An image of fixed proportions with a title that screen readers speak."""
+def figure(
+    width: float, height: float, title: str, parts: Sequence[Markup], *, class_: str = "chart", narrowest: float = 0
+) -> Markup:
+    """An image of fixed proportions with a title that screen readers speak; it shrinks with the page down to `narrowest`."""
     return element(
         "svg",
         *parts,
@@ -40,6 +44,7 @@ def figure(width: float, height: float, title: str, parts: Sequence[Markup], *, 
         height=int(height),
         role="img",
         aria_label=title,
+        style=f"min-width:{min(width, narrowest):.0f}px" if narrowest else None,
     )
 
 

@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from miles_plan.ir.plan import Candidate
 from miles_plan.report.charts.axis import Axis, byte_ticks, linear_ticks, padded_range
-from miles_plan.report.svg import element, figure, label, line
+from miles_plan.report.svg import NARROWEST, element, figure, label, line
 from miles_plan.report.units import bytes_scale, bytes_text, number_text, scaled_text, seconds_scale, seconds_text
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1040, 230, 76, 40, 16, 42
@@ -31,7 +31,7 @@ def candidates_chart(candidates: Sequence[Candidate]) -> Markup:
     parts.append(label(LEFT + 6, TOP + 2, "headroom on the fullest GPU", "tick"))
     for each in sorted(candidates, key=lambda each: each.chosen):
         parts += _dot(each, x.at(each.step_s), y.at(each.headroom_bytes))
-    return figure(WIDTH, HEIGHT, f"{len(candidates)} candidates by step time and headroom", parts)
+    return figure(WIDTH, HEIGHT, f"{len(candidates)} candidates by step time and headroom", parts, narrowest=NARROWEST)
 
 
 def _dot(candidate: Candidate, x: float, y: float) -> list[Markup]:

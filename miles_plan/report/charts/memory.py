@@ -8,7 +8,7 @@ from miles_plan.ir.memory import MemoryPhase, MemoryTerm, MemoryTimeline
 from miles_plan.ir.plan import Plan
 from miles_plan.report.charts.axis import Axis, byte_ticks
 from miles_plan.report.palette import role_of_owner, shades_of_terms
-from miles_plan.report.svg import figure, label, line, rectangle
+from miles_plan.report.svg import NARROWEST, figure, label, line, rectangle
 from miles_plan.report.units import bytes_scale, bytes_text, scaled_text
 from miles_plan.report.wording import memory_place
 
@@ -28,7 +28,7 @@ def memory_chart(plan: Plan, timeline: MemoryTimeline) -> Markup:
     for at, phase in enumerate(timeline.phases):
         parts += _column(plan, timeline, phase, y, LEFT + at * column, column)
     title = f"Memory of {memory_place(timeline, plan.cluster)} by phase, {bytes_text(timeline.capacity_bytes)} usable"
-    return figure(max(right + RIGHT, 420), HEIGHT, title, parts)
+    return figure(max(right + RIGHT, 420), HEIGHT, title, parts, narrowest=NARROWEST)
 
 
 def ordered_terms(timeline: MemoryTimeline) -> list[tuple[str, str]]:

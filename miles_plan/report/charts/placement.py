@@ -11,13 +11,14 @@ from markupsafe import Markup
 from miles_plan.ir.group import DeviceGroup, GpuSpan
 from miles_plan.ir.plan import Plan
 from miles_plan.report.cluster_map import GpuBlock, NodeRange, engine_of, gpu_blocks, node_ranges, train_coordinates
-from miles_plan.report.svg import element, figure, label, polygon, rectangle
+from miles_plan.report.svg import NARROWEST, element, figure, label, polygon, rectangle
 from miles_plan.report.wording import device_noun
 
 WIDTH = 1040
 MOST_NODES_WITH_GPUS = 40
 MOST_CELLS = 512
 GPU, GPU_GAP, NODE_PAD, NODE_LABEL, NODE_GAP = 24, 3, 8, 18, 12
+NARROWEST_NODE = 128  # its number at the left and its kind of GPU at the right
 CELL, CELL_GAP, CELLS_A_ROW, ROW_LABEL = 24, 4, 32, 84
 
 
@@ -47,7 +48,7 @@ def _map_of_gpus(plan: Plan, blocks: Sequence[GpuBlock], title: str) -> Markup:
     x, y, row_height = 0.0, 0.0, 0.0
     for each in node_ranges(plan.cluster):
         columns = min(each.gpus_per_node, 16)
-        width = columns * (GPU + GPU_GAP) - GPU_GAP + 2 * NODE_PAD
+        width = max(NARROWEST_NODE, columns * (GPU + GPU_GAP) - GPU_GAP + 2 * NODE_PAD)
         height = ceil(each.gpus_per_node / columns) * (GPU + GPU_GAP) - GPU_GAP + 2 * NODE_PAD + NODE_LABEL
         for node in range(each.count):
             if x and x + width > WIDTH:
@@ -60,7 +61,7 @@ def _map_of_gpus(plan: Plan, blocks: Sequence[GpuBlock], title: str) -> Markup:
                 cell = Cell(GpuSpan(first=gpu, count=1), f"{noun} {gpu} (node {each.first_node + node}, local {local})")
                 parts.append(_cell(plan, blocks, cell, left, top, GPU))
             x, row_height = x + width + NODE_GAP, max(row_height, height)
-    return figure(WIDTH, y + row_height, title, parts)
+    return figure(WIDTH, y + row_height, title, parts, narrowest=NARROWEST)
 
 
 def _node_box(nodes: NodeRange, node: int, x: float, y: float, width: float, height: float) -> list[Markup]:
@@ -84,7 +85,7 @@ def _map_of_nodes(plan: Plan, blocks: Sequence[GpuBlock], title: str, nodes_a_ce
     height = ceil(len(cells) / CELLS_A_ROW) * (CELL + CELL_GAP)
     scale = f"one square = {nodes_a_cell:,} nodes" if nodes_a_cell > 1 else "one square = one node"
     parts.append(label(ROW_LABEL, height + 14, scale, "tick"))
-    return figure(ROW_LABEL + CELLS_A_ROW * (CELL + CELL_GAP), height + 20, title, parts)
+    return figure(ROW_LABEL + CELLS_A_ROW * (CELL + CELL_GAP), height + 20, title, parts, narrowest=NARROWEST)
 
 
 def _node_cells(nodes: NodeRange, nodes_a_cell: int) -> list[tuple[int, Cell]]:

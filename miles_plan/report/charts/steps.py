@@ -8,13 +8,13 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
-from miles_plan.ir.graph import TaskGraph
+from miles_plan.ir.plan import Plan
 from miles_plan.report.charts.axis import Axis, time_ticks
 from miles_plan.report.palette import activity
 from miles_plan.report.schedule import PlannedRun
-from miles_plan.report.svg import element, figure, label, line, named, polyline, rectangle, text_width
+from miles_plan.report.svg import NARROWEST, element, figure, label, line, named, polyline, rectangle, text_width
 from miles_plan.report.units import estimate_text, scaled_text, seconds_scale, seconds_text
-from miles_plan.report.wording import how_often
+from miles_plan.report.wording import device_noun, how_often
 
 WIDTH, LEFT, RIGHT = 1040, 210, 96
 ROW, BAR, HEAD, TOP = 24, 14, 26, 30
@@ -30,33 +30,34 @@ class Bar:
     y: float
 
 
-def step_chart(graph: TaskGraph, name: str, runs: Sequence[PlannedRun], critical: Sequence[str], measured: Measured) -> Markup:
+def step_chart(plan: Plan, name: str, runs: Sequence[PlannedRun], critical: Sequence[str], measured: Measured) -> Markup:
     """One iteration. A group's tasks stand under its name, by start; critical tasks are joined by a line.
 
     Where `measured` has a task, its planned bar is pale and the measured one stands below it, in full colour.
     """
-    bars, heads, height = _rows(graph, runs, measured)
+    bars, heads, height = _rows(plan, runs, measured)
     span_s = max([run.end_s for run in runs] + [end for _, end in measured.values()], default=0.0) or 1.0
     longest = max([_high_end(run) for run in runs], default=span_s)
-    x = Axis(0.0, max(span_s * 1.02, min(longest, span_s * 1.15)), LEFT, WIDTH - RIGHT)
+    x = Axis(0.0, max(span_s * 1.02, min(longest * 1.01, span_s * 1.3)), LEFT, WIDTH - RIGHT)
     parts = [*_time_axis(x, height), *heads]
     if not measured:
         parts.append(_critical_line([bar for bar in bars if bar.run.task.name in critical], x))
     for bar in bars:
         parts += _bar(bar, x, critical=bar.run.task.name in critical)
-    return figure(WIDTH, height + 8, f"{name}: {len(bars)} tasks in {seconds_text(span_s)}", parts)
+    return figure(WIDTH, height + 8, f"{name}: {len(bars)} tasks in {seconds_text(span_s)}", parts, narrowest=NARROWEST)
 
 
-def _rows(graph: TaskGraph, runs: Sequence[PlannedRun], measured: Measured) -> tuple[list[Bar], list[Markup], float]:
+def _rows(plan: Plan, runs: Sequence[PlannedRun], measured: Measured) -> tuple[list[Bar], list[Markup], float]:
     """Bars with their rows, group headings, and the height taken."""
     bars: list[Bar] = []
     heads: list[Markup] = []
     y: float = TOP
-    for group in graph.groups:
+    noun = device_noun(plan.cluster)
+    for group in plan.graph.groups:
         own = [run for run in runs if run.task.group == group.name]
         if not own:
             continue
-        where = f"{group.engine}, GPUs {group.gpus}" if group.gpus else "host processes"
+        where = f"{group.engine}, {noun}s {group.gpus}" if group.gpus else "host processes"
         heads.append(rectangle(0, y + 5, 3, HEAD + ROW * len(own) - 10, f"mark role-{group.role}", round_=1.5))
         heads.append(named(12, y + 17, group.name, where, "label strong"))
         y += HEAD
@@ -108,7 +109,8 @@ def _planned(bar: Bar, x: Axis, shape: str, top: float, height: float) -> list[M
     if estimate and bar.measured is None:
         low, high = x.at(run.start_s + estimate.low_s), x.at(run.start_s + estimate.high_s)
         if high - low >= 4:
-            parts += [line(at, bar.y - 4, at, bar.y + 4, "whisker") for at in (low, high)]
+            inside = [low, high] if _high_end(run) <= x.high else [low]  # an open end runs on beyond the chart
+            parts += [line(at, bar.y - 4, at, bar.y + 4, "whisker") for at in inside]
             parts.append(line(low, bar.y, high, bar.y, "whisker"))
     return parts
 

@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from miles_plan.report.charts.axis import Axis, log_ticks
 from miles_plan.report.palette import activity
-from miles_plan.report.svg import element, figure, label, line, rectangle
+from miles_plan.report.svg import NARROWEST, element, figure, label, line, rectangle
 from miles_plan.report.task_times import TaskTimes
 from miles_plan.report.units import estimate_text, number_text, seconds_text
 
@@ -29,7 +29,7 @@ def times_chart(times: Sequence[TaskTimes]) -> Markup:
     parts.append(label(WIDTH, TOP - 12, "measured / planned", "tick", "end"))
     for at, each in enumerate(times):
         parts += _row(each, x, TOP + ROW * at + ROW / 2)
-    return figure(WIDTH, height + 6, f"Planned against measured time of {len(times)} tasks", parts)
+    return figure(WIDTH, height + 6, f"Planned against measured time of {len(times)} tasks", parts, narrowest=NARROWEST)
 
 
 def _ends(times: TaskTimes) -> list[float]:
@@ -52,5 +52,5 @@ def _row(times: TaskTimes, x: Axis, y: float) -> list[Markup]:
         parts.append(line(x.at(estimate.mid_s), y - 8, x.at(estimate.mid_s), y + 8, "planned-middle"))
     parts.append(line(x.at(times.took_s[0]), y, x.at(times.took_s[-1]), y, f"measured-line {shape}"))
     dot = element("circle", element("title", tip), cx=x.at(times.median_s), cy=y, r=4.5, class_=f"mark measured {shape}")
-    ratio = number_text(times.ratio, 2) if times.ratio is not None else "not planned"
+    ratio = number_text(times.ratio) if times.ratio is not None else "not planned"
     return [*parts, dot, label(WIDTH, y + 4, ratio, "label", "end")]

@@ -112,7 +112,7 @@ def _time_cells(times: TaskTimes) -> list[Text]:
         text(times.task.name),
         text(planned),
         text(measured),
-        text(f"{number_text(ratio, 2)}" if ratio is not None else "-"),
+        text(f"{number_text(ratio)}" if ratio is not None else "-"),
         text(inside, _inside_style(times)),
     ]
 
