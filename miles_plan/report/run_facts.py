@@ -24,7 +24,7 @@ def run_facts(record: RunRecord) -> list[tuple[str, str]]:
     if is_number(record.summary.get("restarts")):
         facts.append(("restarts", f"{record.summary['restarts']}"))
     if digest := record.summary.get("final_weights_sha256"):
-        facts.append(("weights", f"sha256 {digest}"))
+        facts.append(("weights", str(digest)))
     return facts + [("unreadable", problem) for problem in record.problems]
 
 

@@ -27,8 +27,7 @@ class LoopSchedule:
 
     runs: every task once, by start. iteration_s: an iteration with only the tasks that run in every one; full_s: one with
     all of them; total_s: all iterations. low_s and high_s: iteration_s if every task on its critical path took the low or
-    the high end of its estimate. critical: the critical path of a full iteration, names in time order; typical: the same of one
-    with only the tasks that run in every iteration.
+    the high end of its estimate. critical: names on that critical path, in time order.
     """
 
     loop: Loop
@@ -39,7 +38,6 @@ class LoopSchedule:
     full_s: float
     total_s: float
     critical: tuple[str, ...]
-    typical: tuple[str, ...]
 
 
 def start_s(task: AnyTask) -> float:
@@ -71,8 +69,7 @@ def loop_schedule(graph: TaskGraph, loop: Loop) -> LoopSchedule:
         high_s=sum(estimate.high_s for estimate in estimates),
         full_s=max((end_s(task) for task in tasks), default=0.0),
         total_s=_total_s(tasks, loop.iterations),
-        critical=tuple(task.name for task in critical_path(graph, tasks)),
-        typical=tuple(task.name for task in typical),
+        critical=tuple(task.name for task in typical),
     )
 
 

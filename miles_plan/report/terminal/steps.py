@@ -71,9 +71,9 @@ def _axis(schedule: LoopSchedule, cells: int) -> str:
 
 
 def _shares(schedule: LoopSchedule) -> str:
-    """The largest tasks on the critical path of an iteration without the rare tasks, with their share of it."""
+    """The largest tasks on the critical path, with their share of it."""
     took = sorted(
-        ((run.end_s - run.start_s, run.task.name) for run in schedule.runs if run.task.name in schedule.typical), reverse=True
+        ((run.end_s - run.start_s, run.task.name) for run in schedule.runs if run.task.name in schedule.critical), reverse=True
     )
     whole = sum(seconds for seconds, _ in took) or 1.0
     named = [f"{name} {number_text(100 * seconds / whole, 2)}%" for seconds, name in took[:4]]
