@@ -13,7 +13,7 @@ from miles_plan.diagnostics import render, report
 from miles_plan.spec.fields import all_fields
 from tests.spec.example import VALID
 
-QUICK = settings(max_examples=300, deadline=2_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=300, deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TOKENS = [
     "[",
     "]",
