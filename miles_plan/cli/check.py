@@ -18,8 +18,9 @@ SpecFiles = Annotated[list[str], typer.Argument(metavar="SPEC...", help="One or 
 def check(specs: SpecFiles, sets: Sets = None, format: FindingsFormat = OutputFormat.FULL) -> None:
     """Check job specs and show every mistake with its place.
 
-    Reads the files, their layers and overrides, the fields, the rules between them, and whether the models, GPUs, files and
-    rewards that they name exist. Exit code 0: fine (there may be warnings), 1: mistakes, 2: wrong usage or a bug of ours.
+    Reads the files, their layers and overrides, the fields, the rules between them, whether the models, GPUs, files and
+    rewards that they name exist, and whether a plan can be made of it all. Exit code 0: fine (there may be warnings), 1:
+    mistakes, 2: wrong usage or a bug of ours.
     """
     found: list[Diagnostic] = []
     sources: dict[str, str] = {}
@@ -39,6 +40,7 @@ def check(specs: SpecFiles, sets: Sets = None, format: FindingsFormat = OutputFo
 
 def findings_of(spec: str, sets: list[str]) -> tuple[list[Diagnostic], dict[str, str]]:
     """All findings about one spec, and the texts of the files they point into."""
+    from miles_plan.passes.compile import compile_job
     from miles_plan.spec import load_job
     from miles_plan.spec.named_things import named_things
 
@@ -46,5 +48,11 @@ def findings_of(spec: str, sets: list[str]) -> tuple[list[Diagnostic], dict[str,
         loaded = load_job(spec, sets)
     except PlanError as problem:
         return list(problem.diagnostics), dict(problem.sources)
-    # What the passes find belongs here: they need a spec that loads and names things that exist.
-    return list(named_things(loaded)), dict(loaded.sources)
+    found = list(named_things(loaded))
+    if any(each.severity == "error" for each in found):
+        return found, dict(loaded.sources)  # the passes need models and GPUs that exist
+    try:
+        found += compile_job(loaded).diagnostics
+    except PlanError as problem:
+        found += problem.diagnostics
+    return found, dict(loaded.sources)

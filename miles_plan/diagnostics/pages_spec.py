@@ -1,7 +1,7 @@
 """Pages of MP1xx, the spec.
 
 MP10x: reading files; MP11x: YAML; MP12x: single fields; MP13x: rules between fields; MP14x: things that the spec names;
-MP16x: what the spec says in vain.
+MP15x: what an algorithm needs; MP16x: what the spec says in vain.
 """
 
 from __future__ import annotations
@@ -180,9 +180,9 @@ _RULES = (
     Page(
         code="MP134",
         title="batch that does not divide",
-        what="prompts_per_step x samples_per_prompt is not a multiple of updates_per_rollout, or a group is too small for "
-        "the algorithm.",
-        why="A group-relative advantage of one sample is always zero, and an uneven split would drop or repeat samples.",
+        what="prompts_per_step x samples_per_prompt is not a multiple of updates_per_rollout, or sft is to take several "
+        "samples of an example that has one answer.",
+        why="An uneven split would drop or repeat samples.",
         example="algorithm: {updates_per_rollout: 2}\nrollout: {prompts_per_step: 5, samples_per_prompt: 3}   # 15 samples",
         fix="Change one of the three numbers; the message shows the product.",
     ),
@@ -234,6 +234,14 @@ _NAMES = (
 )
 
 _USE = (
+    Page(
+        code="MP150",
+        title="group of one sample",
+        what="The algorithm, or dynamic sampling, compares the samples of one prompt, and there is only one.",
+        why="The advantage of each sample is measured against the others of its prompt: of a single one it is always zero.",
+        example="algorithm: {kind: grpo}\nrollout: {prompts_per_step: 32, samples_per_prompt: 1}",
+        fix="Use at least 2 samples (8 is usual), or an algorithm that compares across prompts: reinforce_plus_plus, ppo.",
+    ),
     Page(
         code="MP160",
         title="setting that nothing reads",

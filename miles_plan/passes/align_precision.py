@@ -207,6 +207,7 @@ def numerics_table(ctx: PassContext, alignment: Alignment) -> Iterator[NumericsR
     sides = ("miles_plan.kernels", "miles_plan.kernels") if shared else (kernels[job.train.engine], kernels[job.rollout.engine])
 
     def row(op: str, detail: str, *, left: str = train, right: str = rollout) -> NumericsRow:
+        detail = detail if shared else ""  # the order of sums inside other libraries' kernels is theirs to change
         one, other = f"{sides[0]} {left} {detail}".rstrip(), f"{sides[1]} {right} {detail}".rstrip()
         if shared:
             return NumericsRow(

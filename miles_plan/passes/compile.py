@@ -170,10 +170,20 @@ def _data_sources(loaded: LoadedJob) -> Iterator[DataSource]:
         named.append(("evaluation.prompts", job.evaluation.prompts))
     for name, prompts in named:
         if isinstance(prompts, ArithmeticPrompts):
-            options = {"seed": prompts.seed, "num_prompts": prompts.num_prompts, "max_operand": prompts.max_operand}
-            yield DataSource(name=name, generator=prompts.generator, options=options)
+            yield DataSource(name=name, generator=prompts.generator, options=_arithmetic_options(prompts))
         else:
             yield DataSource(name=name, path=_absolute(loaded, prompts))
+
+
+def _arithmetic_options(prompts: ArithmeticPrompts) -> dict[str, Any]:
+    """The generator's options under the names that `miles_plan.data.arithmetic.ArithmeticOptions` gives them."""
+    return {
+        "seed": prompts.seed,
+        "largest": prompts.max_operand,
+        "eval_problems": prompts.held_out,
+        "demonstrations": prompts.demonstrations,
+        "slips": prompts.slips,
+    }
 
 
 def _unread_warnings(loaded: LoadedJob, unread: Sequence[str]) -> Iterator[Diagnostic]:

@@ -33,10 +33,10 @@ class OverlapRollout(Pass):
         if not graph.of_kind(Rollout):
             return Outcome(graph=graph)
         mode, staleness = staleness_of(ctx)
-        diagnostics = tuple(_misfits(graph, ctx, staleness))
+        diagnostics = tuple(_misfits(ctx, staleness))
         decision = Decision(
             field="schedule.mode",
-            value=mode if not staleness else f"{mode}, samples at most {staleness} versions old",
+            value=mode if not staleness else f"{mode}, samples at most {staleness} version{'s' if staleness > 1 else ''} old",
             reason=_reason(mode),
             by=self.name,
         )
@@ -86,16 +86,7 @@ def _with_buffer(graph: TaskGraph, ctx: PassContext, staleness: int) -> TaskGrap
     return graph.without_edges(moved).with_tasks([buffer], edges)
 
 
-def _misfits(graph: TaskGraph, ctx: PassContext, staleness: int) -> Iterator[Diagnostic]:
-    rollout = graph.group(graph.task("rollout").group or "")
-    train = graph.group(graph.task("train").group or "")
-    if staleness and rollout.shares_gpus_with(train):
-        yield ctx.error(
-            "MP210",
-            f"{ctx.job.schedule.mode} overlaps rollout and training, but both are placed on GPUs {train.gpus}",
-            "schedule.mode",
-            help="set placement: disaggregate (or rollout_gpus), or schedule.mode: synchronous",
-        )
+def _misfits(ctx: PassContext, staleness: int) -> Iterator[Diagnostic]:
     if ctx.job.schedule.mode == "one_step_off" and staleness != 1:
         yield ctx.error(
             "MP211",

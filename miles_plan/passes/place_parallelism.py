@@ -18,6 +18,7 @@ from miles_plan.ir.tasks import AnyTask, Logprobs, Rollout, TrainStep, Values
 from miles_plan.passes.base import Outcome, Pass, PassContext
 from miles_plan.passes.joint_search import JointChoice, JointSearch, search_jointly
 from miles_plan.passes.layout_space import rollout_obstacles, train_obstacles
+from miles_plan.passes.overlap_rollout import staleness_of
 from miles_plan.passes.rollout_choices import RolloutChoice, asked_engines, rollout_room
 from miles_plan.passes.train_choices import TrainChoice, asked_layout, search_train, train_room, usable_bytes
 from miles_plan.passes.workload import StepWorkload, step_workload
@@ -138,11 +139,20 @@ def _misfits(ctx: PassContext, workload: StepWorkload, *, generates: bool) -> It
                 help=f"use at most {num_gpus - 1}, or placement: colocate",
             )
             return
+    if staleness_of(ctx)[1] and num_gpus < 2:
+        yield ctx.error(
+            "MP210",
+            f"{ctx.job.schedule.mode} overlaps rollout and training, and there is one GPU for both",
+            "schedule.mode",
+            help="use schedule.mode: synchronous, or more GPUs",
+        )
     yield from _engine_misfits(ctx)
     apart = asked in ("auto", "disaggregate")
     layout = asked_layout(ctx, train_gpus)
-    if layout is not None and not (apart and layout.world_size < num_gpus):
-        for obstacle in train_obstacles(layout, ctx.model, train_room(ctx, train_gpus, workload)):
+    if layout is not None:
+        # Where the split is open the trainer may take part of the cluster: only what is wrong at any size counts.
+        room = min(layout.world_size, train_gpus) if apart else train_gpus
+        for obstacle in train_obstacles(layout, ctx.model, train_room(ctx, room, workload)):
             yield ctx.error("MP201", f"train.layout {layout}: {obstacle}", "train.layout", help=LAYOUT_HELP)
     engines = asked_engines(ctx, rollout_gpus)
     if engines is not None and generates:

@@ -26,6 +26,7 @@ from miles_plan.ir.tasks import (
     EnginePart,
     Offload,
     Onload,
+    Quantize,
     RecordRouting,
     Rollout,
     TrainStep,
@@ -180,7 +181,10 @@ def _with_offloads(graph: TaskGraph, residents: Residents) -> TaskGraph:
     ]
     chain = [("wake_weights", "weight_sync"), ("weight_sync", "offload_train"), ("offload_train", "wake_cache")]
     chain += [("wake_cache", "rollout"), ("rollout", "sleep_rollout"), ("sleep_rollout", "onload_train")]
-    users = [task.name for task in graph.tasks if task.loop == "rl" and task.group == "train"]
+    # Quantisation belongs to the sync at the head of the iteration, when the trainer is still there from the one before.
+    users = [
+        task.name for task in graph.tasks if task.loop == "rl" and task.group == "train" and not isinstance(task, Quantize)
+    ]
     chain += [("onload_train", name) for name in users]
     edges = [Edge(src=src, dst=dst, carries="order") for src, dst in chain]
     edges += [Edge(src=name, dst="wake_weights", carries="order", distance=1) for name in users]

@@ -26,6 +26,7 @@ class StepWorkload:
     drawn_samples: int
     prompt_tokens: float
     lengths: LengthDistribution
+    max_response_tokens: int
     assumed: bool
 
     @property
@@ -36,7 +37,7 @@ class StepWorkload:
     @property
     def longest_tokens(self) -> int:
         """Longest sequence, prompt and response."""
-        return int(self.prompt_tokens + self.lengths.max_tokens) + 1
+        return int(self.prompt_tokens) + 1 + self.max_response_tokens
 
     @property
     def total_tokens(self) -> float:
@@ -66,6 +67,7 @@ def step_workload(ctx: PassContext) -> StepWorkload:
         drawn_samples=round(rollout.prompts_per_step * rollout.over_sampling) * samples,
         prompt_tokens=prompt_tokens(ctx),
         lengths=lengths,
+        max_response_tokens=rollout.response_tokens.max,
         assumed=assumed,
     )
 

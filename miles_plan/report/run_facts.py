@@ -24,13 +24,13 @@ def run_facts(record: RunRecord) -> list[tuple[str, str]]:
     if is_number(record.summary.get("restarts")):
         facts.append(("restarts", f"{record.summary['restarts']}"))
     if digest := record.summary.get("final_weights_sha256"):
-        facts.append(("weights", f"sha256 {digest}"))
+        facts.append(("weights", str(digest)))
     return facts + [("unreadable", problem) for problem in record.problems]
 
 
 def _state(record: RunRecord) -> str:
     """Finished or not, after how long, against what was planned."""
-    planned_s = sum(schedule.total_s for schedule in loop_schedules(record.plan.graph))
+    planned_s = sum(schedule.total_s for schedule in loop_schedules(record.plan))
     if is_number(record.summary.get("wall_s")):
         wall_s = float(record.summary["wall_s"])
         change = change_text(planned_s, wall_s)

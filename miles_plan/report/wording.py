@@ -7,7 +7,7 @@ from miles_plan.ir.memory import MemoryTimeline
 from miles_plan.ir.plan import ClusterSummary, Plan
 from miles_plan.ir.tasks import AnyTask, RecordRouting, ReplayRouting
 from miles_plan.report.cluster_map import node_of
-from miles_plan.report.units import bytes_text, plural
+from miles_plan.report.units import bytes_text, count_text, plural
 
 
 def device_noun(cluster: ClusterSummary) -> str:
@@ -37,6 +37,25 @@ def nodes_text(cluster: ClusterSummary, first_gpu: int, last_gpu: int) -> str:
     """The nodes that hold these GPUs: `0..127`, or `3` for one."""
     first, last = node_of(cluster, first_gpu)[0], node_of(cluster, last_gpu)[0]
     return str(first) if first == last else f"{first}..{last}"
+
+
+def tightest(plan: Plan) -> list[MemoryTimeline]:
+    """The GPU and the host timeline with the least room left, as a share of what there is."""
+    found = []
+    for place in ("gpu", "host"):
+        timelines = [timeline for timeline in plan.graph.memory if timeline.place == place and timeline.phases]
+        if timelines:
+            found.append(max(timelines, key=lambda each: each.peak.total_bytes / max(1, each.capacity_bytes)))
+    return found
+
+
+def model_text(plan: Plan) -> str:
+    """`deepseek-v3, 671B parameters, 37.6B active; bf16 training, fp8 rollout`."""
+    model = plan.run.model
+    size = f"{count_text(model.params_total)} parameters"
+    if model.params_active and model.params_active != model.params_total:
+        size += f", {count_text(model.params_active)} active"
+    return f"{model.name}, {size}; {plan.run.train_dtype} training, {plan.run.rollout_dtype} rollout"
 
 
 def group_nodes(group: DeviceGroup, cluster: ClusterSummary) -> str:

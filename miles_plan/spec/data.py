@@ -20,10 +20,14 @@ class ArithmeticPrompts(Section):
     """Which generator."""
     seed: Seed = 0
     """Seed of the generator, apart from the job's."""
-    num_prompts: Annotated[int, Field(ge=1, le=10_000_000)] = 4096
-    """Number of prompts."""
-    max_operand: Annotated[int, Field(ge=0, le=10**12)] = 99
-    """Largest number in a prompt."""
+    max_operand: Annotated[int, Field(ge=1, le=9_999)] = 19
+    """Largest number in a problem."""
+    held_out: Annotated[int, Field(ge=1, le=100_000)] = 40
+    """Problems kept for evaluation; neither demonstrations nor prompts contain them."""
+    demonstrations: Annotated[int, Field(ge=1, le=10_000_000)] = 8192
+    """Lines of the warm start's data."""
+    slips: Annotated[float, Field(ge=0, lt=1)] = 0.6
+    """Share of the warm start's demonstrations whose answer is wrong, as a careless pupil's."""
 
 
 Prompts = WordOr[FilePath, ArithmeticPrompts]

@@ -117,10 +117,10 @@ def _rebase(root: MapNode, layers: Layers, directory: Path) -> MapNode:
         if isinstance(node, ListNode):
             return ListNode(tuple(visit(item, f"{path}.{index}") for index, item in enumerate(node.items)), node.location)
         field = all_fields().get(pattern_of(path))
-        if field is None or field.kind.path is None or not isinstance(node.value, str) or os.path.isabs(node.value):
+        if field is None or field.kind.path is None or not isinstance(node.value, str) or not node.value:
             return node
         written_in = layers.directories[node.location.file]
-        if node.value in field.kind.words or written_in == directory:
+        if os.path.isabs(node.value) or written_in == directory:
             return node
         moved = os.path.relpath(written_in / node.value, directory)
         return ScalarNode(moved, node.text, node.quoted, node.location)

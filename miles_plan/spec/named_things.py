@@ -91,8 +91,13 @@ def _config(loaded: LoadedJob, path: str, read: Callable[[], Any]) -> Iterator[D
             raise ValueError("it is not a mapping")
         architecture_from_hf_config(config, loaded.spec.name)
     except (OSError, ValueError, RecursionError) as unusable:
-        message = f"the model's configuration cannot be used: {unusable}"
-        yield error("MP143", message, loaded.at(path), field=path)
+        yield _unusable(loaded, path, str(unusable))
+    except (TypeError, AttributeError, LookupError, ArithmeticError):
+        yield _unusable(loaded, path, "a key holds another type of value than Hugging Face configurations have there")
+
+
+def _unusable(loaded: LoadedJob, path: str, why: str) -> Diagnostic:
+    return error("MP143", f"the model's configuration cannot be used: {why}", loaded.at(path), field=path)
 
 
 def _read_json(file: Path) -> Any:

@@ -128,7 +128,7 @@ def _batch_divides(algorithm: AlgorithmSpec, rollout: RolloutSpec) -> Iterator[B
         )
     if algorithm.kind in GROUP_RELATIVE and samples < 2:
         yield Breach(
-            "MP134",
+            "MP150",
             "rollout.samples_per_prompt",
             f"`{algorithm.kind}` compares the samples of a prompt and needs at least 2, `samples_per_prompt` is {samples}",
             "8 is usual",
@@ -144,7 +144,7 @@ def _batch_divides(algorithm: AlgorithmSpec, rollout: RolloutSpec) -> Iterator[B
 def _dynamic_sampling_compares(rollout: RolloutSpec, dynamic: DynamicSamplingSpec) -> Iterator[Breach]:
     if dynamic.enabled and rollout.samples_per_prompt < 2:
         yield Breach(
-            "MP134",
+            "MP150",
             "rollout.dynamic_sampling.enabled",
             "dynamic sampling compares the rewards of a prompt and needs `samples_per_prompt` of at least 2",
         )

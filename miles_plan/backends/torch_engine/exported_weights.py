@@ -126,7 +126,8 @@ class ExportedWeights:
 
 
 def _digest(tensor: Tensor) -> bytes:
-    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data).digest()
+    copied = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # a storage seen by NumPy cannot be offloaded
+    return hashlib.sha256(copied.view(torch.uint8).numpy().data).digest()
 
 
 def _make_aside(directory: Path) -> Path:
