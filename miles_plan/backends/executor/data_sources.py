@@ -41,7 +41,7 @@ def _arithmetic(source: DataSource, rows: Rows, data_folder: Path) -> Path:
 
 
 def arithmetic_options(options: Mapping[str, Any], rows: Rows) -> ArithmeticOptions:
-    """The generator's options from the spec's: `num_prompts` is the number of lines asked for, `max_operand` the largest operand."""
+    """The generator's options from the spec's: num_prompts is how many lines are asked for, max_operand the largest operand."""
     renamed = {"max_operand": "largest"}
     given = {renamed.get(name, name): value for name, value in options.items() if name != "num_prompts"}
     if "operations" in given:

@@ -44,7 +44,7 @@ class RunState:
         return self.cursors[Instance(prompts, iteration - 1)] if iteration else 0
 
     def version_before(self, flow: Dataflow, loop: str, iteration: int) -> Version:
-        """The version that the policy's training step of this iteration starts from: one a step, counted from the loop's first."""
+        """The version that the policy's training step of this iteration starts from: one more for each step of the loop."""
         train = next(task for task in flow.graph.of_kind(TrainStep) if task.loop == loop)
         made = [each for each in self.weights_made if each.task == train.name and each.iteration < iteration]
         if not made:
