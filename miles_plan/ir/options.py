@@ -29,12 +29,12 @@ class LossOptions:
     """What a training step minimises.
 
     kind `sft`: mean negative log-likelihood of the response tokens. kind `policy_gradient`: the clipped surrogate of PPO
-    (arXiv 1707.06347) on ratio = exp(log_prob - old_log_prob), per token (GRPO) or as the geometric mean over the sequence (GSPO,
-    arXiv 2507.18071), clipped to [1 - clip_low, 1 + clip_high] (clip-higher: DAPO, arXiv 2503.14476); with dual_clip > 0 a negative
-    advantage's term is bounded by dual_clip x advantage (arXiv 1912.09729).
+    (arXiv 1707.06347) on ratio = exp(log_prob - old_log_prob), per token (GRPO) or as the geometric mean over the sequence
+    (GSPO, arXiv 2507.18071), clipped to [1 - clip_low, 1 + clip_high] (clip-higher: DAPO, arXiv 2503.14476); with dual_clip > 0
+    a negative advantage's term is bounded by dual_clip x advantage (arXiv 1912.09729).
     kl_coef weighs a KL penalty to the reference model in the loss, estimated by `kl_estimator` (k1, k2, k3 of Schulman's note).
-    entropy_coef rewards entropy. aggregation: mean over tokens (DAPO), mean of sequence means (GRPO's paper), mean of prompt means,
-    or a constant divisor (Dr.GRPO, arXiv 2503.20783).
+    entropy_coef rewards entropy. aggregation: mean over tokens (DAPO), mean of sequence means (GRPO's paper), mean of prompt
+    means, or a constant divisor (Dr.GRPO, arXiv 2503.20783).
     """
 
     kind: LossKind

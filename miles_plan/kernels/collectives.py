@@ -60,9 +60,13 @@ class RankGroup:
 
     def send(self, x: Tensor, to: int) -> None:
         """Send x to rank `to`; returns when it is on its way."""
+        self.start_send(x.contiguous(), to).wait()
+
+    def start_send(self, x: Tensor, to: int) -> Any:
+        """Send x, contiguous, to rank `to` without waiting; x must live and stay as it is until `wait()` on the answer."""
         if self.backend is None:
             raise ValueError("a group of one rank has nobody to send to")
-        self.backend.send([x.contiguous()], to, _TAG).wait()
+        return self.backend.send([x], to, _TAG)
 
     def receive(self, x: Tensor, source: int) -> Tensor:
         """Fill x with what rank `source` sends."""

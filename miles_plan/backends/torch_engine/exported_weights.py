@@ -1,0 +1,153 @@
+"""The trainer's weights as full Hugging Face tensors, wherever their shards lie: to rollout engines, to a hash, to disk.
+
+Each tensor has one owner: the first tensor-parallel rank of its pipeline stage and, for an expert, of its expert-parallel
+rank, in the first replica. All functions are collective: every rank of the trainer calls them alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from miles_plan.backends.engine import EngineError, WeightBucket
+from miles_plan.backends.torch_engine.config import DecoderConfig
+from miles_plan.backends.torch_engine.mesh import Mesh, stage_layers
+from miles_plan.backends.torch_engine.shard_files import write_model, write_text
+from miles_plan.backends.torch_engine.weight_exchange import SharedMemoryWriter, plan_buckets
+from miles_plan.backends.torch_engine.weights import Shard, Weights, full_names, gather_full_tensors, parameters
+from miles_plan.ir.layout import TrainLayout
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExportedWeights:
+    """One rank's share of a trainer's weights, and what it takes to see them whole."""
+
+    weights: Weights
+    config: DecoderConfig
+    layout: TrainLayout
+    shard: Shard
+    mesh: Mesh
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype, in which weights are exported."""
+        return next(iter(self.weights.values())).dtype
+
+    def owners(self) -> dict[str, int]:
+        """World rank of each tensor's owner, in model order; a pure function of model and layout."""
+        found = {}
+        stages = stage_layers(self.layout, self.config.num_layers)
+        for stage, layers in enumerate(stages):
+            ends = {"first_stage": stage == 0, "last_stage": stage == len(stages) - 1}
+            for ep_rank in range(self.layout.ep):
+                shard = Shard(ep_rank=ep_rank, ep=self.layout.ep, layers=layers, **ends)
+                owner = self.layout.tp * (ep_rank + self.layout.dp * stage)
+                for parameter in parameters(self.config, shard):
+                    if parameter.is_expert or ep_rank == 0:
+                        found.update({piece.name: owner for piece in parameter.pieces})
+        return {name: found[name] for name in full_names(self.config)}
+
+    def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The full tensors that this rank's tensor-parallel group owns, in model order, on all its ranks."""
+        if self.mesh.expert_dp.rank:
+            return
+        owners, first = self.owners(), self.mesh.tp.global_ranks[0]
+        for name, tensor in gather_full_tensors(self.weights, self.config, self.shard, self.mesh):
+            if owners[name] == first:
+                yield name, tensor
+
+    def publish(self, writer: SharedMemoryWriter, version: int, bucket_bytes: int) -> Iterator[WeightBucket]:
+        """Write the buckets that this rank owns, one at a time; every rank must run the iterator to its end."""
+        element_bytes = torch.empty(0, dtype=self.dtype).element_size()
+        sizes = {name: torch.Size(shape).numel() * element_bytes for name, shape in full_names(self.config).items()}
+        tensors = self.own_tensors()
+        for plan in plan_buckets(sizes, self.owners(), bucket_bytes):
+            if plan.owner != self.mesh.tp.global_ranks[0] or self.mesh.expert_dp.rank:
+                continue
+            content = [next(tensors) for _ in plan.names]
+            if self.mesh.tp.rank == 0:
+                yield writer.write(version, plan, content)
+
+    def sha256(self) -> str:
+        """SHA-256 over all tensors by name, the same for every layout: of each name, dtype, shape and bytes, in model order."""
+        names = full_names(self.config)
+        digests = {name: _digest(tensor) for name, tensor in self.own_tensors() if self.mesh.tp.rank == 0}
+        table = torch.zeros(len(names), hashlib.sha256().digest_size, dtype=torch.int32)
+        for row, name in enumerate(names):
+            if name in digests:
+                table[row] = torch.tensor(list(digests[name]), dtype=torch.int32)
+        table = self.mesh.world.all_reduce_sum(table)  # every digest has one owner
+        total = hashlib.sha256()
+        for row, (name, shape) in enumerate(names.items()):
+            total.update(f"{name} {self.dtype} {list(shape)}\n".encode())
+            total.update(bytes(table[row].tolist()))
+        return total.hexdigest()
+
+    def write_checkpoint(self, directory: Path, source: Path) -> list[str]:
+        """A checkpoint that transformers loads: these weights, with config and tokenizer files from `source`.
+
+        Rank 0 writes, one tensor in memory at a time, into a directory that must not exist yet and appears when it is whole.
+        Returns the file names on rank 0, nothing on others. EngineError names a path that cannot be written.
+        """
+        if self.mesh.world.rank:
+            for _, tensor in self.own_tensors():
+                if self.mesh.tp.rank == 0:
+                    self.mesh.world.send(tensor.cpu(), 0)
+            return []
+        aside = _make_aside(directory)
+        try:
+            files = write_model(aside, self._all_tensors())
+            files += _copy_companions(source, aside, str(self.dtype).removeprefix("torch."))
+            os.rename(aside, directory)
+        except OSError as error:
+            raise EngineError(f"cannot write the checkpoint {directory}: {error}") from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return files
+
+    def _all_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Rank 0 sees every tensor in model order, its own and those that their owners send."""
+        own = self.own_tensors()
+        owners = self.owners()
+        for name, shape in full_names(self.config).items():
+            if owners[name] == 0:
+                yield next(own)
+            else:
+                yield name, self.mesh.world.receive(torch.empty(shape, dtype=self.dtype), owners[name])
+
+
+def _digest(tensor: Tensor) -> bytes:
+    copied = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # a storage seen by NumPy cannot be offloaded
+    return hashlib.sha256(copied.view(torch.uint8).numpy().data).digest()
+
+
+def _make_aside(directory: Path) -> Path:
+    if directory.exists():
+        raise EngineError(f"cannot write the checkpoint {directory}: it exists already")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
+    except OSError as error:
+        raise EngineError(f"cannot write the checkpoint {directory}: {error}") from error
+
+
+def _copy_companions(source: Path, target: Path, dtype: str) -> list[str]:
+    """config.json with the dtype of these weights, and whatever else lies beside the source's weights (tokenizer, template)."""
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    write_text(target / "config.json", json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
+    copied = ["config.json"]
+    for file in sorted(source.iterdir()):
+        weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth") or file.name.endswith(".index.json")
+        if file.is_file() and not weights and file.name != "config.json" and not file.name.startswith("."):
+            shutil.copyfile(file, target / file.name)
+            copied.append(file.name)
+    return copied

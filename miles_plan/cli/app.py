@@ -1,0 +1,73 @@
+"""The `miles-plan` command: which commands there are, and what happens to what they raise.
+
+A command is a module of its own beside this one, with one function of the command's name that parses arguments and prints;
+it imports what is heavy inside the function. To add one, import it here and put it into COMMANDS.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from miles_plan import __version__
+from miles_plan.cli.check import check
+from miles_plan.cli.compile import compile, estimate
+from miles_plan.cli.exit_code import ExitCode
+from miles_plan.cli.explain import explain
+from miles_plan.cli.findings import show_findings
+from miles_plan.cli.gpus import gpus
+from miles_plan.cli.internal_error import show_internal_error
+from miles_plan.cli.models import models
+from miles_plan.cli.schema import schema
+from miles_plan.diagnostics import PlanError
+
+COMMANDS = (
+    # run, resume, status, diff, report, doctor: in the order of a job's life, between these
+    check,
+    compile,
+    estimate,
+    explain,
+    schema,
+    models,
+    gpus,
+)
+
+app = typer.Typer(
+    name="miles-plan",
+    help="A compiler for RL post-training of large language models: plan it, price it, run it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for each in COMMANDS:
+    app.command()(each)
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        sys.stdout.write(f"miles-plan {__version__}\n")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line. No traceback reaches the user: findings exit with 1, our own bugs with 2 and a place to report."""
+    for stream in (sys.stdout, sys.stderr):  # a file name or a model name must not fail to print in an ASCII locale
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        app()
+    except PlanError as problem:
+        sys.exit(show_findings(problem.diagnostics, problem.sources))
+    except BrokenPipeError:  # the reader (`| head`) went away; what it wanted it has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(ExitCode.FINE)
+    except Exception as problem:
+        sys.exit(show_internal_error(problem))

@@ -1,0 +1,116 @@
+"""Many train layouts as columns, so that one pass of numpy prices them all; a single layout is a column of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miles_plan.catalog.architecture import ModelArchitecture
+from miles_plan.ir.layout import TrainLayout
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutColumns:
+    """Sizes of n layouts that share pp, vpp and the split of layers into chunks; every array has shape [n]."""
+
+    pp: int
+    vpp: int
+    stage_layers: tuple[int, ...]
+    tp: Floats
+    cp: Floats
+    dp: Floats
+    ep: Floats
+    etp: Floats
+    sequence_parallel: NDArray[np.bool_]
+
+    @property
+    def expert_dp(self) -> Floats:
+        """Replicas of each expert."""
+        return self.tp * self.cp * self.dp / (self.ep * self.etp)
+
+    @property
+    def sequence_split(self) -> Floats:
+        """Ranks that share one token's norms and residuals: tp with sequence parallelism, else 1."""
+        return np.where(self.sequence_parallel, self.tp, 1.0)
+
+    def __len__(self) -> int:
+        return len(self.tp)
+
+
+def group_layouts(layouts: Sequence[TrainLayout]) -> list[tuple[NDArray[np.intp], LayoutColumns]]:
+    """Split layouts by (pp, vpp, stage_layers); each part keeps the positions its rows came from."""
+    parts: dict[tuple[int, int, tuple[int, ...]], list[int]] = {}
+    for at, layout in enumerate(layouts):
+        parts.setdefault((layout.pp, layout.vpp, layout.stage_layers), []).append(at)
+    return [(np.array(rows), _columns([layouts[at] for at in rows])) for rows in parts.values()]
+
+
+def _columns(layouts: list[TrainLayout]) -> LayoutColumns:
+    first = layouts[0]
+    sizes = np.array([(each.tp, each.cp, each.dp, each.ep, each.etp) for each in layouts], dtype=np.float64).T
+    return LayoutColumns(
+        first.pp,
+        first.vpp,
+        first.stage_layers,
+        sizes[0],
+        sizes[1],
+        sizes[2],
+        sizes[3],
+        sizes[4],
+        np.array([each.sequence_parallel for each in layouts]),
+    )
+
+
+@lru_cache(maxsize=65536)
+def chunk_layers(num_layers: int, pp: int, vpp: int, stage_layers: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """Layers of each of pp x vpp chunks in model order.
+
+    Even where it divides; otherwise the chunks in the middle take one more, since the first also holds the embedding
+    and the last the output head.
+
+    Raises:
+        ValueError: `stage_layers` does not add up, or there are fewer layers than chunks.
+    """
+    chunks = pp * vpp
+    if stage_layers:
+        if sum(stage_layers) != num_layers:
+            raise ValueError(f"stage_layers add up to {sum(stage_layers)}, the model has {num_layers} layers")
+        return stage_layers
+    if num_layers < chunks:
+        raise ValueError(f"{num_layers} layers cannot fill {chunks} pipeline chunks")
+    base, extra = divmod(num_layers, chunks)
+    first = (chunks - extra + 1) // 2
+    return tuple(base + (1 if first <= at < first + extra else 0) for at in range(chunks))
+
+
+@lru_cache(maxsize=4096)
+def stage_kinds(model: ModelArchitecture, pp: int, vpp: int, stage_layers: tuple[int, ...] = ()) -> Floats:
+    """Layers of each kind on each pipeline rank, shape [pp, kinds]; chunk c of rank r is virtual stage c * pp + r."""
+    kinds = np.array(model.layer_kinds())
+    counts = np.zeros((pp, len(model.kinds)))
+    begin = 0
+    for chunk, layers in enumerate(chunk_layers(model.num_layers, pp, vpp, stage_layers)):
+        counts[chunk % pp] += np.bincount(kinds[begin : begin + layers], minlength=len(model.kinds))
+        begin += layers
+    counts.setflags(write=False)
+    return counts
+
+
+@lru_cache(maxsize=65536)
+def microbatches_in_flight(pp: int, vpp: int, num_microbatches: int) -> Floats:
+    """Whole-rank microbatches whose activations a pipeline rank holds at its peak, shape [pp].
+
+    1F1B holds min(m, p - r). Interleaved 1F1B holds min(m v, 2 (p - r - 1) + (v - 1) p + 1) chunk passes, each 1/v of a
+    rank's layers (arXiv 2104.04473; the warm-up count of Megatron-core's interleaved schedule).
+    """
+    rank = np.arange(pp)
+    if vpp == 1:
+        return np.minimum(num_microbatches, pp - rank).astype(np.float64)
+    warm = 2 * (pp - rank - 1) + (vpp - 1) * pp + 1
+    return np.asarray(np.minimum(num_microbatches * vpp, warm) / vpp, dtype=np.float64)

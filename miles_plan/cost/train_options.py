@@ -1,0 +1,80 @@
+"""What a training step does, apart from how it is spread: precision, recomputation, optimizer, batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from miles_plan.cost.activations import Module
+from miles_plan.ir.layout import Recompute
+
+Engine = Literal["megatron", "fsdp2", "torch"]
+TrainPrecision = Literal["bf16", "fp16", "fp32", "fp8", "mxfp8", "nvfp4"]
+
+QUANTIZED: frozenset[str] = frozenset({"fp8", "mxfp8", "nvfp4"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerOptions:
+    """Bytes the optimizer keeps a parameter: a master copy and its moments.
+
+    distributed: sharded over data parallel ranks. offload_fraction: share of the state that lives in host memory.
+    """
+
+    kind: Literal["adam", "sgd", "muon", "none"] = "adam"
+    master_bytes: float = 4.0
+    moment_bytes: float = 8.0
+    distributed: bool = True
+    offload_fraction: float = 0.0
+
+    @property
+    def bytes_per_param(self) -> float:
+        """State of one parameter before sharding."""
+        if self.kind == "none":
+            return 0.0
+        moments = {"adam": 1.0, "muon": 0.5, "sgd": 0.0}[self.kind]
+        return self.master_bytes + moments * self.moment_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainMemoryOptions:
+    """One microbatch and what surrounds it.
+
+    tokens_per_gpu: packed tokens of one microbatch on one GPU, after context parallelism cut it (Miles:
+    max_tokens_per_gpu). seq_len: longest sequence, which only unfused attention feels. recompute_layers: with full
+    recomputation by block, layers a pipeline rank recomputes; 0 = all. moe_imbalance: tokens of the fullest
+    expert-parallel rank over the mean. logits_chunk_tokens: head and loss in chunks of that many tokens; 0 = at once.
+    logits_bytes: bytes an element of the logits holds at the peak; 0 takes what the engine is known to hold. entropy:
+    the loss has an entropy term. reference: a frozen copy of the weights for a KL term, resident on the GPU or swapped
+    through host memory. trainable_fraction: below 1 for adapters. forward_only: a log-prob pass.
+    """
+
+    engine: Engine = "megatron"
+    tokens_per_gpu: int = 8192
+    seq_len: int = 8192
+    num_microbatches: int = 1
+    precision: TrainPrecision = "bf16"
+    grad_bytes: float = 4.0
+    recompute: Recompute = "none"
+    recompute_modules: frozenset[Module] = frozenset({"core_attn"})
+    recompute_layers: int = 0
+    optimizer: OptimizerOptions = OptimizerOptions()
+    moe_imbalance: float = 1.0
+    logits_chunk_tokens: int = 0
+    logits_bytes: float = 0.0
+    entropy: bool = False
+    fused_gradient_accumulation: bool = True
+    reference: Literal["none", "resident", "swapped"] = "none"
+    trainable_fraction: float = 1.0
+    forward_only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tokens_per_gpu < 1 or self.seq_len < 1 or self.num_microbatches < 1:
+            raise ValueError("tokens_per_gpu, seq_len and num_microbatches must be at least 1")
+        if not 0.0 <= self.optimizer.offload_fraction <= 1.0:
+            raise ValueError(f"offload_fraction must be between 0 and 1, got {self.optimizer.offload_fraction}")
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one activation or compute weight outside fp8."""
+        return 4 if self.precision == "fp32" else 2

@@ -1,0 +1,293 @@
+"""Seconds of a training step and of a log-prob pass, for one layout or for thousands at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miles_plan.catalog.architecture import ModelArchitecture
+from miles_plan.catalog.gpus import Cluster
+from miles_plan.cost.columns import LayoutColumns, group_layouts, stage_kinds
+from miles_plan.cost.communication import Links, collective_s, links_of, point_to_point_s, ranks_in_domain
+from miles_plan.cost.gemms import Gemm
+from miles_plan.cost.interval import Basis, Interval, Term
+from miles_plan.cost.layer_time import TERMS, ComputeOptions, Microbatch, gemm_seconds, layer_seconds
+from miles_plan.cost.profile import HardwareProfile
+from miles_plan.cost.train_memory import rank_params, train_memory_columns
+from miles_plan.cost.train_options import OptimizerOptions, TrainMemoryOptions
+from miles_plan.ir.layout import Recompute, TrainLayout
+
+Floats = NDArray[np.float64]
+
+STEP_ERROR = {"measured": 0.15, "calibrated": 0.25, "roofline": 0.35}
+"""Relative half width of the 90 % interval by where the efficiencies come from (docs/accuracy.md)."""
+OPTIMIZER_BYTES = 30.0
+"""HBM traffic of one parameter's Adam step: gradient, master and two moments read, three written, bf16 written."""
+CPU_ADAM_BYTES_PER_S = 60.0e9
+"""Host memory traffic one GPU's share of a node's cores sustains in a CPU Adam step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainWorkload:
+    """What one step trains on.
+
+    total_tokens, sum_squares: over all sequences of the step; longest: the longest of them; tokens_per_gpu: what a
+    microbatch is packed up to on one GPU, after context parallelism cut it; gradient_steps: optimizer steps these make.
+    """
+
+    total_tokens: float
+    sum_squares: float
+    longest: float
+    tokens_per_gpu: float
+    gradient_steps: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.total_tokens, self.sum_squares, self.longest, self.tokens_per_gpu) <= 0:
+            raise ValueError("a train workload needs positive token counts")
+
+
+def workload_of_lengths(lengths: Iterable[float], tokens_per_gpu: float, gradient_steps: int = 1) -> TrainWorkload:
+    """A workload from the length of every sequence of the step."""
+    every = np.fromiter(lengths, dtype=np.float64)
+    if every.size == 0:
+        raise ValueError("a train workload needs at least one sequence")
+    return TrainWorkload(
+        total_tokens=float(every.sum()),
+        sum_squares=float((every**2).sum()),
+        longest=float(every.max()),
+        tokens_per_gpu=tokens_per_gpu,
+        gradient_steps=gradient_steps,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainTimeOptions:
+    """How a step runs. grad_bytes: bytes a gradient element has on the wire; overlap_dp: reduction and gathering run
+    behind the last backward and first forward."""
+
+    compute: ComputeOptions = field(default_factory=ComputeOptions)
+    recompute: Recompute = "none"
+    recompute_modules: frozenset[str] = frozenset({"core_attn"})
+    recompute_layers: int = 0
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    grad_bytes: float = 4.0
+    overlap_dp: bool = True
+
+
+def train_step_time(
+    model: ModelArchitecture,
+    layout: TrainLayout,
+    workload: TrainWorkload,
+    cluster: Cluster,
+    options: TrainTimeOptions | None = None,
+    profile: HardwareProfile | None = None,
+) -> Interval:
+    """Seconds of forward, backward and optimizer over the whole step's tokens."""
+    links = links_of(cluster, profile)
+    seconds = train_step_columns(model, [layout], workload, links, options or TrainTimeOptions())
+    return _interval(seconds, links.profile.basis)
+
+
+def log_prob_time(
+    model: ModelArchitecture,
+    layout: TrainLayout,
+    workload: TrainWorkload,
+    cluster: Cluster,
+    options: TrainTimeOptions | None = None,
+    profile: HardwareProfile | None = None,
+) -> Interval:
+    """Seconds of one forward-only pass over the whole step's tokens."""
+    links = links_of(cluster, profile)
+    seconds = train_step_columns(model, [layout], workload, links, options or TrainTimeOptions(), forward_only=True)
+    return _interval(seconds, links.profile.basis)
+
+
+def _interval(seconds: dict[str, Floats], basis: Basis) -> Interval:
+    terms = tuple(Term(name, float(values[0])) for name, values in seconds.items() if values[0])
+    mid = sum(term.value for term in terms)
+    error = STEP_ERROR.get(basis, max(STEP_ERROR.values()))
+    return Interval(mid / (1 + error), mid, mid * (1 + error), basis, terms)
+
+
+def train_step_columns(
+    model: ModelArchitecture,
+    layouts: Sequence[TrainLayout],
+    workload: TrainWorkload,
+    links: Links,
+    options: TrainTimeOptions,
+    forward_only: bool = False,
+) -> dict[str, Floats]:
+    """Seconds of a step by term for many layouts, each of shape [n]."""
+    out: dict[str, Floats] = {}
+    for rows, columns in group_layouts(layouts):
+        terms = _group_seconds(model, columns, workload, links, options, forward_only)
+        for name, values in terms.items():
+            out.setdefault(name, np.zeros(len(layouts)))[rows] = values
+    return out
+
+
+def _group_seconds(
+    model: ModelArchitecture,
+    columns: LayoutColumns,
+    workload: TrainWorkload,
+    links: Links,
+    options: TrainTimeOptions,
+    forward_only: bool,
+) -> dict[str, Floats]:
+    tokens_per_replica = workload.total_tokens / columns.dp
+    room = np.maximum(workload.tokens_per_gpu * columns.cp, workload.longest)
+    microbatches = np.maximum(1.0, np.ceil(tokens_per_replica / workload.gradient_steps / room)) * workload.gradient_steps
+    batch = Microbatch(
+        tokens=tokens_per_replica / microbatches,
+        sum_squares=workload.sum_squares / columns.dp / microbatches,
+        longest=workload.longest,
+    )
+    forward, backward = _stage_seconds(model, columns, batch, links, options)
+    stage = {name: forward[name] + (0.0 if forward_only else backward[name]) for name in forward}
+    whole = np.asarray(sum(stage.values()))
+    slowest = (np.arange(len(columns)), np.argmax(whole, axis=1))
+    out = {name: values[slowest] * microbatches for name, values in stage.items()}
+    out["bubble"] = whole[slowest] * (columns.pp - 1) / columns.vpp * workload.gradient_steps
+    out["pp"] = _pipeline_seconds(model, columns, batch, links) * microbatches * (1.0 if forward_only else 2.0)
+    if not forward_only:
+        out |= _update_seconds(model, columns, links, options, whole[slowest])
+        for name in ("dp", "optimizer"):
+            out[name] = out[name] * workload.gradient_steps
+    return out
+
+
+def _stage_seconds(
+    model: ModelArchitecture, columns: LayoutColumns, batch: Microbatch, links: Links, options: TrainTimeOptions
+) -> tuple[dict[str, Floats], dict[str, Floats]]:
+    """Forward and backward of one microbatch on every stage, shape [n, pp], recomputation in the backward."""
+    counts = stage_kinds(model, columns.pp, columns.vpp, columns.stage_layers)
+    shape = (len(columns), columns.pp)
+    forward = {name: np.zeros(shape) for name in (*TERMS, "head", "recompute")}
+    backward = {name: np.zeros(shape) for name in forward}
+    for at, kind in enumerate(model.kinds):
+        ahead, back = layer_seconds(kind, model.hidden_size, columns, batch, links, options.compute)
+        for name in TERMS:
+            forward[name] += ahead[name][:, None] * counts[None, :, at]
+            backward[name] += back[name][:, None] * counts[None, :, at]
+        again = _recompute_share(options, counts.sum(axis=1))
+        parts = np.asarray(sum(ahead[name] for name in _again_terms(options)))
+        backward["recompute"] += parts[:, None] * (counts[None, :, at] * again[None])
+    head = Gemm("head", model.vocab_size, model.hidden_size, "column")
+    tokens = np.asarray(batch.tokens / columns.cp)
+    product = gemm_seconds(head, tokens, columns, links, ComputeOptions())
+    reached = links.gpu.hbm_bytes_per_s * links.profile.hbm_fraction
+    loss = tokens * model.vocab_size / columns.tp * 14.0 / reached
+    forward["head"][:, -1] = product + loss
+    backward["head"][:, -1] = 2.0 * product + loss
+    return forward, backward
+
+
+def _recompute_share(options: TrainTimeOptions, layers: Floats) -> Floats:
+    if options.recompute == "none":
+        return np.zeros_like(layers)
+    if options.recompute == "full" and options.recompute_layers:
+        return np.minimum(1.0, options.recompute_layers / np.maximum(layers, 1.0))
+    return np.ones_like(layers)
+
+
+def _again_terms(options: TrainTimeOptions) -> tuple[str, ...]:
+    """Which parts of the forward run again: all of a layer, or what the named modules are."""
+    if options.recompute == "full":
+        return TERMS
+    again = []
+    if "core_attn" in options.recompute_modules:
+        again.append("attention")
+    if options.recompute_modules & {"moe", "mlp"}:
+        again += ["gemm", "ep"]
+    if options.recompute_modules & {"moe_act", "layernorm", "mla_up_proj"}:
+        again.append("memory")
+    return tuple(again)
+
+
+def _pipeline_seconds(model: ModelArchitecture, columns: LayoutColumns, batch: Microbatch, links: Links) -> Floats:
+    """Seconds a stage waits for its neighbours' tensors a microbatch; interleaving sends vpp times as often."""
+    if columns.pp == 1:
+        return np.zeros(len(columns))
+    size = batch.tokens / columns.cp * model.hidden_size * 2.0 / columns.sequence_split
+    crosses = columns.tp * columns.cp * columns.dp * 2 > links.domain
+    return point_to_point_s(size, crosses, links) * columns.vpp
+
+
+def _update_seconds(
+    model: ModelArchitecture, columns: LayoutColumns, links: Links, options: TrainTimeOptions, microbatch: Floats
+) -> dict[str, Floats]:
+    """Gradient reduction, parameter gathering and the optimizer of the fullest stage."""
+    params = rank_params(model, columns)
+    at = (np.arange(len(columns)), np.argmax(params.total, axis=1))
+    dense, expert = params.dense[at], params.expert[at]
+    replicas, expert_replicas = columns.dp * columns.cp, columns.expert_dp
+    near = ranks_in_domain(replicas, columns.tp, links.domain)
+    near_expert = ranks_in_domain(expert_replicas, columns.etp * columns.ep, links.domain)
+
+    def both(op: str, size: float) -> Floats:
+        if op == "reduce":
+            return collective_s("reduce_scatter", dense * size, replicas, near, links) + collective_s(
+                "reduce_scatter", expert * size, expert_replicas, near_expert, links
+            )
+        return collective_s("all_gather", dense * size, replicas, near, links) + collective_s(
+            "all_gather", expert * size, expert_replicas, near_expert, links
+        )
+
+    reduce, gather = both("reduce", options.grad_bytes), both("gather", 2.0)
+    exposed = reduce + gather
+    if options.overlap_dp:  # the last backward hides most of the reduction, the first forward most of the gathering
+        exposed = np.maximum(0.1 * reduce, reduce - 0.6 * microbatch) + np.maximum(0.1 * gather, gather - 0.3 * microbatch)
+    shard = dense / replicas + expert / expert_replicas
+    shard = shard if options.optimizer.distributed else dense + expert
+    return {"dp": exposed, "optimizer": _optimizer_seconds(shard, links, options.optimizer)}
+
+
+def _optimizer_seconds(shard: Floats, links: Links, optimizer: OptimizerOptions) -> Floats:
+    if optimizer.kind == "none":
+        return np.zeros_like(shard)
+    moved = shard * optimizer.offload_fraction
+    on_gpu = (shard - moved) * OPTIMIZER_BYTES / (links.gpu.hbm_bytes_per_s * links.profile.hbm_fraction)
+    over_link = moved * (4.0 / links.profile.device_to_host_bytes_per_s + 2.0 / links.profile.host_to_device_bytes_per_s)
+    on_host = moved * OPTIMIZER_BYTES / CPU_ADAM_BYTES_PER_S
+    return np.asarray(on_gpu + over_link + on_host)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainPrices:
+    """Prices of n layouts, arrays of shape [n]; infeasible marks layouts that cannot hold a step, or a reason why."""
+
+    step_s: Floats
+    log_prob_s: Floats
+    peak_bytes: Floats
+    device_bytes: Floats
+    static_bytes: Floats
+    host_bytes: Floats
+    terms: dict[str, Floats]
+
+
+def price_train_layouts(
+    model: ModelArchitecture,
+    layouts: Sequence[TrainLayout],
+    workload: TrainWorkload,
+    cluster: Cluster,
+    memory: TrainMemoryOptions,
+    time: TrainTimeOptions,
+    profile: HardwareProfile | None = None,
+) -> TrainPrices:
+    """Memory and time of many layouts under the same options, for the search."""
+    links = links_of(cluster, profile)
+    held = train_memory_columns(model, layouts, memory, links.profile)
+    step = train_step_columns(model, layouts, workload, links, time)
+    passes = train_step_columns(model, layouts, workload, links, time, forward_only=True)
+    return TrainPrices(
+        step_s=np.asarray(sum(step.values())),
+        log_prob_s=np.asarray(sum(passes.values())),
+        peak_bytes=held.peak_bytes,
+        device_bytes=held.device_bytes,
+        static_bytes=held.static_bytes,
+        host_bytes=held.host_bytes,
+        terms=step,
+    )

@@ -1,0 +1,270 @@
+"""Precision alignment: for every op that touches a log-prob, what trainer and rollout each run, and what is done about it.
+
+A difference is removed (the same batch-invariant kernel on both sides), replayed (routing), corrected (importance weights from
+the rollout's log-probs: TIS or MIS), or accepted with a stated threshold that the run guards. Which pairs of number formats may
+meet, and on which chips, is the table `PAIRS` (Miles, docs/advanced/low-precision.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from miles_plan.diagnostics import Diagnostic
+from miles_plan.ir.graph import Fact, TaskGraph
+from miles_plan.ir.plan import Decision, NumericsRow
+from miles_plan.ir.tasks import Correct, Edge, Logprobs, Quantize, Rollout
+from miles_plan.passes.base import Outcome, Pass, PassContext
+from miles_plan.spec.job import JobSpec
+
+Alignment = Literal["exact", "replay", "corrected", "off"]
+
+HOPPER = frozenset({"h100", "h200", "h20"})
+BLACKWELL = frozenset({"b200", "b300", "gb200", "gb300"})
+ANY_CHIP: frozenset[str] = frozenset()
+
+# (rollout, train) -> chips that have it; ANY_CHIP = all.
+PAIRS: dict[tuple[str, str], frozenset[str]] = {
+    ("fp32", "fp32"): ANY_CHIP,
+    ("bf16", "bf16"): ANY_CHIP,
+    ("fp8_blockwise", "bf16"): HOPPER | BLACKWELL,
+    ("fp8_blockwise", "fp8_blockwise"): HOPPER | BLACKWELL,
+    ("mxfp8", "bf16"): BLACKWELL,
+    ("mxfp8", "mxfp8"): BLACKWELL,
+    ("nvfp4", "nvfp4"): BLACKWELL,
+    ("int4", "int4_qat"): ANY_CHIP,
+}
+
+# Engine pairs whose every op can run on one set of kernels, and the chips those kernels are made for.
+SHARED_KERNELS: dict[tuple[str, str], frozenset[str]] = {
+    ("torch", "torch"): ANY_CHIP,
+    ("megatron", "sglang"): HOPPER,
+}
+
+
+@dataclass(frozen=True)
+class AlignPrecision(Pass):
+    """Choose the alignment, fill the two-column table, insert corrections and quantisation, set the guard's threshold."""
+
+    name: ClassVar[str] = "align_precision"
+    needs: ClassVar[frozenset[Fact]] = frozenset({"placed"})
+
+    def run(self, graph: TaskGraph, ctx: PassContext) -> Outcome:
+        """Jobs without a rollout have nothing to align."""
+        if not graph.of_kind(Rollout):
+            return Outcome(graph=graph)
+        diagnostics = tuple(_misfits(ctx))
+        alignment, reason = choose_alignment(ctx)
+        threshold = _threshold(ctx.job, alignment)
+        graph = graph.with_replaced(
+            *(
+                replace(task, alignment=alignment, max_log_prob_diff=threshold)
+                for task in graph.of_kind(Logprobs)
+                if isinstance(task, Logprobs) and task.compare_with_rollout
+            )
+        )
+        if alignment == "corrected":
+            graph = _with_correction(graph, ctx.job)
+        if ctx.job.precision.rollout not in (ctx.job.precision.train, "int4") and ctx.job.precision.rollout != "bf16":
+            graph = _with_quantization(graph, ctx.job.precision.rollout)
+        decision = Decision(field="precision.alignment", value=alignment, reason=reason, by=self.name)
+        return Outcome(
+            graph=graph,
+            diagnostics=diagnostics,
+            decisions=(decision,),
+            numerics=tuple(numerics_table(ctx, alignment)),
+            environment=tuple(_environment(ctx.job, alignment)),
+        )
+
+
+def choose_alignment(ctx: PassContext) -> tuple[Alignment, str]:
+    """The alignment asked for, or under `auto` the strictest that costs nothing; with the reason."""
+    asked = ctx.job.precision.alignment
+    if asked != "auto":
+        return asked, "the spec asks for it"
+    if ctx.job.train.engine == "torch" and ctx.job.rollout.engine == "torch" and not any(_exact_obstacles(ctx)):
+        return "exact", "both engines run the same batch-invariant kernels"
+    if ctx.job.precision.rollout != ctx.job.precision.train:
+        return "corrected", "the two sides compute in different formats, so importance weights correct the difference"
+    if ctx.model.moe is not None:
+        return "replay", "a mixture-of-experts model on two engines: routing is replayed, the rest stays small"
+    return "corrected", "two engines differ in kernels; importance weights correct the difference at no extra forward pass"
+
+
+def _exact_obstacles(ctx: PassContext) -> Iterator[tuple[str, str, str]]:
+    """What stands between this job and equal bits: (spec field, what is wrong, what to do)."""
+    job = ctx.job
+    chips = SHARED_KERNELS.get((job.train.engine, job.rollout.engine))
+    if chips is None:
+        pair = f"{job.train.engine} and {job.rollout.engine}"
+        yield "precision.alignment", f"{pair} share no batch-invariant kernels", "use replay or corrected"
+    elif chips and not {group.gpu.name for group in ctx.cluster.groups} <= chips:
+        yield "precision.alignment", f"the shared kernels are made for {', '.join(sorted(chips))}", "use replay or corrected"
+    if job.precision.train != job.precision.rollout:
+        yield (
+            "precision.rollout",
+            f"the trainer computes in {job.precision.train}, the rollout in {job.precision.rollout}",
+            "give both the same format",
+        )
+    if job.precision.kv_cache not in ("auto", job.precision.rollout):
+        yield (
+            "precision.kv_cache",
+            f"a {job.precision.kv_cache} KV cache rounds keys and values that the trainer does not",
+            "leave kv_cache: auto",
+        )
+    if job.schedule.mode in ("one_step_off", "asynchronous"):
+        yield (
+            "schedule.mode",
+            "samples are older than the weights that score them, so log-probs differ by training, not by rounding",
+            "use schedule.mode: synchronous, or alignment: replay or corrected",
+        )
+
+
+def _misfits(ctx: PassContext) -> Iterator[Diagnostic]:
+    job = ctx.job
+    chips = PAIRS.get((job.precision.rollout, job.precision.train))
+    used = {group.gpu.name for group in ctx.cluster.groups}
+    if chips is None:
+        allowed = sorted(train for rollout, train in PAIRS if rollout == job.precision.rollout)
+        yield ctx.error(
+            "MP301",
+            f"a {job.precision.rollout} rollout cannot be paired with {job.precision.train} training",
+            "precision.rollout",
+            help=f"with rollout: {job.precision.rollout}, train may be {' or '.join(allowed)}",
+        )
+    elif chips and not used <= chips:
+        yield ctx.error(
+            "MP302",
+            f"{', '.join(sorted(used - chips))} cannot compute in {job.precision.rollout}",
+            "precision.rollout",
+            help=f"{job.precision.rollout} needs {', '.join(sorted(chips))}; bf16 runs everywhere",
+        )
+    if "torch" in (job.train.engine, job.rollout.engine):
+        for field_name in ("train", "rollout"):
+            if (dtype := getattr(job.precision, field_name)) not in ("bf16", "fp32"):
+                yield ctx.error(
+                    "MP303",
+                    f"the torch engine computes in bf16 or fp32, not {dtype}",
+                    f"precision.{field_name}",
+                    help="use bf16 or fp32, or the megatron and sglang engines",
+                )
+    if job.precision.alignment == "exact":
+        for where, problem, remedy in _exact_obstacles(ctx):
+            yield ctx.error("MP304", f"alignment: exact cannot be kept: {problem}", where, help=remedy)
+    if job.precision.alignment == "replay" and ctx.model.moe is None:
+        yield ctx.error(
+            "MP305",
+            f"{ctx.model.name} has no experts, so there is no routing to replay",
+            "precision.alignment",
+            help="use exact, corrected or off",
+        )
+
+
+def _threshold(job: JobSpec, alignment: Alignment) -> float | None:
+    asked = job.precision.max_log_prob_diff
+    if asked != "auto":
+        return asked
+    return 0.0 if alignment == "exact" else None
+
+
+def _with_correction(graph: TaskGraph, job: JobSpec) -> TaskGraph:
+    """Importance weights between the rollout's and the trainer's log-probs, on their way into the training step."""
+    samples = next(edge.src for edge in graph.inputs_of("train") if edge.carries == "samples")
+    correct = Correct(
+        name="correct",
+        loop="rl",
+        group=graph.task("advantage").group,
+        method=job.precision.correction,
+        clip_high=job.precision.correction_clip,
+        clip_low=1.0 / job.precision.correction_clip if job.precision.correction == "mis" else 0.0,
+    )
+    return graph.with_tasks(
+        [correct],
+        [
+            Edge(src=samples, dst="correct", carries="samples"),
+            Edge(src="old_log_probs", dst="correct", carries="log_probs"),
+            Edge(src="correct", dst="train", carries="importance_weights"),
+        ],
+    )
+
+
+def _with_quantization(graph: TaskGraph, target: str) -> TaskGraph:
+    """Weights are quantised on the trainer's side, between the training step and the sync."""
+    quantize = Quantize(name="quantize", loop="rl", group=graph.task("train").group, target=target)
+    into_sync = [edge for edge in graph.inputs_of("weight_sync") if edge.carries == "weights"]
+    moved = [replace(edge, dst="quantize") for edge in into_sync]
+    rerouted = graph.without_edges(into_sync).with_tasks([quantize], moved)
+    return rerouted.with_edges([Edge(src="quantize", dst="weight_sync", carries="weights")])
+
+
+def numerics_table(ctx: PassContext, alignment: Alignment) -> Iterator[NumericsRow]:
+    """Every op that touches a log-prob: what each side runs, and the verdict."""
+    job = ctx.job
+    shared = alignment == "exact"
+    train, rollout = job.precision.train, job.precision.rollout
+    kernels = {"torch": "miles_plan.kernels", "megatron": "Transformer Engine", "fsdp2": "PyTorch", "sglang": "SGLang"}
+    sides = ("miles_plan.kernels", "miles_plan.kernels") if shared else (kernels[job.train.engine], kernels[job.rollout.engine])
+
+    def row(op: str, detail: str, *, left: str = train, right: str = rollout) -> NumericsRow:
+        detail = detail if shared else ""  # the order of sums inside other libraries' kernels is theirs to change
+        one, other = f"{sides[0]} {left} {detail}".rstrip(), f"{sides[1]} {right} {detail}".rstrip()
+        if shared:
+            return NumericsRow(
+                op=op, train=one, rollout=other, verdict="same", reason="one batch-invariant kernel on both sides"
+            )
+        if alignment == "corrected":
+            return NumericsRow(
+                op=op, train=one, rollout=other, verdict="corrected", reason=f"{job.precision.correction} weights"
+            )
+        return NumericsRow(op=op, train=one, rollout=other, verdict="accepted", reason="reported each step")
+
+    yield row("embedding", "gather")
+    yield row("rms_norm", "fp32 statistics")
+    yield row("qkv, gate_up matmul", "chain over K")
+    yield row("o_proj, down_proj matmul", "tree over K")
+    yield row("rope", "fp32 tables")
+    kv_cache = rollout if job.precision.kv_cache == "auto" else job.precision.kv_cache
+    yield row("attention", "", left=f"{train} keys", right=f"{kv_cache} KV cache")
+    if ctx.model.moe is not None:
+        yield _routing_row(sides, alignment)
+        yield row("expert matmul", "chain over K")
+        yield row("expert combine", "slot order")
+    yield row("lm_head, log_softmax", "fp32 log-prob")
+    both = f"temperature {job.rollout.temperature:g}"
+    yield NumericsRow(op="temperature", train=both, rollout=both, verdict="same", reason="one spec field sets both")
+    yield _truncation_row(job)
+
+
+def _routing_row(sides: tuple[str, str], alignment: Alignment) -> NumericsRow:
+    if alignment in ("exact", "replay"):
+        return NumericsRow(
+            op="router",
+            train="replayed expert ids",
+            rollout=f"{sides[1]} top-k",
+            verdict="replayed",
+            reason="R3: ids travel with samples",
+        )
+    verdict: Literal["corrected", "accepted"] = "corrected" if alignment == "corrected" else "accepted"
+    return NumericsRow(
+        op="router", train=f"{sides[0]} top-k", rollout=f"{sides[1]} top-k", verdict=verdict, reason="not replayed"
+    )
+
+
+def _truncation_row(job: JobSpec) -> NumericsRow:
+    cut = job.rollout.top_p < 1.0 or job.rollout.top_k > 0
+    rollout = f"top_p {job.rollout.top_p:g}, top_k {job.rollout.top_k}" if cut else "whole vocabulary"
+    return NumericsRow(
+        op="top_p, top_k",
+        train="whole vocabulary",
+        rollout=rollout,
+        verdict="accepted" if cut else "same",
+        reason="log-probs are of the untruncated distribution on both sides" if cut else "no truncation",
+    )
+
+
+def _environment(job: JobSpec, alignment: Alignment) -> Iterator[tuple[str, str]]:
+    """What exactness needs of the processes."""
+    if alignment == "exact" and job.rollout.engine == "sglang":
+        yield "env:NCCL_ALGO", "Ring"
+        yield "env:NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0"

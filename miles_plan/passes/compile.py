@@ -1,0 +1,259 @@
+"""From a loaded job to a plan: resolve the model and the cluster, run the pipeline, and gather everything into one record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from miles_plan import __version__
+from miles_plan.catalog.architecture import ModelArchitecture
+from miles_plan.catalog.gpus import Cluster, NodeGroup, find_gpu
+from miles_plan.catalog.hf_config import architecture_from_hf_config
+from miles_plan.catalog.models import find_model
+from miles_plan.diagnostics import Diagnostic, Location, PlanError, error, warning
+from miles_plan.ir.graph import TaskGraph
+from miles_plan.ir.plan import ClusterSummary, DataSource, ModelSource, Plan, RunOptions, TokenizerSource
+from miles_plan.passes.base import Instrument, Outcome, Pass, PassContext, Pipeline
+from miles_plan.passes.pipeline import DEFAULT
+from miles_plan.spec.cluster import ClusterSpec, NodeGroupSpec
+from miles_plan.spec.data import ArithmeticPrompts
+from miles_plan.spec.job import JobSpec
+from miles_plan.spec.load import LoadedJob
+from miles_plan.spec.model import ModelSpec, TokenizerSpec
+
+GIB = 1 << 30
+COMPILER = "compile"  # the ledger's name for what is read outside any pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled:
+    """A plan, and what was found on the way that does not stop it."""
+
+    plan: Plan
+    diagnostics: tuple[Diagnostic, ...]
+
+
+def compile_job(loaded: LoadedJob, *, passes: Sequence[Pass] = DEFAULT, instruments: Sequence[Instrument] = ()) -> Compiled:
+    """Compile a job. PlanError holds every finding of the first stage that found errors, each with its place."""
+    with loaded.ledger.reading_as(COMPILER):
+        ctx, hf_config = context_of(loaded)
+        run = run_options(loaded, ctx.model, hf_config)
+    empty = TaskGraph(name=loaded.spec.name, loops=())
+    try:
+        outcome = Pipeline(passes=tuple(passes), instruments=instruments).run(empty, ctx)
+    except PlanError as refused:
+        raise PlanError(refused.diagnostics, loaded.sources) from None
+    unread = tuple(path for path in loaded.ledger.unread() if loaded.origins.of(path).kind != "default")
+    diagnostics = (*outcome.diagnostics, *_unread_warnings(loaded, unread))
+    plan = _plan(loaded, ctx, run, replace(outcome, diagnostics=diagnostics), unread)
+    return Compiled(plan=plan, diagnostics=diagnostics)
+
+
+def context_of(loaded: LoadedJob) -> tuple[PassContext, Mapping[str, Any] | None]:
+    """The pass context, and the model's Hugging Face configuration where the spec gives one. PlanError for what is unknown."""
+    found: list[Diagnostic] = []
+    model, hf_config = _model(loaded, loaded.spec.model, found)
+    cluster = _cluster(loaded, found)
+    if model is None or cluster is None:
+        raise PlanError(tuple(found), loaded.sources)
+    ctx = PassContext(job=loaded.spec, model=model, cluster=cluster, locate=loaded.at, file=loaded.file, ledger=loaded.ledger)
+    return ctx, hf_config
+
+
+def _model(
+    loaded: LoadedJob, spec: ModelSpec, found: list[Diagnostic]
+) -> tuple[ModelArchitecture | None, Mapping[str, Any] | None]:
+    """The architecture from the catalog, a config file, a checkpoint's config, or the spec itself."""
+    if spec.name is not None:
+        try:
+            return find_model(spec.name), None
+        except ValueError as unknown:
+            found.append(error("MP140", str(unknown), loaded.at("model.name"), field="model.name"))
+            return None, None
+    field = "hf_config" if spec.hf_config else "checkpoint" if spec.checkpoint else "architecture"
+    try:
+        config = _hf_config(loaded, spec)
+        name = str(config.get("_name_or_path") or loaded.spec.name)
+        return architecture_from_hf_config(config, name), config
+    except (OSError, ValueError) as unreadable:
+        where = loaded.at(f"model.{field}")
+        found.append(error("MP143", f"the model's configuration cannot be used: {unreadable}", where, field=f"model.{field}"))
+        return None, None
+
+
+def _hf_config(loaded: LoadedJob, spec: ModelSpec) -> dict[str, Any]:
+    if spec.architecture is not None:
+        return dict(spec.architecture)
+    path = loaded.file(spec.hf_config) if spec.hf_config else loaded.file(spec.checkpoint or "") / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no mapping")
+    return config
+
+
+def _cluster(loaded: LoadedJob, found: list[Diagnostic]) -> Cluster | None:
+    spec = loaded.spec.cluster
+    try:
+        if spec.groups:
+            return Cluster(groups=tuple(_nodes(group) for group in spec.groups))
+        return Cluster(groups=(_nodes(spec),))
+    except ValueError as unknown:
+        found.append(error("MP141", str(unknown), loaded.at("cluster.gpu"), field="cluster.gpu"))
+        return None
+
+
+def _nodes(spec: ClusterSpec | NodeGroupSpec) -> NodeGroup:
+    """One group of equal nodes; what the spec states takes the place of the catalog's figure."""
+    gpu = find_gpu(spec.gpu or "")
+    if spec.gpu_memory_gib != "auto":
+        stated = int(spec.gpu_memory_gib * GIB)
+        gpu = replace(gpu, memory_bytes=stated, usable_bytes=min(stated, int(stated * gpu.usable_bytes / gpu.memory_bytes)))
+    if spec.nic_gbps_per_gpu != "auto":
+        gpu = replace(gpu, nic_bytes_per_s=spec.nic_gbps_per_gpu * 1e9 / 8)
+    return NodeGroup(
+        gpu=gpu,
+        nodes=spec.nodes,
+        gpus_per_node=gpu.gpus_per_node if spec.gpus_per_node == "auto" else spec.gpus_per_node,
+        host_memory_bytes=0 if spec.host_memory_gib == "auto" else int(spec.host_memory_gib * GIB),
+    )
+
+
+def run_options(loaded: LoadedJob, model: ModelArchitecture, hf_config: Mapping[str, Any] | None) -> RunOptions:
+    """What the executor needs beyond the graph; paths are absolute, so that a plan can be run from anywhere."""
+    job = loaded.spec
+    source = ModelSource(
+        name=model.name,
+        hf_config=hf_config if job.model.checkpoint is None else None,
+        checkpoint=_absolute(loaded, job.model.checkpoint),
+        params_total=model.params_total,
+        params_active=model.params_active,
+    )
+    return RunOptions(
+        seed=job.seed,
+        model=source,
+        tokenizer=_tokenizer(loaded),
+        data=tuple(_data_sources(loaded)),
+        train_dtype=job.precision.train,
+        rollout_dtype=job.precision.rollout,
+        max_restarts=job.failures.max_restarts,
+        tensorboard=job.tracking.tensorboard,
+    )
+
+
+def _absolute(loaded: LoadedJob, name: str | None) -> str | None:
+    return None if name is None else str(loaded.file(name).resolve())
+
+
+def _tokenizer(loaded: LoadedJob) -> TokenizerSource:
+    model = loaded.spec.model
+    spec = model.tokenizer
+    if isinstance(spec, TokenizerSpec):
+        if spec.characters is not None:
+            return TokenizerSource(kind="characters", characters=spec.characters)
+        return TokenizerSource(kind="file", path=_absolute(loaded, spec.path) or "")
+    beside = model.checkpoint or (str(Path(model.hf_config).parent) if model.hf_config else None)
+    if spec == "auto" and beside is not None:
+        return TokenizerSource(kind="file", path=_absolute(loaded, beside) or "")
+    return TokenizerSource(kind="byte")
+
+
+def _data_sources(loaded: LoadedJob) -> Iterator[DataSource]:
+    job = loaded.spec
+    named: list[tuple[str, str | ArithmeticPrompts | None]] = [("data.prompts", job.data.prompts)]
+    if job.warm_start is not None:
+        named.append(("warm_start.data", job.warm_start.data))
+    if job.evaluation.every_steps:
+        named.append(("evaluation.prompts", job.evaluation.prompts))
+    for name, prompts in named:
+        if isinstance(prompts, ArithmeticPrompts):
+            yield DataSource(name=name, generator=prompts.generator, options=_arithmetic_options(prompts))
+        else:
+            yield DataSource(name=name, path=_absolute(loaded, prompts))
+
+
+def _arithmetic_options(prompts: ArithmeticPrompts) -> dict[str, Any]:
+    """The generator's options under the names that `miles_plan.data.arithmetic.ArithmeticOptions` gives them."""
+    return {
+        "seed": prompts.seed,
+        "largest": prompts.max_operand,
+        "eval_problems": prompts.held_out,
+        "demonstrations": prompts.demonstrations,
+        "slips": prompts.slips,
+    }
+
+
+def _unread_warnings(loaded: LoadedJob, unread: Sequence[str]) -> Iterator[Diagnostic]:
+    """A field that the user set and nothing read: it decides nothing in this job."""
+    for path in unread:
+        yield warning(
+            "MP160",
+            f"{path} is set, and nothing in this job reads it",
+            loaded.at(path),
+            field=path,
+            help="remove it, or check that the part it belongs to is in use",
+        )
+
+
+def _plan(loaded: LoadedJob, ctx: PassContext, run: RunOptions, outcome: Outcome, unread: Sequence[str]) -> Plan:
+    reward = loaded.spec.data.reward
+    return Plan(
+        name=loaded.spec.name,
+        tool_version=__version__,
+        spec=loaded.resolved(),
+        spec_sha256=loaded.sha256(),
+        sources=tuple((name, hashlib.sha256(text.encode()).hexdigest()) for name, text in loaded.sources.items()),
+        cluster=_cluster_summary(ctx.cluster),
+        run=run,
+        graph=outcome.graph,
+        decisions=outcome.decisions,
+        estimates=outcome.estimates,
+        candidates=outcome.candidates,
+        transfers=outcome.transfers,
+        numerics=outcome.numerics,
+        failures=outcome.failures,
+        environment=(*_environment(loaded.spec), *outcome.environment),
+        imports=(reward,) if reward is not None and ":" in reward else (),
+        unread_fields=tuple(unread),
+        diagnostics=tuple(as_json(diagnostic) for diagnostic in outcome.diagnostics),
+    )
+
+
+def as_json(diagnostic: Diagnostic) -> dict[str, Any]:
+    """A finding as the plan file keeps it."""
+    where: Location | None = diagnostic.location
+    return {
+        "code": diagnostic.code,
+        "severity": diagnostic.severity,
+        "message": diagnostic.message,
+        "location": str(where) if where else None,
+        "help": diagnostic.help,
+    }
+
+
+def _cluster_summary(cluster: Cluster) -> ClusterSummary:
+    first = cluster.groups[0]
+    return ClusterSummary(
+        gpu=first.gpu.name,
+        nodes=cluster.num_nodes,
+        gpus_per_node=first.gpus_per_node,
+        gpu_memory_bytes=first.gpu.usable_bytes,
+        host_memory_bytes=first.node_memory_bytes,
+        groups=() if len(cluster.groups) == 1 else tuple((g.gpu.name, g.nodes, g.gpus_per_node) for g in cluster.groups),
+    )
+
+
+# Releases that were seen to run together on H200s on 2026-11-21.
+PINS = {
+    "torch": (("ray", ">=2.50"), ("torch", ">=2.8"), ("transformers", ">=5.0")),
+    "megatron": (("megatron-core", "0.19.2"), ("transformer-engine", "2.13.0"), ("ray", "2.55.1")),
+    "fsdp2": (("torch", ">=2.8"), ("transformers", ">=5.0")),
+    "sglang": (("sglang", "0.5.16"), ("torch_memory_saver", "0.0.10")),
+}
+
+
+def _environment(job: JobSpec) -> tuple[tuple[str, str], ...]:
+    return tuple(dict.fromkeys((*PINS[job.train.engine], *PINS[job.rollout.engine])))

@@ -1,0 +1,198 @@
+"""Every way to generate on a number of GPUs that fits their memory, priced: the rollout's half of the joint search."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from miles_plan.catalog.gpus import Cluster, Gpu
+from miles_plan.cost.decode_time import Speculation
+from miles_plan.cost.rollout_memory import RolloutMemory, RolloutMemoryOptions, rollout_memory
+from miles_plan.cost.rollout_time import RolloutWorkload, simulate_rollout
+from miles_plan.ir.layout import RolloutLayout
+from miles_plan.passes.base import PassContext
+from miles_plan.passes.layout_space import Room, rollout_layouts, rollout_obstacles
+from miles_plan.passes.sync_weights import ROLLOUT_PRECISION
+from miles_plan.passes.train_choices import MARGIN_FRACTION
+from miles_plan.passes.train_draft import ACCEPTANCE_FROZEN, ACCEPTANCE_TRAINED, accept_length, draft_tokens
+from miles_plan.passes.workload import StepWorkload
+from miles_plan.spec.rollout import RolloutLayoutSpec
+
+KV_BYTES = {"bf16": 2.0, "fp32": 4.0, "fp8": 1.0}
+MAX_RUNNING = 512  # requests of one engine; beyond it SGLang's scheduler and CUDA graphs stop paying
+GRAPH_BATCH = 256
+PREFILL_TOKENS = 8192  # SGLang's chunked_prefill_size on an 80 GB GPU and up
+EMBEDDED_POOL_TOKENS = 65_536  # an embedded engine's cache is sized by what the batch needs, at most this
+MIN_STATIC_FRACTION, MAX_STATIC_FRACTION = 0.1, 0.92
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutChoice:
+    """One priced way to generate one step's samples. Bytes are of one GPU; pool_tokens and max_running of one engine."""
+
+    layout: RolloutLayout
+    rollout_s: float
+    low_s: float
+    high_s: float
+    memory: RolloutMemory
+    static_fraction: float
+    pool_tokens: int
+    max_running: int
+    tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutSearch:
+    """Choices that fit, fastest first, and why others were left out with how many there were of each."""
+
+    choices: tuple[RolloutChoice, ...]
+    left_out: Counter[str]
+
+
+def rollout_room(ctx: PassContext, num_gpus: int, workload: StepWorkload) -> Room:
+    """What the engines' layout on `num_gpus` has to fit."""
+    return Room(
+        num_gpus=num_gpus,
+        gpus_per_node=min(num_gpus, ctx.cluster.gpus_per_node),
+        nvlink_domain=min(num_gpus, ctx.cluster.groups[0].gpu.nvlink_domain),
+        sequences=workload.drawn_samples,
+        longest_sequence_tokens=workload.longest_tokens,
+        engine=ctx.job.rollout.engine,
+    )
+
+
+def asked_engines(ctx: PassContext, num_gpus: int) -> RolloutLayout | None:
+    """The layout that the spec fixes, its engine count filled in; None under `auto`."""
+    asked = ctx.job.rollout.layout
+    if not isinstance(asked, RolloutLayoutSpec):
+        return None
+    engines = max(1, num_gpus // (asked.tp * asked.pp)) if asked.engines == "auto" else asked.engines
+    return RolloutLayout(engines=engines, tp=asked.tp, pp=asked.pp, ep=asked.ep, dp_attention=asked.dp_attention)
+
+
+def search_rollout(
+    ctx: PassContext, cluster: Cluster, num_gpus: int, workload: StepWorkload, *, resident_bytes: float
+) -> RolloutSearch:
+    """All engine layouts on `num_gpus` beside `resident_bytes` of a sleeping trainer on each GPU."""
+    room = rollout_room(ctx, num_gpus, workload)
+    fixed = asked_engines(ctx, num_gpus)
+    if fixed is None:
+        layouts = rollout_layouts(ctx.model, room)
+    else:
+        layouts = [] if any(rollout_obstacles(fixed, ctx.model, room)) else [fixed]
+    found, left_out = [], Counter[str]()
+    for layout in layouts:
+        choice = price_engines(ctx, cluster, layout, workload, resident_bytes=resident_bytes)
+        if isinstance(choice, str):
+            left_out[choice] += 1
+        else:
+            found.append(choice)
+    found.sort(key=lambda choice: (choice.rollout_s, choice.layout.tp))
+    return RolloutSearch(choices=tuple(found), left_out=left_out)
+
+
+def price_engines(
+    ctx: PassContext, cluster: Cluster, layout: RolloutLayout, workload: StepWorkload, *, resident_bytes: float
+) -> RolloutChoice | str:
+    """The price of one layout, or in a few words why it cannot hold the job."""
+    gpu = min((group.gpu for group in cluster.groups), key=lambda each: each.usable_bytes)
+    options = rollout_memory_options(ctx, gpu, layout, workload, resident_bytes=resident_bytes)
+    memory = rollout_memory(ctx.model, layout, options, gpu)
+    if memory.pool_tokens <= 0:
+        return "weights leave no room for a KV cache"
+    if memory.pool_tokens < workload.longest_tokens:
+        return "the KV cache does not hold the longest sequence"
+    if not memory.fits:
+        return "CUDA graphs and activations do not fit beside the static share"
+    pool_tokens = memory.pool_tokens
+    if ctx.job.rollout.engine == "torch":
+        pool_tokens = min(pool_tokens, embedded_pool_tokens(workload, layout))
+        memory = with_pool(memory, pool_tokens)
+    max_running = running_limit(ctx, workload, layout)
+    work = rollout_workload(ctx, workload, options)
+    time = simulate_rollout(ctx.model, layout, work, gpu, pool_tokens=pool_tokens, max_running=max_running)
+    return RolloutChoice(
+        layout=layout,
+        rollout_s=time.makespan.mid,
+        low_s=time.makespan.low,
+        high_s=time.makespan.high,
+        memory=memory,
+        static_fraction=options.mem_fraction_static,
+        pool_tokens=pool_tokens,
+        max_running=max_running,
+        tokens_per_s=workload.response_tokens / max(time.makespan.mid, 1e-9),
+    )
+
+
+def rollout_workload(ctx: PassContext, workload: StepWorkload, options: RolloutMemoryOptions) -> RolloutWorkload:
+    """What the engines generate in one step, speculation included."""
+    speculative = ctx.job.rollout.speculative
+    speculation = Speculation()
+    if speculative != "off":
+        acceptance = (ACCEPTANCE_TRAINED if speculative.train else ACCEPTANCE_FROZEN)[1]
+        speculation = Speculation(
+            accept_length=accept_length(acceptance, speculative.steps), draft_tokens=draft_tokens(speculative)
+        )
+    return RolloutWorkload(
+        prompts=max(1, workload.drawn_samples // workload.samples_per_prompt),
+        samples_per_prompt=workload.samples_per_prompt,
+        prompt_tokens=workload.prompt_tokens,
+        responses=workload.lengths,
+        weight_precision=options.weight_precision,
+        kv_bytes=options.kv_bytes,
+        speculation=speculation,
+    )
+
+
+def running_limit(ctx: PassContext, workload: StepWorkload, layout: RolloutLayout) -> int:
+    """Requests of one engine at a time: the spec's, or all of its share up to a limit."""
+    asked = ctx.job.rollout.max_running
+    share = -(-workload.drawn_samples // layout.engines)
+    return min(share, MAX_RUNNING) if asked == "auto" else asked
+
+
+def embedded_pool_tokens(workload: StepWorkload, layout: RolloutLayout) -> int:
+    """Tokens of an embedded engine's cache: all of its share at full length, within a limit that keeps retraction in use."""
+    share = -(-workload.drawn_samples // layout.engines)
+    return max(workload.longest_tokens * 2, min(EMBEDDED_POOL_TOKENS, share * workload.longest_tokens))
+
+
+def with_pool(memory: RolloutMemory, pool_tokens: int) -> RolloutMemory:
+    """The same engine with a cache of exactly `pool_tokens`: embedded engines take what they need, not a share of the GPU."""
+    pool_bytes = pool_tokens * memory.kv_bytes_per_token
+    saved = memory.pool_bytes - pool_bytes
+    awake = memory.awake_bytes
+    return replace(
+        memory,
+        pool_bytes=pool_bytes,
+        pool_tokens=pool_tokens,
+        awake_bytes=replace(awake, low=awake.low - saved, mid=awake.mid - saved, high=awake.high - saved),
+    )
+
+
+def rollout_memory_options(
+    ctx: PassContext, gpu: Gpu, layout: RolloutLayout, workload: StepWorkload, *, resident_bytes: float
+) -> RolloutMemoryOptions:
+    """The engine's settings: the static share is what CUDA graphs and activations leave, unless the spec sets it."""
+    embedded = ctx.job.rollout.engine == "torch"
+    kv_cache = ctx.job.precision.kv_cache
+    kv_bytes = KV_BYTES.get(ctx.job.precision.rollout, 2.0) if kv_cache == "auto" else KV_BYTES[kv_cache]
+
+    def options(fraction: float) -> RolloutMemoryOptions:
+        return RolloutMemoryOptions(
+            weight_precision=ROLLOUT_PRECISION[ctx.job.precision.rollout],
+            kv_bytes=kv_bytes,
+            mem_fraction_static=fraction,
+            prefill_tokens=min(PREFILL_TOKENS, int(workload.total_tokens) + 1) if embedded else PREFILL_TOKENS,
+            max_running=running_limit(ctx, workload, layout),
+            graph_batch=0 if embedded else GRAPH_BATCH,
+            resident_bytes=resident_bytes + MARGIN_FRACTION * gpu.usable_bytes,
+        )
+
+    asked = ctx.job.rollout.memory_fraction
+    if asked != "auto":
+        return options(asked)
+    probe = rollout_memory(ctx.model, layout, options(0.5), gpu)
+    free_bytes = max(1.0, gpu.usable_bytes - probe.outside_bytes - resident_bytes - MARGIN_FRACTION * gpu.usable_bytes)
+    wanted = 1.0 - (probe.graph_bytes + probe.activation_bytes) / free_bytes
+    return options(min(MAX_STATIC_FRACTION, max(MIN_STATIC_FRACTION, wanted - 0.005)))

@@ -1,0 +1,63 @@
+"""The chief results of a run in a sentence each, the same in terminal and page."""
+
+from __future__ import annotations
+
+import re
+
+from miles_plan.report.metrics import REWARD, ROUTING, Metric, log_prob_verdict, loops_of, series, total
+from miles_plan.report.run_files import Row, RunRecord, is_number
+from miles_plan.report.schedule import loop_schedules
+from miles_plan.report.units import change_text, number_text, seconds_text
+
+KNOWN_OF_EVENT = frozenset({"time_s", "kind", "owner", "subject"})
+QUIET_EVENTS = frozenset({"started", "finished", "done", "completed", "scheduled", "saved", "synced"})
+
+
+def run_facts(record: RunRecord) -> list[tuple[str, str]]:
+    """(name, sentence) of each result; what is not known is left out."""
+    facts = [("state", _state(record))]
+    facts += [("reward", sentence) for loop in loops_of(record) if (sentence := _reward(record, loop))]
+    if verdict := log_prob_verdict(record):
+        facts.append(("log-probs", f"rollout against trainer: {verdict}"))
+    if (mismatches := total(record, ROUTING)) is not None:
+        facts.append(("routing", "no mismatch" if mismatches == 0 else f"{mismatches:,} mismatches"))
+    if is_number(record.summary.get("restarts")):
+        facts.append(("restarts", f"{record.summary['restarts']}"))
+    if digest := record.summary.get("final_weights_sha256"):
+        facts.append(("weights", str(digest)))
+    return facts + [("unreadable", problem) for problem in record.problems]
+
+
+def _state(record: RunRecord) -> str:
+    """Finished or not, after how long, against what was planned."""
+    planned_s = sum(schedule.total_s for schedule in loop_schedules(record.plan.graph))
+    if is_number(record.summary.get("wall_s")):
+        wall_s = float(record.summary["wall_s"])
+        change = change_text(planned_s, wall_s)
+        return f"finished in {seconds_text(wall_s)}; planned {seconds_text(planned_s)}{f' ({change})' if change else ''}"
+    seen_s = max([run.end_s for run in record.runs] + [float(event["time_s"]) for event in record.events], default=0.0)
+    last = f", last event: {event_text(record.events[-1])}" if record.events else ""
+    return f"not finished; last seen {seconds_text(seen_s)} after its start{last}"
+
+
+def _reward(record: RunRecord, loop: str) -> str:
+    found = series(record, loop, Metric(REWARD, "reward"))
+    if not found.values:
+        return ""
+    first, last, best = found.values[0], found.values[-1], max(found.values)
+    at = found.iterations[found.values.index(best)]
+    return f"{loop}: from {number_text(first)} to {number_text(last)}, best {number_text(best)} in iteration {at}"
+
+
+def event_text(event: Row) -> str:
+    """`task_failed rollout by rollout[1]: message=actor died` of one event."""
+    subject = f" {event['subject']}" if event.get("subject") else ""
+    owner = f" by {event['owner']}" if event.get("owner") else ""
+    more = ", ".join(f"{key}={value}" for key, value in event.items() if key not in KNOWN_OF_EVENT and value is not None)
+    return f"{event['kind']}{subject}{owner}{f': {more}' if more else ''}"
+
+
+def is_quiet(event: Row) -> bool:
+    """Whether an event is of the ordinary course: something started or finished as it should."""
+    words = re.split(r"[^a-z]+", str(event["kind"]).lower())
+    return words[-1] in QUIET_EVENTS

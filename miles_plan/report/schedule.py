@@ -1,0 +1,148 @@
+"""What the planned schedule says: when tasks run, in which iterations, how long loops take, and the critical path."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+
+from miles_plan.ir.graph import Loop, TaskGraph
+from miles_plan.ir.tasks import AnyTask
+
+TOLERANCE_S = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRun:
+    """One planned run of a task, in seconds since its iteration began."""
+
+    task: AnyTask
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoopSchedule:
+    """One loop as planned.
+
+    runs: every task once, by start. iteration_s: an iteration with only the tasks that run in every one; full_s: one with
+    all of them; total_s: all iterations. low_s and high_s: iteration_s if every task on its critical path took the low or
+    the high end of its estimate. critical: names on that critical path, in time order.
+    """
+
+    loop: Loop
+    runs: tuple[PlannedRun, ...]
+    iteration_s: float
+    low_s: float
+    high_s: float
+    full_s: float
+    total_s: float
+    critical: tuple[str, ...]
+
+
+def start_s(task: AnyTask) -> float:
+    """Start within the iteration; 0 for a task without one."""
+    return task.start_s or 0.0
+
+
+def end_s(task: AnyTask) -> float:
+    """Expected end within the iteration."""
+    return start_s(task) + (task.estimate.mid_s if task.estimate else 0.0)
+
+
+def runs_in(task: AnyTask, iteration: int, iterations: int) -> bool:
+    """Whether a task runs in an iteration: every `every`-th time, and in the last."""
+    return (iteration + 1) % task.every == 0 or iteration + 1 == iterations
+
+
+def loop_schedule(graph: TaskGraph, loop: Loop) -> LoopSchedule:
+    """The schedule of one loop of a scheduled graph."""
+    tasks = _by_start(graph.topological(loop.name))
+    always = [task for task in tasks if task.every == 1] or tasks
+    typical = critical_path(graph, always)
+    estimates = [task.estimate for task in typical if task.estimate]
+    return LoopSchedule(
+        loop=loop,
+        runs=tuple(PlannedRun(task, start_s(task), end_s(task)) for task in tasks),
+        iteration_s=_span_s(iteration_runs(tasks, always)),
+        low_s=sum(estimate.low_s for estimate in estimates),
+        high_s=sum(estimate.high_s for estimate in estimates),
+        full_s=max((end_s(task) for task in tasks), default=0.0),
+        total_s=_total_s(tasks, loop.iterations),
+        critical=tuple(task.name for task in typical),
+    )
+
+
+def loop_schedules(graph: TaskGraph) -> list[LoopSchedule]:
+    """The schedules of all loops, in order."""
+    return [loop_schedule(graph, loop) for loop in graph.loops]
+
+
+def iteration_runs(tasks: list[AnyTask], active: list[AnyTask]) -> list[PlannedRun]:
+    """The runs of an iteration in which only `active` of `tasks` run: time that only skipped tasks would have taken is cut."""
+    names = {task.name for task in active}
+    cuts = _uncovered([task for task in tasks if task.name not in names], active)
+
+    def moved(at_s: float) -> float:
+        return at_s - sum(min(end, at_s) - begin for begin, end in cuts if begin < at_s)
+
+    return [PlannedRun(task, moved(start_s(task)), moved(end_s(task))) for task in active]
+
+
+def critical_path(graph: TaskGraph, tasks: list[AnyTask]) -> list[AnyTask]:
+    """The tasks that set the end of the iteration, in time order: from the last to end, back to what each one waited for.
+
+    A task waits for its inputs of this iteration and for whoever held its GPUs before it.
+    """
+    ordered = _by_start(tasks)
+    if not ordered:
+        return []
+    inputs = {(edge.src, edge.dst) for edge in graph.edges if edge.distance == 0}
+    index = max(range(len(ordered)), key=lambda at: (end_s(ordered[at]), at))
+    path = [ordered[index]]
+    while True:
+        current = ordered[index]
+        waited = [
+            at
+            for at in range(index)
+            if end_s(ordered[at]) <= start_s(current) + TOLERANCE_S
+            and ((ordered[at].name, current.name) in inputs or _share_gpus(graph, ordered[at], current))
+        ]
+        if not waited:
+            return path[::-1]
+        index = max(waited, key=lambda at: (end_s(ordered[at]), (ordered[at].name, current.name) in inputs, at))
+        path.append(ordered[index])
+
+
+def _by_start(tasks: list[AnyTask]) -> list[AnyTask]:
+    return sorted(tasks, key=lambda task: (start_s(task), end_s(task)))
+
+
+def _share_gpus(graph: TaskGraph, one: AnyTask, other: AnyTask) -> bool:
+    if one.group is None or other.group is None:
+        return False
+    return graph.group(one.group).shares_gpus_with(graph.group(other.group))
+
+
+def _span_s(runs: list[PlannedRun]) -> float:
+    return max((run.end_s for run in runs), default=0.0)
+
+
+def _total_s(tasks: list[AnyTask], iterations: int) -> float:
+    """All iterations, each with the tasks that run in it; equal sets of tasks are timed once."""
+    sets = Counter(
+        frozenset(task.name for task in tasks if runs_in(task, iteration, iterations)) for iteration in range(iterations)
+    )
+    return sum(count * _span_s(iteration_runs(tasks, [t for t in tasks if t.name in names])) for names, count in sets.items())
+
+
+def _uncovered(skipped: list[AnyTask], active: list[AnyTask]) -> list[tuple[float, float]]:
+    """Stretches of time in which some skipped task was planned and no active one, in order."""
+    times = sorted({at for task in (*skipped, *active) for at in (start_s(task), end_s(task))})
+    return [
+        (begin, end) for begin, end in pairwise(times) if _any_runs(skipped, begin, end) and not _any_runs(active, begin, end)
+    ]
+
+
+def _any_runs(tasks: list[AnyTask], begin: float, end: float) -> bool:
+    return any(start_s(task) <= begin and end <= end_s(task) for task in tasks)

@@ -1,0 +1,43 @@
+"""The Pareto front of the placement search: what else was worth considering."""
+
+from __future__ import annotations
+
+from rich.text import Text
+
+from miles_plan.ir.plan import Candidate, Plan
+from miles_plan.report.terminal.page import Page, grid, text
+from miles_plan.report.units import bytes_text, change_text, number_text, plural, seconds_text
+
+FIRST_FEW = 5
+
+
+def draw_candidates(page: Page, plan: Plan) -> None:
+    """By step time, the chosen one marked; the first few, with `full` all."""
+    if not plan.candidates:
+        return
+    ranked = sorted(plan.candidates, key=lambda each: each.step_s)
+    shown = ranked if page.full else [each for at, each in enumerate(ranked) if at < FIRST_FEW or each.chosen]
+    page.heading("Candidates", f"{plural(len(ranked), 'point')} of the Pareto front")
+    table = grid(
+        "  step", "", "GPU-hours", "headroom", "train", "rollout", "placement", right=("GPU-hours", "headroom"), indent=0
+    )
+    best = next((each for each in ranked if each.chosen), ranked[0])
+    for candidate in shown:
+        table.add_row(*_cells(candidate, best))
+    page.show(table)
+    if len(shown) < len(ranked):
+        page.note(text(f"{plural(len(ranked) - len(shown), 'more point')} with --all", "dim"))
+
+
+def _cells(candidate: Candidate, best: Candidate) -> list[Text]:
+    style = "bold" if candidate.chosen else ""
+    note = f" ({candidate.note})" if candidate.note else ""
+    return [
+        Text.assemble(("▸ " if candidate.chosen else "  ", "bold"), text(seconds_text(candidate.step_s), style)),
+        text(change_text(best.step_s, candidate.step_s), "dim"),
+        text(number_text(candidate.gpu_hours_per_step)),
+        text(bytes_text(candidate.headroom_bytes)),
+        text(candidate.train_layout, style),
+        text(candidate.rollout_layout, style),
+        Text.assemble(text(candidate.placement, style), text(note, "dim")),
+    ]

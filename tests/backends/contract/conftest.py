@@ -1,0 +1,105 @@
+"""The engines under contract: add one here, and both suites hold it to the protocols."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from miles_plan.backends.engine import RolloutEngine, TrainEngine
+from miles_plan.backends.torch_engine.options import RolloutEngineOptions, TrainEngineOptions
+from miles_plan.backends.torch_engine.rollout_engine import TorchRolloutEngine
+from miles_plan.backends.torch_engine.train_engine import TorchTrainEngine
+from miles_plan.backends.torch_engine.weights import initialise_checkpoint
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 41,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "eos_token_id": 2,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {"model_type": "qwen3", **SIZES},
+    "moe": {
+        "model_type": "qwen3_moe",
+        **SIZES,
+        "moe_intermediate_size": 24,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": True,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Engines:
+    """A trainer and a rollout engine that speak to each other, made for one model; `close` ends all that were made."""
+
+    model: str
+    directory: Path
+    make_trainer: Callable[[Path, Path], TrainEngine]
+    make_rollout: Callable[[Path], RolloutEngine]
+    exact: bool  # rollout and trainer agree bit for bit
+    scratch: Path
+    opened: list[TrainEngine | RolloutEngine] = field(default_factory=list)
+
+    def trainer(self) -> TrainEngine:
+        """One rank that is a whole trainer, with a reference model."""
+        self.opened.append(engine := self.make_trainer(self.directory, self.scratch / f"host{len(self.opened)}"))
+        return engine
+
+    def rollout(self) -> RolloutEngine:
+        """One rank that is a whole rollout engine; it records routing for a mixture-of-experts model."""
+        self.opened.append(engine := self.make_rollout(self.directory))
+        return engine
+
+    def close(self) -> None:
+        """Close every engine."""
+        for engine in self.opened:
+            engine.close()
+
+
+def _torch_trainer(directory: Path, host: Path) -> TrainEngine:
+    return TorchTrainEngine(
+        TrainEngineOptions(model_directory=directory, host_directory=host, keep_reference=True, micro_batch_tokens=50)
+    )
+
+
+def _torch_rollout(directory: Path) -> RolloutEngine:
+    return TorchRolloutEngine(
+        RolloutEngineOptions(
+            model_directory=directory, kv_pool_tokens=512, page_tokens=8, max_running=6, return_routing=directory.name == "moe"
+        )
+    )
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "torch": {"make_trainer": _torch_trainer, "make_rollout": _torch_rollout, "exact": True},
+}
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One directory for each model, random weights with seed 0."""
+    root = tmp_path_factory.mktemp("contract")
+    for name, config in MODELS.items():
+        initialise_checkpoint(config, root / name, seed=0)
+    return root
+
+
+@pytest.fixture(params=[(kind, model) for kind in KINDS for model in MODELS], ids="-".join)
+def engines(request: pytest.FixtureRequest, checkpoints: Path, tmp_path: Path) -> Iterator[Engines]:
+    kind, model = request.param
+    made = Engines(model=model, directory=checkpoints / model, scratch=tmp_path, **KINDS[kind])
+    yield made
+    made.close()

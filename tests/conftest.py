@@ -1,0 +1,32 @@
+"""What all tests share: the switch that rewrites golden files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite the golden files with what the code prints now")
+
+
+class Golden:
+    """Compares text with a file under tests/golden, or rewrites the file when asked."""
+
+    def __init__(self, update: bool) -> None:
+        self.update = update
+        self.root = Path(__file__).parent / "golden"
+
+    def check(self, name: str, text: str) -> None:
+        path = self.root / name
+        if self.update:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert path.exists(), f"no golden file {name}: run pytest --update-golden and review it"
+        assert text == path.read_text(encoding="utf-8"), f"differs from tests/golden/{name}; --update-golden rewrites it"
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    return Golden(request.config.getoption("--update-golden"))

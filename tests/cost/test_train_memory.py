@@ -1,0 +1,100 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from miles_plan.catalog.models import find_model
+from miles_plan.cost.train_memory import train_memory, train_memory_columns
+from miles_plan.cost.train_options import OptimizerOptions, TrainMemoryOptions
+from miles_plan.ir.layout import TrainLayout
+
+# Peak bytes of the caching allocator on H200, Megatron-core 0.19.2, Transformer Engine 2.13, Qwen3-8B shapes.
+MEASURED = [
+    (TrainLayout(tp=4, sequence_parallel=True), TrainMemoryOptions(tokens_per_gpu=8192), 49_485_767_168),
+    (TrainLayout(pp=4), TrainMemoryOptions(tokens_per_gpu=4096, num_microbatches=8), 63_461_783_040),
+]
+
+
+@pytest.mark.parametrize(("layout", "options", "peak"), MEASURED)
+def test_peak_is_the_measured_one(layout: TrainLayout, options: TrainMemoryOptions, peak: int) -> None:
+    memory = train_memory(find_model("qwen3-8b"), layout, options)
+    assert memory.peak_bytes.mid == pytest.approx(peak, rel=0.015)
+    assert memory.peak_bytes.holds(peak)
+
+
+def test_terms_sum_to_the_peak() -> None:
+    memory = train_memory(
+        find_model("qwen3-30b-a3b"), TrainLayout(tp=2, ep=4, dp=4, sequence_parallel=True), TrainMemoryOptions()
+    )
+    assert sum(term.value for term in memory.terms) == pytest.approx(memory.peak_bytes.mid)
+    assert memory.device_bytes.mid > memory.peak_bytes.mid
+
+
+def test_offload_moves_optimizer_state_to_the_host() -> None:
+    layout, model = TrainLayout(tp=2, dp=4, sequence_parallel=True), find_model("qwen3-8b")
+    kept = train_memory(model, layout, TrainMemoryOptions())
+    moved = train_memory(model, layout, TrainMemoryOptions(optimizer=OptimizerOptions(offload_fraction=1.0)))
+    assert kept.peak_bytes.mid - moved.peak_bytes.mid == pytest.approx(moved.host_bytes)
+    assert kept.host_bytes == 0
+
+
+def test_recomputing_a_layer_saves_memory_and_modules_save_less() -> None:
+    layout, model = TrainLayout(dp=8), find_model("qwen3-8b")
+    none, mlp, full = (
+        train_memory(model, layout, TrainMemoryOptions(tokens_per_gpu=32768, recompute=how, recompute_modules=modules))
+        for how, modules in (("none", frozenset()), ("selective", frozenset({"mlp"})), ("full", frozenset()))
+    )
+    assert none.peak_bytes.mid > mlp.peak_bytes.mid > full.peak_bytes.mid
+
+
+def test_the_first_stage_of_a_deep_pipeline_is_the_fullest() -> None:
+    options = TrainMemoryOptions(num_microbatches=32, tokens_per_gpu=16384)
+    assert train_memory(find_model("qwen3-32b"), TrainLayout(pp=8), options).stage == 0
+
+
+def test_uneven_stages_must_add_up() -> None:
+    with pytest.raises(ValueError, match="stage_layers add up to 35, the model has 36"):
+        train_memory(find_model("qwen3-8b"), TrainLayout(pp=2, stage_layers=(17, 18)), TrainMemoryOptions())
+
+
+def test_the_torch_engine_pays_for_whole_attention_scores() -> None:
+    model = find_model("qwen2.5-0.5b")
+    short = TrainMemoryOptions(engine="torch", precision="fp32", tokens_per_gpu=512, seq_len=512)
+    terms = {term.name: term.value for term in train_memory(model, TrainLayout(), short).terms}
+    assert terms["attention scores"] == 12 * 512 * 512 * 14 * 24
+    assert terms["parameters"] == model.params_total * 4
+
+
+def test_options_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match="offload_fraction"):
+        TrainMemoryOptions(optimizer=OptimizerOptions(offload_fraction=1.5))
+    with pytest.raises(ValueError, match="at least 1"):
+        TrainMemoryOptions(tokens_per_gpu=0)
+
+
+LAYOUTS = st.builds(
+    lambda tp, pp, cp, dp, ep: TrainLayout(
+        tp=tp, pp=pp, cp=cp, dp=dp, ep=min(ep, tp * cp * dp), sequence_parallel=tp > 1
+    ),
+    *[st.sampled_from([1, 2, 4, 8])] * 5,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(layouts=st.lists(LAYOUTS, min_size=1, max_size=12), tokens=st.integers(1, 65536))
+def test_pricing_many_layouts_is_pricing_each(layouts: list[TrainLayout], tokens: int) -> None:
+    model, options = find_model("qwen3-30b-a3b"), TrainMemoryOptions(tokens_per_gpu=tokens, num_microbatches=4)
+    together = train_memory_columns(model, layouts, options)
+    for at, layout in enumerate(layouts):
+        alone = train_memory(model, layout, options)
+        assert together.peak_bytes[at] == pytest.approx(alone.peak_bytes.mid)
+        assert together.static_bytes[at] <= together.peak_bytes[at]
+
+
+@settings(max_examples=40, deadline=None)
+@given(layout=LAYOUTS, tokens=st.integers(1, 30000))
+def test_more_tokens_never_need_less(layout: TrainLayout, tokens: int) -> None:
+    model = find_model("qwen3-30b-a3b")
+    small, large = (
+        train_memory(model, layout, TrainMemoryOptions(tokens_per_gpu=count)) for count in (tokens, 2 * tokens)
+    )
+    assert small.peak_bytes.mid <= large.peak_bytes.mid

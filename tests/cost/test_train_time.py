@@ -1,0 +1,68 @@
+import pytest
+
+from miles_plan.catalog.gpus import cluster_of
+from miles_plan.catalog.models import find_model
+from miles_plan.cost.train_options import OptimizerOptions, TrainMemoryOptions
+from miles_plan.cost.train_time import (
+    TrainTimeOptions,
+    TrainWorkload,
+    log_prob_time,
+    price_train_layouts,
+    train_step_time,
+    workload_of_lengths,
+)
+from miles_plan.ir.layout import TrainLayout
+
+WORKLOAD = workload_of_lengths([4096.0] * 256, tokens_per_gpu=8192)
+CLUSTER = cluster_of("h200", 1)
+
+
+def test_an_8b_step_lands_between_the_peak_and_a_quarter_of_it() -> None:
+    model = find_model("qwen3-8b")
+    step = train_step_time(model, TrainLayout(dp=8), WORKLOAD, CLUSTER)
+    ideal = 6 * model.params_active * WORKLOAD.total_tokens / (8 * 989e12)
+    assert ideal < step.mid < 4 * ideal
+    assert sum(term.value for term in step.terms) == pytest.approx(step.mid)
+    assert step.low < step.mid < step.high
+
+
+def test_a_log_prob_pass_costs_about_a_third() -> None:
+    model, layout = find_model("qwen3-8b"), TrainLayout(tp=2, dp=4, sequence_parallel=True)
+    step = train_step_time(model, layout, WORKLOAD, CLUSTER)
+    assert 0.25 < log_prob_time(model, layout, WORKLOAD, CLUSTER).mid / step.mid < 0.4
+
+
+def test_full_recomputation_adds_a_forward() -> None:
+    model, layout = find_model("qwen3-8b"), TrainLayout(dp=8)
+    plain = train_step_time(model, layout, WORKLOAD, CLUSTER)
+    again = train_step_time(model, layout, WORKLOAD, CLUSTER, TrainTimeOptions(recompute="full"))
+    assert 1.2 < again.mid / plain.mid < 1.4
+
+
+def test_a_pipeline_waits_in_its_bubble_and_offload_for_the_host() -> None:
+    model = find_model("qwen3-8b")
+    piped = train_step_time(model, TrainLayout(pp=4, dp=2), WORKLOAD, CLUSTER)
+    assert piped.term("bubble") > 0
+    offload = TrainTimeOptions(optimizer=OptimizerOptions(offload_fraction=1.0))
+    slow = train_step_time(model, TrainLayout(dp=8), WORKLOAD, CLUSTER, offload)
+    assert slow.term("optimizer") > train_step_time(model, TrainLayout(dp=8), WORKLOAD, CLUSTER).term("optimizer")
+
+
+def test_pricing_many_layouts_is_pricing_each() -> None:
+    model = find_model("qwen3-30b-a3b")
+    layouts = [
+        TrainLayout(tp=tp, pp=pp, dp=8 // (tp * pp), ep=8 // pp, sequence_parallel=tp > 1)
+        for tp in (1, 2, 4)
+        for pp in (1, 2)
+    ]
+    prices = price_train_layouts(model, layouts, WORKLOAD, CLUSTER, TrainMemoryOptions(), TrainTimeOptions())
+    for at, layout in enumerate(layouts):
+        assert prices.step_s[at] == pytest.approx(train_step_time(model, layout, WORKLOAD, CLUSTER).mid)
+        assert prices.log_prob_s[at] < prices.step_s[at]
+
+
+def test_workloads_need_tokens() -> None:
+    with pytest.raises(ValueError, match="at least one sequence"):
+        workload_of_lengths([], 8192)
+    with pytest.raises(ValueError, match="positive"):
+        TrainWorkload(total_tokens=0, sum_squares=1, longest=1, tokens_per_gpu=1)
