@@ -20,9 +20,9 @@ class ArithmeticPrompts(Section):
     """Which generator."""
     seed: Seed = 0
     """Seed of the generator, apart from the job's."""
-    num_prompts: Annotated[int, Field(ge=1, le=10_000_000)] = 4096
-    """Number of prompts."""
-    max_operand: Annotated[int, Field(ge=0, le=10**12)] = 99
+    num_prompts: Annotated[int, Field(ge=1, le=1_000_000)] = 4096
+    """Number of prompts, or of demonstrations in a warm start."""
+    max_operand: Annotated[int, Field(ge=0, le=999)] = 99
     """Largest number in a prompt."""
 
 
