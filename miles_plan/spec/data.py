@@ -8,9 +8,7 @@ from pydantic import Field
 
 from miles_plan.spec.section import Section
 from miles_plan.spec.train import OptimizerFields
-from miles_plan.spec.types import AutoOr, Count, EntryPoint, FilePath, Seconds, Seed, Size, WordOr
-
-BUILT_IN_REWARDS = ("math", "exact_match")
+from miles_plan.spec.types import AutoOr, Count, FilePath, RewardName, Seconds, Seed, Size, WordOr
 
 
 class ArithmeticPrompts(Section):
@@ -34,7 +32,7 @@ class DataSpec(Section):
 
     prompts: Prompts
     """A JSONL file, one prompt a line, or a generator."""
-    reward: EntryPoint | None = None
+    reward: RewardName | None = None
     """`math`, `exact_match`, or `package.module:function`; sft and distillation need none."""
     reward_timeout_s: Seconds = 10.0
     """Seconds after which the reward of one sample is killed."""
