@@ -59,7 +59,7 @@ class Figure:
 
 def plan_view(plan: Plan) -> dict[str, Any]:
     """The template's variables."""
-    schedules = loop_schedules(plan.graph)
+    schedules = loop_schedules(plan)
     return {
         "plan": plan,
         "is_run": False,

@@ -30,7 +30,7 @@ def run_facts(record: RunRecord) -> list[tuple[str, str]]:
 
 def _state(record: RunRecord) -> str:
     """Finished or not, after how long, against what was planned."""
-    planned_s = sum(schedule.total_s for schedule in loop_schedules(record.plan.graph))
+    planned_s = sum(schedule.total_s for schedule in loop_schedules(record.plan))
     if is_number(record.summary.get("wall_s")):
         wall_s = float(record.summary["wall_s"])
         change = change_text(planned_s, wall_s)

@@ -16,7 +16,7 @@ SHORTEST_BAR = 10
 
 def draw_steps(page: Page, plan: Plan) -> None:
     """One table a loop."""
-    for schedule in loop_schedules(plan.graph):
+    for schedule in loop_schedules(plan):
         page.heading(f"Step of loop '{schedule.loop.name}'", _summary(schedule))
         _draw_tasks(page, schedule)
         page.note(Text("● critical path: ", style="dim"), Text(_shares(schedule), style="dim"))

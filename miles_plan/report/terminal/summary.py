@@ -16,12 +16,12 @@ def draw_summary(page: Page, plan: Plan) -> None:
 
 def _facts(plan: Plan) -> list[tuple[str, str]]:
     facts = [("model", model_text(plan)), ("cluster", cluster_text(plan.cluster))]
-    for schedule in loop_schedules(plan.graph):
+    for schedule in loop_schedules(plan):
         step = estimate_text(schedule.low_s, schedule.iteration_s, schedule.high_s, "s")
         loop = f"{schedule.loop.name}: {step} an iteration"
         facts.append(("time", f"{loop}, {schedule.loop.iterations:,} times = {seconds_text(schedule.total_s)}"))
     if len(plan.graph.loops) > 1:
-        facts.append(("", f"all loops: {seconds_text(sum(each.total_s for each in loop_schedules(plan.graph)))}"))
+        facts.append(("", f"all loops: {seconds_text(sum(each.total_s for each in loop_schedules(plan)))}"))
     for timeline in tightest(plan):
         peak = timeline.peak
         free = bytes_text(timeline.capacity_bytes - peak.total_bytes)
