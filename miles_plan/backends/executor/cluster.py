@@ -172,7 +172,9 @@ def check_cluster(cluster: ClusterSummary, graph: TaskGraph, nodes: list[Mapping
         )
     if is_cpu(cluster):
         return
-    kinds = {name.removeprefix("accelerator_type:") for node in nodes for name in node["Resources"] if "accelerator_type:" in name}
+    kinds = {
+        name.removeprefix("accelerator_type:") for node in nodes for name in node["Resources"] if "accelerator_type:" in name
+    }
     if kinds and not any(_same_gpu(cluster.gpu, kind) for kind in kinds):
         raise RunError(
             "MP422",

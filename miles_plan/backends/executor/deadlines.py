@@ -7,7 +7,9 @@ from typing import Literal
 
 from miles_plan.ir.tasks import Task
 
-UNGUARDED_DEADLINE_S = 600.0  # of a task that no guard pass has seen: long enough for any first call, short enough to be noticed
+UNGUARDED_DEADLINE_S = (
+    600.0  # of a task that no guard pass has seen: long enough for any first call, short enough to be noticed
+)
 
 Action = Literal["retry", "rebuild", "rollback", "stop"]
 Cause = Literal["raised", "died", "overdue", "refused"]

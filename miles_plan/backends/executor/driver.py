@@ -106,7 +106,9 @@ class Driver:
             except Exception as error:
                 cause: Cause = "refused" if isinstance(error, RunError) else "raised"
                 subject = running.wait.subject if running.wait else running.name
-                return self._end(running, failure=Failure(cause=cause, subject=subject, message=_text(error), age_s=0.0), error=error)
+                return self._end(
+                    running, failure=Failure(cause=cause, subject=subject, message=_text(error), age_s=0.0), error=error
+                )
             running.wait, running.since, running.slowest_s = wait, time.monotonic(), 0.0
             running.pending = {ref: index for index, ref in enumerate(wait.calls.reports)}
             running.reports = [None] * len(running.pending)

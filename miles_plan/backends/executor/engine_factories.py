@@ -71,14 +71,15 @@ def make_rollout_rank(plan: Plan, group: DeviceGroup, places: Places, rank: int,
         given |= {name: size for name in ("kv_pool_tokens", "max_running") if (size := getattr(task, name))}
     options = RolloutEngineOptions(
         model_directory=places.model,
-        host_directory=places.parked / group.name,
         layout=layout,
         dtype=DTYPES[plan.run.rollout_dtype],
         device=_device(plan),
         **given,
     )
     rendezvous = _rendezvous(places, group, layout.gpus_per_engine, engine=index)
-    return RolloutRank(TorchRolloutEngine(options, rank=rank_in_engine, rendezvous=rendezvous), index, layout.engines, rank_in_engine)
+    return RolloutRank(
+        TorchRolloutEngine(options, rank=rank_in_engine, rendezvous=rendezvous), index, layout.engines, rank_in_engine
+    )
 
 
 FACTORIES: dict[str, Callable[..., Any]] = {"train": make_train_rank, "rollout": make_rollout_rank}
@@ -100,7 +101,11 @@ def micro_batch_tokens(graph: TaskGraph) -> int:
 
 def strongest_recompute(graph: TaskGraph) -> Recompute:
     """The most that any training step recomputes: the engine is built once for all of them."""
-    return max((task.recompute for task in graph.of_kind(TrainStep) if isinstance(task, TrainStep)), key=RECOMPUTE.index, default="none")
+    return max(
+        (task.recompute for task in graph.of_kind(TrainStep) if isinstance(task, TrainStep)),
+        key=RECOMPUTE.index,
+        default="none",
+    )
 
 
 def rollout_of(graph: TaskGraph, group: DeviceGroup) -> Rollout | None:

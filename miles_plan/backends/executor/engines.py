@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from miles_plan.backends.engine import EngineError, RolloutEngine, TrainEngine
 
 if TYPE_CHECKING:
-    from miles_plan.backends.torch_engine.options import RolloutEngineOptions, TrainEngineOptions
+    pass
 
 
 @dataclass
@@ -45,7 +43,9 @@ class RolloutRank:
     def serving(self, version: int) -> RolloutEngine:
         """The engine, sure to serve that version. EngineError if no sync delivered it."""
         if self.version != version:
-            raise EngineError(f"rollout engine {self.index} serves weights version {self.version}, version {version} was asked for")
+            raise EngineError(
+                f"rollout engine {self.index} serves weights version {self.version}, version {version} was asked for"
+            )
         return self.engine
 
     def close(self) -> None:

@@ -63,7 +63,9 @@ class Execution:
             self._enter_loop()
             self._start_ready(limit=None)
             self._take_in(self.driver.poll(POLL_S))
-        exported: Exported = self._wait_for("export", export(self._context(Instance("export", 0)), self.services.directory.final))
+        exported: Exported = self._wait_for(
+            "export", export(self._context(Instance("export", 0)), self.services.directory.final)
+        )
         return exported
 
     def restore(self) -> None:

@@ -8,12 +8,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from miles_plan.backends.executor.data_sources import source_file
+from miles_plan.backends.executor.drawn_prompts import DrawnPrompts
+from miles_plan.data.batch import Array, SampleBatch
 from miles_plan.data.demonstrations import DemonstrationSet, open_demonstrations
 from miles_plan.data.prompts import PromptSet, open_prompts
 from miles_plan.data.tokenizer import ByteTokenizer, CharacterTokenizer, Tokenizer, tokenizer_from
 from miles_plan.ir.plan import Plan, RunOptions, TokenizerSource
-from miles_plan.ir.tasks import Evaluate, Prompts
+from miles_plan.ir.tasks import Evaluate, Prompts, Reward
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """rewards: float32 [N], NaN where a failed sample is dropped; failures: what went wrong, a line each."""
+
+    rewards: Array
+    failures: list[str]
 
 
 @dataclass
@@ -51,6 +63,15 @@ class HostTasks:
             )
         found: DemonstrationSet = self._opened[task.name]
         return found
+
+    def score(self, task: Reward | Evaluate, drawn: DrawnPrompts, samples: SampleBatch) -> Scores:
+        """The reward of every sample."""
+        prompts = drawn.by_id()
+        found = np.zeros(samples.num_samples, dtype=np.float32)
+        for index in range(samples.num_samples):
+            text = self.tokenizer.decode(samples.response(index).tolist())
+            found[index] = float(text.strip() == prompts[int(samples.prompt_id[index])].answer.strip())
+        return Scores(found, [])
 
     def evaluation_prompts(self, task: Evaluate) -> PromptSet:
         """The held-out prompts of a task."""

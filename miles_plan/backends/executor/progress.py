@@ -93,7 +93,9 @@ class LiveProgress(Progress):
             console=console,
             refresh_per_second=REFRESH_PER_S,
         )
-        self._tasks = {loop.name: self._bars.add_task(loop.name, total=loop.iterations, start=False, figures="") for loop in loops}
+        self._tasks = {
+            loop.name: self._bars.add_task(loop.name, total=loop.iterations, start=False, figures="") for loop in loops
+        }
         self._now = self._bars.add_task("starting", total=None, figures="")
         self._bars.start()
 

@@ -39,7 +39,9 @@ def rebuild(context: Context, crew: Crew) -> Waiting[None]:
             raise NeedsRollback
         publication = yield from publish(context, version)
     members = crew.members[group]
-    acknowledged = yield Wait(f"{places(members)}: take weights version {version}", members.call(take_weights, version, publication.buckets))
+    acknowledged = yield Wait(
+        f"{places(members)}: take weights version {version}", members.call(take_weights, version, publication.buckets)
+    )
     if any(each != version for each in acknowledged):
         raise NeedsRollback
     context.state.served[group] = version

@@ -71,7 +71,10 @@ def _refuse_to_start_over(log: RunLog, refusals: Sequence[Refusal]) -> None:
     """Starting from scratch is right only where no checkpoint was ever finished."""
     written = [row for row in log.events.earlier("checkpoint_written")]
     if refusals or written:
-        named = "; ".join(f"{refusal.path}: {refusal.reason}" for refusal in refusals) or f"{len(written)} were written, none is there"
+        named = (
+            "; ".join(f"{refusal.path}: {refusal.reason}" for refusal in refusals)
+            or f"{len(written)} were written, none is there"
+        )
         raise RunError(
             "MP505",
             f"no checkpoint can be used, and starting again from the first step is not what was asked for: {named}",

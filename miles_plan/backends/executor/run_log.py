@@ -49,7 +49,9 @@ class RunLog:
             journal=Journal(directory.journal),
             events=EventLog(directory.events, epoch=epoch),
             timeline=TimelineFile(directory.timeline),
-            metrics=MetricsFile(directory.metrics, loop_offset=offsets, tensorboard=directory.tensorboard if tensorboard else None),
+            metrics=MetricsFile(
+                directory.metrics, loop_offset=offsets, tensorboard=directory.tensorboard if tensorboard else None
+            ),
             progress=progress,
             epoch=epoch,
             closed=dict.fromkeys(flow.iterations, 0),
@@ -94,7 +96,9 @@ class RunLog:
         seconds = time.time() - running.started_at
         self._check_digest(instance, outcome)
         self.journal.complete(running.row, digest=outcome.digest, weight_version=outcome.weight_version)
-        self.events.write("task_completed", str(instance), instance.task, seconds=round(seconds, 4), busy_s=round(running.busy_s, 4))
+        self.events.write(
+            "task_completed", str(instance), instance.task, seconds=round(seconds, 4), busy_s=round(running.busy_s, 4)
+        )
         self._run(running, instance, task)
         self.metrics.add(task.loop, instance.iteration, instance.task, seconds, outcome.figures)
         self.progress.task_completed(instance)
@@ -108,8 +112,12 @@ class RunLog:
         instance = running.instance
         assert instance is not None, "tasks have instances"
         if failure.cause == "overdue":
-            self.events.write("overdue", str(instance), failure.subject, age_s=round(failure.age_s, 3), deadline_s=running.deadline_s)
-        self.events.write("task_failed", str(instance), failure.subject, message=failure.message, cause=failure.cause, action=action)
+            self.events.write(
+                "overdue", str(instance), failure.subject, age_s=round(failure.age_s, 3), deadline_s=running.deadline_s
+            )
+        self.events.write(
+            "task_failed", str(instance), failure.subject, message=failure.message, cause=failure.cause, action=action
+        )
         self.journal.fail(running.row, failure.message)
         self._run(running, instance, task)
         self.progress.note(f"{instance} failed ({failure.cause}): {failure.subject}: {failure.message}; {action}")
@@ -151,5 +159,3 @@ class RunLog:
     def _over(self, loop: str, done: Mapping[str, int]) -> int:
         """Iterations of a loop that are over."""
         return min(done[task.name] for task in self.flow.loop_tasks[loop])
-
-

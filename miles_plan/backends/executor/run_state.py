@@ -90,7 +90,9 @@ def _trainer_behind(graph: TaskGraph, name: str) -> str:
 
 def publishes(graph: TaskGraph, train: str) -> bool:
     """Whether a training step's weights are asked for after the next one has run, so must be published before it."""
-    return any(edge.carries == "weights" and edge.distance > 1 and _is_sync(graph, edge.dst) for edge in graph.outputs_of(train))
+    return any(
+        edge.carries == "weights" and edge.distance > 1 and _is_sync(graph, edge.dst) for edge in graph.outputs_of(train)
+    )
 
 
 def _is_sync(graph: TaskGraph, name: str) -> bool:

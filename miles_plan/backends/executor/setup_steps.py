@@ -28,9 +28,7 @@ def export_rank(rank: TrainRank, version: int, folder: Path) -> str:
 def enter_loop(context: Context, loop: str) -> Waiting[None]:
     """A loop that follows another takes the policy that the other left behind as its reference."""
     graph = context.flow.graph
-    uses_reference = any(
-        isinstance(task, Logprobs) and task.model == "reference" and task.loop == loop for task in graph.tasks
-    )
+    uses_reference = any(isinstance(task, Logprobs) and task.model == "reference" and task.loop == loop for task in graph.tasks)
     if uses_reference and graph.loops[0].name != loop:
         trainer = context.members[train_group(context).name]
         yield Wait(f"{places(trainer)}: take the policy as reference", trainer.call(snapshot_rank))

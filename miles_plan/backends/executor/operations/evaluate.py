@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from miles_plan.backends.executor.drawn_prompts import DrawnPrompts
 from miles_plan.backends.executor.host import HostTasks
 from miles_plan.backends.executor.operations.operation import Context, Operation, Outcome, Wait
-from miles_plan.backends.executor.operations.prompts import DrawnPrompts
 from miles_plan.backends.executor.operations.reward import scored
 from miles_plan.backends.executor.operations.rollout import sampled, with_stops
 from miles_plan.ir.tasks import Evaluate

@@ -8,17 +8,19 @@ import numpy as np
 
 from miles_plan.algorithms.sample_filters import groups_with_signal
 from miles_plan.backends.executor.dataflow import Instance
+from miles_plan.backends.executor.drawn_prompts import DrawnPrompts
 from miles_plan.backends.executor.failures import RunError
 from miles_plan.backends.executor.host import HostTasks
 from miles_plan.backends.executor.operations.digests import digest_of_arrays, digest_of_batch
 from miles_plan.backends.executor.operations.operation import Context, Operation, Outcome, Wait, Waiting
-from miles_plan.backends.executor.operations.prompts import DrawnPrompts, draw_prompts, prompts_task
+from miles_plan.backends.executor.operations.prompts import draw_prompts, prompts_task
 from miles_plan.backends.executor.operations.reward import scored
 from miles_plan.backends.executor.operations.rollout import sampled, with_stops
 from miles_plan.backends.executor.operations.routing import routing_problems
 from miles_plan.backends.executor.operations.samples import RefusedSamples
 from miles_plan.data.batch import Array, SampleBatch, concatenate
 from miles_plan.ir.tasks import FilterGroups, Prompts, RecordRouting, Reward, Rollout, Task
+
 
 def keep_groups(
     host: HostTasks, record: RecordRouting | None, drawn: DrawnPrompts, samples: SampleBatch, rewards: Array, *kept: Any
@@ -42,7 +44,9 @@ def keep_groups(
     return {"prompts": len(np.unique(batch.prompt_id))}, batch, scores, everything
 
 
-def first_prompts(host: HostTasks, count: int, samples: SampleBatch, rewards: Array) -> tuple[dict[str, Any], SampleBatch, Array]:
+def first_prompts(
+    host: HostTasks, count: int, samples: SampleBatch, rewards: Array
+) -> tuple[dict[str, Any], SampleBatch, Array]:
     """Samples and rewards of the first `count` prompts, in the order they were drawn."""
     order = samples.prompt_id[np.sort(np.unique(samples.prompt_id, return_index=True)[1])]
     rows = np.flatnonzero(np.isin(samples.prompt_id, order[:count]))

@@ -129,7 +129,9 @@ def _judged(context: Context, task: Logprobs, found: Comparison) -> dict[str, fl
 def _judged_routing(context: Context, reports: Sequence[dict[str, int]]) -> dict[str, float]:
     mismatches = sum(report["routing_mismatches"] for report in reports)
     compared = sum(report["routing_compared"] for report in reports)
-    limits = [task.max_mismatch_fraction for task in context.flow.graph.of_kind(ReplayRouting) if isinstance(task, ReplayRouting)]
+    limits = [
+        task.max_mismatch_fraction for task in context.flow.graph.of_kind(ReplayRouting) if isinstance(task, ReplayRouting)
+    ]
     fraction = mismatches / compared if compared else 0.0
     if limits and fraction > min(limits):
         raise RunError(

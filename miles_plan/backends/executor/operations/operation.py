@@ -122,7 +122,6 @@ class Context:
         """The engine of the task's own group."""
         return self.members[self.task.group or ""]
 
-
     @property
     def task(self) -> AnyTask:
         """The task that runs."""

@@ -3,46 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from miles_plan.backends.engine import Request
+from miles_plan.backends.executor.drawn_prompts import DrawnPrompts
 from miles_plan.backends.executor.host import HostTasks
 from miles_plan.backends.executor.operations.digests import digest_of_arrays, digest_of_batch
 from miles_plan.backends.executor.operations.operation import Context, Operation, Outcome, Wait
 from miles_plan.data.batch import SampleBatch
 from miles_plan.data.demonstrations import demonstration_batch
-from miles_plan.data.prompts import Prompt
 from miles_plan.ir.tasks import Prompts
-
-
-
-@dataclass(frozen=True, slots=True)
-class DrawnPrompts:
-    """The prompts of an iteration, and the requests that ask for all samples of each."""
-
-    prompts: tuple[Prompt, ...]
-    samples_per_prompt: int
-    first_id: int = 0
-
-    @property
-    def requests(self) -> list[Request]:
-        """One request a sample, samples of a prompt side by side; ids follow from positions, so they are unique within a run."""
-        return [
-            Request(
-                sample_id=self.first_id + prompt.position * self.samples_per_prompt + number,
-                prompt_id=self.first_id + prompt.position,
-                prompt=prompt.tokens,
-            )
-            for prompt in self.prompts
-            for number in range(self.samples_per_prompt)
-        ]
-
-    def by_id(self) -> dict[int, Prompt]:
-        """Prompts by the id their samples carry."""
-        return {self.first_id + prompt.position: prompt for prompt in self.prompts}
 
 
 def draw_prompts(host: HostTasks, task: Prompts, cursor: int) -> tuple[dict[str, Any], DrawnPrompts]:

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from miles_plan.backends.executor.drawn_prompts import DrawnPrompts
 from miles_plan.backends.executor.failures import RunError
 from miles_plan.backends.executor.host import HostTasks
 from miles_plan.backends.executor.operations.digests import digest_of_arrays
 from miles_plan.backends.executor.operations.operation import Context, Operation, Outcome, Wait, Waiting
-from miles_plan.backends.executor.operations.prompts import DrawnPrompts
 from miles_plan.data.batch import Array, SampleBatch
 from miles_plan.ir.tasks import Evaluate, Reward
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from miles_plan.backends.engine import EngineError
+from miles_plan.backends.executor.drawn_prompts import DrawnPrompts
 from miles_plan.backends.executor.engines import RolloutRank
 from miles_plan.backends.executor.host import HostTasks
 from miles_plan.backends.executor.operations.digests import digest_of_batch
 from miles_plan.backends.executor.operations.operation import Context, Operation, Outcome, Wait, Waiting, places
-from miles_plan.backends.executor.operations.prompts import DrawnPrompts
 from miles_plan.backends.executor.operations.samples import joined, sample_problems, share_of_engine
 from miles_plan.data.batch import SampleBatch
 from miles_plan.ir.options import SamplingOptions

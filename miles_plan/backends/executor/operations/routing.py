@@ -74,9 +74,7 @@ def record_routing(context: Context) -> Operation:
     task = context.flow.tasks[context.instance.task]
     calls = context.host.produce(pack_routing, task, context.value("routing"))
     (report,) = yield Wait("host: check and pack routing", calls)
-    return Outcome(
-        values={"routing": calls.values[0]}, figures={"routing_bytes": report["bytes"]}, digest=report["digest"]
-    )
+    return Outcome(values={"routing": calls.values[0]}, figures={"routing_bytes": report["bytes"]}, digest=report["digest"])
 
 
 def replay_routing(context: Context) -> Operation:

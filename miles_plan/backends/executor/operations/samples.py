@@ -55,7 +55,7 @@ def sample_problems(
     wrong = [r.sample_id for i, r in enumerate(requests) if tuple(batch.sequence(i)[: len(r.prompt)].tolist()) != r.prompt]
     if wrong:
         found.append(f"{len(wrong)} samples do not start with their prompt: {wrong[:5]}")
-    if batch.num_tokens and not (0 <= int(batch.tokens.min()) and int(batch.tokens.max()) < vocab_size):
+    if batch.num_tokens and not (int(batch.tokens.min()) >= 0 and int(batch.tokens.max()) < vocab_size):
         found.append(f"token ids outside the vocabulary of {vocab_size}: {int(batch.tokens.min())}..{int(batch.tokens.max())}")
     if (batch.response_length < 1).any():
         found.append(f"{int((batch.response_length < 1).sum())} samples are empty")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -28,7 +27,12 @@ COUNTS = ("tokens", "skipped_steps", "routing_mismatches", "routing_compared")
 
 
 def train_rank(
-    rank: TrainRank, task: TrainStep, version: int, samples: SampleBatch, routing: RoutingRecord | None, names: tuple[str, ...],
+    rank: TrainRank,
+    task: TrainStep,
+    version: int,
+    samples: SampleBatch,
+    routing: RoutingRecord | None,
+    names: tuple[str, ...],
     *columns: Array,
 ) -> list[dict[str, float]]:
     """All updates of one training step on this rank; the metrics of each."""
@@ -92,5 +96,3 @@ def _nonfinite(context: Context, task: TrainStep) -> Exception:
     if task.nonfinite == "rollback":
         return FloatingPointError(message)
     return RunError("MP511", message, help="lower train.optimizer.lr, or set failures.nonfinite to 'skip' or 'rollback'")
-
-
