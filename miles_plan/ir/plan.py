@@ -168,6 +168,7 @@ class RunOptions:
 
     seed: int
     model: ModelSource
+    teacher: ModelSource | None = None
     tokenizer: TokenizerSource
     data: tuple[DataSource, ...]
     train_dtype: str

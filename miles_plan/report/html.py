@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from miles_plan.ir.plan import Plan
+from miles_plan.report.atomic_file import write_whole
 from miles_plan.report.html_filters import FILTERS
 from miles_plan.report.plan_view import plan_view
 from miles_plan.report.printable import printable_lines
@@ -24,7 +23,7 @@ REPORT_NAME = "report.html"
 
 def write_plan_report(plan: Plan, path: Path) -> None:
     """Write the report of a plan. OSError names the path."""
-    _write(path, plan_html(plan))
+    write_whole(path, plan_html(plan))
 
 
 def write_run_report(run_dir: Path) -> Path:
@@ -33,7 +32,7 @@ def write_run_report(run_dir: Path) -> Path:
     PlanFileError if the directory holds no plan.json; whatever else is missing is left out of the report.
     """
     path = run_dir / REPORT_NAME
-    _write(path, run_html(read_run(run_dir)))
+    write_whole(path, run_html(read_run(run_dir)))
     return path
 
 
@@ -73,17 +72,3 @@ def _text_of(environment: Environment, name: str) -> str:
 def _shown(value: object) -> object:
     """What a template writes: text with control characters written out; markup as it is."""
     return printable_lines(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _write(path: Path, text: str) -> None:
-    """All or nothing: a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from miles_plan.backends.executor.durable_files import write_durably
 from miles_plan.data.arithmetic import ArithmeticOptions, write_task
 from miles_plan.ir.plan import DataSource, RunOptions
 
@@ -31,27 +28,8 @@ def source_file(run: RunOptions, name: str, rows: Rows, data_folder: Path) -> Pa
 
 def _arithmetic(source: DataSource, rows: Rows, data_folder: Path) -> Path:
     """The arithmetic task with these options; equal options give equal files, in a folder named after them."""
-    digest = hashlib.sha256(json.dumps([rows, dict(source.options)], sort_keys=True).encode()).hexdigest()[:8]
-    path = data_folder / f"arithmetic-{rows}-{digest}" / FILE_OF_ROWS[rows]
-    if not path.exists():
-        write_task(path.parent, arithmetic_options(source.options, rows))
-        if rows == "prompts" and "num_prompts" in source.options:
-            _keep_first(path, int(source.options["num_prompts"]))
-    return path
-
-
-def arithmetic_options(options: Mapping[str, Any], rows: Rows) -> ArithmeticOptions:
-    """The generator's options from the spec's: num_prompts is how many lines are asked for, max_operand the largest operand."""
-    renamed = {"max_operand": "largest"}
-    given = {renamed.get(name, name): value for name, value in options.items() if name != "num_prompts"}
-    if "operations" in given:
-        given["operations"] = tuple(given["operations"])
-    if rows == "demonstrations" and "num_prompts" in options:
-        given["demonstrations"] = options["num_prompts"]
-    return ArithmeticOptions(**given)
-
-
-def _keep_first(path: Path, count: int) -> None:
-    with path.open("rb") as file:
-        lines = list(itertools.islice(file, count))
-    write_durably(path, b"".join(lines))
+    digest = hashlib.sha256(json.dumps(dict(source.options), sort_keys=True).encode()).hexdigest()[:8]
+    folder = data_folder / f"arithmetic-{digest}"
+    if not (folder / FILE_OF_ROWS[rows]).exists():
+        write_task(folder, ArithmeticOptions(**source.options))
+    return folder / FILE_OF_ROWS[rows]

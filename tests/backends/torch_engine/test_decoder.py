@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from miles_plan.backends.torch_engine import decoder as decoder_module
 from miles_plan.backends.torch_engine.config import read_config
 from miles_plan.backends.torch_engine.decoder import Decoder
 from miles_plan.backends.torch_engine.mesh import check_train_layout, open_mesh
@@ -202,3 +203,14 @@ def test_a_changed_weight_is_prepared_again(checkpoint: Callable[[str], Path]) -
     assert not torch.equal(hidden(), before)
     prepared.clear()
     assert prepared.size_bytes == 0
+
+
+def test_blocks_of_logits_change_no_bit(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, weights = load(checkpoint("qwen3"))
+    tokens = random_tokens(decoder.config.vocab_size)
+    whole = run_training(decoder, weights, tokens, "none")
+    monkeypatch.setattr(decoder_module, "_MAX_LOGITS", 41 * 10)
+    blocks = run_training(decoder, weights, tokens, "none")
+    assert torch.equal(blocks[0], whole[0])
+    for name, gradient in whole[1].items():
+        torch.testing.assert_close(blocks[1][name], gradient, rtol=1e-4, atol=1e-4)
