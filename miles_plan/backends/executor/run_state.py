@@ -26,10 +26,9 @@ class Publication:
 class RunState:
     """Mutable, and only the driver's loop changes it.
 
-    trainer_version: of the policy as the trainer holds it; published: weights waiting to be taken, by version; weights_made: the
-    version each training step and sync left behind, by instance; served: what the rollout engines acknowledged, by group, None
-    while they have nothing to serve; cursors: rows
-    drawn once a Prompts task's iteration was over, by instance.
+    trainer_version: of the policy as the trainer holds it; published: weights waiting to be taken, by version; weights_made:
+    the version each training step and sync left behind, by instance; served: what the rollout engines acknowledged, by group,
+    None while they have nothing to serve; cursors: rows drawn when a Prompts task's iteration was over, by instance.
     """
 
     trainer_version: Version = 0
