@@ -16,24 +16,32 @@ import typer
 from miles_plan import __version__
 from miles_plan.cli.check import check
 from miles_plan.cli.compile import compile, estimate
+from miles_plan.cli.doctor import doctor
 from miles_plan.cli.exit_code import ExitCode
 from miles_plan.cli.explain import explain
 from miles_plan.cli.findings import show_findings
 from miles_plan.cli.gpus import gpus
 from miles_plan.cli.internal_error import show_internal_error
 from miles_plan.cli.models import models
+from miles_plan.cli.resume import resume
+from miles_plan.cli.run import run
 from miles_plan.cli.schema import schema
+from miles_plan.cli.status import status
 from miles_plan.diagnostics import PlanError
 
 COMMANDS = (
-    # run, resume, status, diff, report, doctor: in the order of a job's life, between these
+    # diff, report: in the order of a job's life, between these
     check,
     compile,
     estimate,
+    run,
+    resume,
+    status,
     explain,
     schema,
     models,
     gpus,
+    doctor,
 )
 
 app = typer.Typer(
