@@ -121,7 +121,7 @@ def start_actor(name: str, *, threads: int, resources: dict[str, float], placeme
 
     wanted = {key: amount for key, amount in resources.items() if key != "GPU"}
     strategy = PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=bundle) if placement else "DEFAULT"
-    remote = ray.remote(concurrency_groups={"control": 1})(_with_control(Actor))
+    remote: Any = ray.remote(concurrency_groups={"control": 1})(_with_control(Actor))  # type: ignore[call-overload]  # not in its stubs
     return remote.options(
         num_cpus=0,
         num_gpus=resources.get("GPU", 0),

@@ -154,7 +154,7 @@ def gpu_components(graph: TaskGraph) -> dict[str, list[int]]:
 def threads_of_rank(plan: Plan) -> int:
     """Compute threads of each rank: the cores, shared by the ranks that work at one time.
 
-    Groups on different GPUs take turns in a synchronous schedule, where no weights edge reaches further back than one iteration.
+    Groups on different GPUs take turns where no weights edge reaches back further than one iteration.
     """
     overlap = any(edge.carries == "weights" and edge.distance > 1 for edge in plan.graph.edges)
     sizes = [group.gpus.count for group in plan.graph.groups if group.gpus is not None]

@@ -18,11 +18,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import networkx as nx
 
 from miles_plan.ir.graph import TaskGraph
-from miles_plan.ir.tasks import AnyTask, Buffer, Checkpoint, FilterGroups, Prompts, Rollout, TrainStep, WeightSync
+from miles_plan.ir.tasks import AnyTask, Buffer, Checkpoint, FilterGroups, Prompts, Rollout, Task, TrainStep, WeightSync
+
+T = TypeVar("T", bound=Task)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +182,7 @@ class Dataflow:
 
 
 def program_order(graph: TaskGraph) -> list[str]:
-    """Task names in an order that respects the edges of an iteration and the cut of a checkpoint; ties keep the graph's order."""
+    """Task names in an order that respects an iteration's edges and the cut of a checkpoint; ties keep the graph's order."""
     order = nx.DiGraph(graph.within_iteration())
     order.add_edges_from((wait.src, wait.dst) for wait in _cut_waits(graph))
     position = {task.name: index for index, task in enumerate(graph.tasks)}
@@ -208,8 +211,7 @@ def _edge_waits(graph: TaskGraph) -> Iterator[Wait]:
 
 def _buffer_waits(graph: TaskGraph) -> Iterator[Wait]:
     """A buffer holds so many samples: the one that would not fit waits until training has taken an earlier one."""
-    for buffer in graph.of_kind(Buffer):
-        assert isinstance(buffer, Buffer)
+    for buffer in tasks_of(graph, Buffer):
         fits = buffer.capacity_samples // max(1, samples_per_iteration(graph, buffer.loop))
         for train in graph.of_kind(TrainStep):
             if train.loop == buffer.loop:
@@ -236,12 +238,15 @@ def _cut_waits(graph: TaskGraph) -> Iterator[Wait]:
 
 def samples_per_iteration(graph: TaskGraph, loop: str) -> int:
     """Samples that one iteration of the loop trains on: prompts kept times samples of each."""
-    kept = [task.keep_prompts for task in graph.of_kind(FilterGroups, Rollout) if task.loop == loop and _keeps(task)]
-    prompts = [task for task in graph.of_kind(Prompts) if isinstance(task, Prompts) and task.loop == loop]
+    limits = [*((each.loop, each.keep_prompts) for each in tasks_of(graph, FilterGroups))]
+    limits += [(each.loop, each.keep_prompts) for each in tasks_of(graph, Rollout)]
+    kept = [count for where, count in limits if where == loop and count]
+    prompts = [task for task in tasks_of(graph, Prompts) if task.loop == loop]
     if not prompts:
         return 0
     return (min(kept) if kept else prompts[0].prompts_per_step) * prompts[0].samples_per_prompt
 
 
-def _keeps(task: AnyTask) -> bool:
-    return isinstance(task, FilterGroups | Rollout) and task.keep_prompts > 0
+def tasks_of(graph: TaskGraph, kind: type[T]) -> list[T]:
+    """Tasks of one kind, in order, as that kind."""
+    return [task for task in graph.tasks if isinstance(task, kind)]

@@ -38,8 +38,8 @@ def deadline_s(task: Task) -> float:
 def action_for(task: Task, failure: Failure, *, on_gpu: bool, restarts: int, max_restarts: int) -> Action:
     """What to do, by the task's restart class.
 
-    A retry runs the task again in the processes that are there, so it needs them alive: where one died or is stuck, its engine is
-    rebuilt instead. A task of the host can always be retried. A task without a class is treated as the mildest that is safe.
+    A retry runs the task again in the processes that are there, so it needs them alive: where one died or is stuck, its engine
+    is rebuilt instead. A task of the host can always be retried. A task without a class is treated as the mildest that is safe.
     """
     if failure.cause == "refused" or restarts >= max_restarts or task.restart == "fatal":
         return "stop"

@@ -18,7 +18,7 @@ class DrawnPrompts:
 
     @property
     def requests(self) -> list[Request]:
-        """One request a sample, samples of a prompt side by side; ids follow from positions, so they are unique within a run."""
+        """One request a sample, a prompt's samples side by side; ids follow from positions, so they are unique within a run."""
         return [
             Request(
                 sample_id=self.first_id + prompt.position * self.samples_per_prompt + number,

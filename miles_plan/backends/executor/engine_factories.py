@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from miles_plan.backends.executor.dataflow import tasks_of
 from miles_plan.backends.executor.engines import RolloutRank, TrainRank
 from miles_plan.ir.graph import TaskGraph
 from miles_plan.ir.group import DeviceGroup
@@ -37,7 +38,7 @@ def make_train_rank(plan: Plan, group: DeviceGroup, places: Places, rank: int, t
 
     torch.set_num_threads(threads)
     assert group.train_layout is not None, "a train group has a train layout"
-    models = {task.model for task in plan.graph.of_kind(Logprobs) if isinstance(task, Logprobs)}
+    models = {task.model for task in tasks_of(plan.graph, Logprobs)}
     options = TrainEngineOptions(
         model_directory=places.model,
         host_directory=places.parked / group.name,
@@ -95,14 +96,16 @@ def make_initial_model(plan: Plan, folder: Path) -> None:
 
 def micro_batch_tokens(graph: TaskGraph) -> int:
     """The tightest token budget that a task of the trainer states."""
-    stated = [task.tokens_per_gpu for task in graph.of_kind(TrainStep, Logprobs) if getattr(task, "tokens_per_gpu", 0)]
-    return min(stated, default=DEFAULT_MICRO_BATCH_TOKENS)
+    stated = [each.tokens_per_gpu for each in tasks_of(graph, TrainStep)] + [
+        each.tokens_per_gpu for each in tasks_of(graph, Logprobs)
+    ]
+    return min((tokens for tokens in stated if tokens), default=DEFAULT_MICRO_BATCH_TOKENS)
 
 
 def strongest_recompute(graph: TaskGraph) -> Recompute:
     """The most that any training step recomputes: the engine is built once for all of them."""
     return max(
-        (task.recompute for task in graph.of_kind(TrainStep) if isinstance(task, TrainStep)),
+        (task.recompute for task in tasks_of(graph, TrainStep)),
         key=RECOMPUTE.index,
         default="none",
     )
@@ -110,7 +113,7 @@ def strongest_recompute(graph: TaskGraph) -> Recompute:
 
 def rollout_of(graph: TaskGraph, group: DeviceGroup) -> Rollout | None:
     """The rollout that runs on a group, None where it only evaluates."""
-    return next((task for task in graph.of_kind(Rollout) if isinstance(task, Rollout) and task.group == group.name), None)
+    return next((task for task in tasks_of(graph, Rollout) if task.group == group.name), None)
 
 
 def _device(plan: Plan) -> str:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrainRank:
-    """One rank of a trainer. version: training steps of the policy behind its weights, so that no export carries a wrong label."""
+    """One rank of a trainer. version: training steps behind its weights, so that no export carries a wrong label."""
 
     engine: TrainEngine
     rank: int

@@ -11,10 +11,10 @@ from miles_plan.backends.executor.crew import Crew
 from miles_plan.backends.executor.dataflow import Dataflow, Instance
 from miles_plan.backends.executor.deadlines import Failure, action_for, deadline_s
 from miles_plan.backends.executor.driver import Driver, Ended, Running
-from miles_plan.backends.executor.failures import Interrupted, RunError
+from miles_plan.backends.executor.failures import InterruptedRunError, RunError
 from miles_plan.backends.executor.operations.operation import Context, Outcome, Services, Waiting
 from miles_plan.backends.executor.operations.table import OPERATIONS
-from miles_plan.backends.executor.rebuild import NeedsRollback, can_rebuild, rebuild
+from miles_plan.backends.executor.rebuild import RollbackNeededError, can_rebuild, rebuild
 from miles_plan.backends.executor.restore import restore
 from miles_plan.backends.executor.run_log import RunLog
 from miles_plan.backends.executor.run_state import RunState
@@ -54,7 +54,7 @@ class Execution:
     def run(self) -> Exported:
         """Run the graph to its end and export the policy.
 
-        RunError when the run cannot go on, Interrupted when it was asked to stop and has saved.
+        RunError when the run cannot go on, InterruptedRunError when it was asked to stop and has saved.
         """
         self.restore()
         while not self.flow.finished(self.done):
@@ -151,7 +151,7 @@ class Execution:
         """Make the task's engines anew and give them the weights they served; where those are gone, roll back."""
         try:
             self._wait_for("rebuild", rebuild(self._context(instance), self.crew))
-        except NeedsRollback:
+        except RollbackNeededError:
             self._roll_back()
             return
         self.services = replace(self.services, members=self.crew.members)
@@ -167,7 +167,7 @@ class Execution:
         self.log.event("rolled_back", "run", place, restarts=self.state.restarts)
 
     def _wind_down(self) -> None:
-        """Asked to stop: finish the iterations that have trained, save them, and leave. Raises Interrupted."""
+        """Asked to stop: finish the iterations that have trained, save them, and leave. Raises InterruptedRunError."""
         loop = self.flow.current_loop(self.done)
         assert loop is not None, "the run is not over"
         last = self._last_trained(loop)
@@ -178,7 +178,7 @@ class Execution:
         cut = self.flow.cut(loop, last)
         if self.state.trainer_version and (self.checkpoint is None or dict(self.checkpoint.done) != cut):
             self._wait_for("save", save_now(self._context(Instance("interrupt", last)), loop, last, cut))
-        raise Interrupted
+        raise InterruptedRunError
 
     def _last_trained(self, loop: str) -> int:
         """The last iteration of the loop whose training step is done or under way; -1 when there is none."""
@@ -189,7 +189,7 @@ class Execution:
     def _wait_for(self, name: str, operation: Waiting[Any]) -> Any:
         """Run a step of our own to its end; tasks that run go on meanwhile. RunError when it fails.
 
-        Asked to stop before it is over, it raises Interrupted: only tasks change what a checkpoint must hold.
+        Asked to stop before it is over, it raises InterruptedRunError: only tasks change what a checkpoint must hold.
         """
         stops_before = self.stop.count
         driver = Driver(self.log.waiting)
@@ -197,10 +197,10 @@ class Execution:
         while ended is None:
             ended = next(iter(driver.poll(POLL_S)), None)
             if self.stop.count > stops_before:
-                raise Interrupted
+                raise InterruptedRunError
         if ended.failure is None:
             return ended.outcome
-        if isinstance(ended.error, RunError | NeedsRollback):
+        if isinstance(ended.error, RunError | RollbackNeededError):
             raise ended.error
         failure = ended.failure
         raise RunError("MP520", f"{name}: waiting for {failure.subject}: {failure.message}") from ended.error

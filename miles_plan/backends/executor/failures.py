@@ -19,5 +19,5 @@ class RunError(RuntimeError):
         self.resumable = resumable
 
 
-class Interrupted(Exception):
+class InterruptedRunError(Exception):
     """Ctrl-C or SIGTERM: the run ended where a checkpoint lets it continue."""

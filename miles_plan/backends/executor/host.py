@@ -83,7 +83,7 @@ class HostTasks:
 
 
 def open_host(plan: Plan, data_folder: Path, config: Mapping[str, Any]) -> HostTasks:
-    """Open the tokenizer and every data set of the plan, so that a bad line is found before the first step. DataError lists them."""
+    """Open the tokenizer and every data set of the plan. DataError lists the lines that cannot be used."""
     tokenizer = open_tokenizer(plan.run.tokenizer)
     vocab_size = int(config["vocab_size"])
     if tokenizer.vocab_size > vocab_size:

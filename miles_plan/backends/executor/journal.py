@@ -74,7 +74,8 @@ class Journal:
     def start(self, instance: Instance, loop: str, attempt: int) -> int:
         """An instance starts; returns its row."""
         return self._write(
-            "INSERT INTO instances (session, task, loop, iteration, attempt, status, started_at) VALUES (?,?,?,?,?,'started',?)",
+            "INSERT INTO instances (session, task, loop, iteration, attempt, status, started_at) "
+            "VALUES (?,?,?,?,?,'started',?)",
             self._session,
             instance.task,
             loop,
@@ -98,7 +99,7 @@ class Journal:
         self._write("UPDATE instances SET status='failed', ended_at=?, error=? WHERE id=?", time.time(), error, row)
 
     def undo_after(self, done: Mapping[str, int]) -> int:
-        """Take back what a checkpoint does not hold: per task, iterations from `done[task]` on. Returns how many had completed."""
+        """Take back what a checkpoint does not hold: per task, iterations from `done[task]` on. Returns how many there were."""
         undone = 0
         with self._database:
             self._database.execute("BEGIN")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from miles_plan.backends.executor.data_sources import source_file
+from miles_plan.backends.executor.data_sources import Rows, source_file
 from miles_plan.backends.executor.host import model_config, open_tokenizer
 from miles_plan.backends.executor.run_directory import RunDirectory
 from miles_plan.backends.executor.unsupported import unsupported
@@ -55,14 +55,13 @@ def _data(plan: Plan, folder: Path) -> Iterator[Diagnostic]:
     seen = set()
     for task in plan.graph.tasks:
         if isinstance(task, Prompts | Evaluate):
-            demonstrations = isinstance(task, Prompts) and task.rows == "demonstrations"
-            rows = "demonstrations" if demonstrations else "evaluation" if isinstance(task, Evaluate) else "prompts"
+            rows: Rows = task.rows if isinstance(task, Prompts) else "evaluation"
             if (task.source, rows) in seen:
                 continue
             seen.add((task.source, rows))
             try:
                 path = source_file(plan.run, task.source, rows, folder)
-                check_demonstrations(path) if demonstrations else check_prompts(path)
+                check_demonstrations(path) if rows == "demonstrations" else check_prompts(path)
             except DataError as problem:
                 yield from _data_findings(problem)
             except ValueError as problem:

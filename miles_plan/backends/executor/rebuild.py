@@ -11,7 +11,7 @@ from miles_plan.ir.group import DeviceGroup
 from miles_plan.ir.tasks import WeightSync
 
 
-class NeedsRollback(Exception):
+class RollbackNeededError(Exception):
     """The weights that the engines served are nowhere any more."""
 
 
@@ -26,7 +26,7 @@ def component_of(graph: TaskGraph, group: str) -> list[str]:
 
 
 def rebuild(context: Context, crew: Crew) -> Waiting[None]:
-    """New engines for the running task's group, serving what they served. NeedsRollback where that version cannot be had."""
+    """New engines for the running task's group, serving what they served. RollbackNeededError where that is gone."""
     group = context.task.group or ""
     version = context.state.served.get(group)
     context.state.served[group] = None
@@ -36,12 +36,12 @@ def rebuild(context: Context, crew: Crew) -> Waiting[None]:
     publication = context.state.published.get(version)
     if publication is None:
         if context.state.trainer_version != version:
-            raise NeedsRollback
+            raise RollbackNeededError
         publication = yield from publish(context, version)
     members = crew.members[group]
     acknowledged = yield Wait(
         f"{places(members)}: take weights version {version}", members.call(take_weights, version, publication.buckets)
     )
     if any(each != version for each in acknowledged):
-        raise NeedsRollback
+        raise RollbackNeededError
     context.state.served[group] = version

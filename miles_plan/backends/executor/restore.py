@@ -69,7 +69,7 @@ def restore(services: Services, crew: Crew, log: RunLog) -> Waiting[Restored]:
 
 def _refuse_to_start_over(log: RunLog, refusals: Sequence[Refusal]) -> None:
     """Starting from scratch is right only where no checkpoint was ever finished."""
-    written = [row for row in log.events.earlier("checkpoint_written")]
+    written = log.events.earlier("checkpoint_written")
     if refusals or written:
         named = (
             "; ".join(f"{refusal.path}: {refusal.reason}" for refusal in refusals)

@@ -20,7 +20,7 @@ from miles_plan.backends.executor.crew import Crew, threads_of_rank
 from miles_plan.backends.executor.dataflow import Dataflow
 from miles_plan.backends.executor.durable_files import write_json
 from miles_plan.backends.executor.execution import Execution
-from miles_plan.backends.executor.failures import Ending, Interrupted, RunError
+from miles_plan.backends.executor.failures import Ending, InterruptedRunError, RunError
 from miles_plan.backends.executor.host import model_config
 from miles_plan.backends.executor.janitor import Belongings, clean_up
 from miles_plan.backends.executor.metrics import read_metrics
@@ -58,7 +58,7 @@ def execute(plan: Plan, root: Path, *, progress: Progress | None = None) -> Resu
     """Run a plan in a new folder.
 
     PlanError for a plan that this executor cannot run or data it cannot read, before anything starts; RunError when the run
-    fails, Interrupted when it was asked to stop; RunDirectoryError for a folder that is in use or holds a run.
+    fails, InterruptedRunError when it was asked to stop; RunDirectoryError for a folder that is in use or holds a run.
     """
     directory = RunDirectory(root)
     if not directory.is_fresh():
@@ -112,7 +112,7 @@ def _carry_out(
         exported = _in_session(plan, directory, settings, flow, log)
         ending = "finished"
         return Result(directory, _finish(plan, directory, log, exported))
-    except Interrupted:
+    except InterruptedRunError:
         ending = "interrupted"
         raise
     except RunError as error:

@@ -26,10 +26,9 @@ class Publication:
 class RunState:
     """Mutable, and only the driver's loop changes it.
 
-    trainer_version: of the policy as the trainer holds it; published: weights waiting to be taken, by version; weights_made: the
-    version each training step and sync left behind, by instance; served: what the rollout engines acknowledged, by group, None
-    while they have nothing to serve; cursors: rows
-    drawn once a Prompts task's iteration was over, by instance.
+    trainer_version: of the policy as the trainer holds it; published: weights waiting to be taken, by version; weights_made:
+    the version each training step and sync left behind, by instance; served: what the rollout engines acknowledged, by group,
+    None while they have nothing to serve; cursors: rows drawn when a Prompts task's iteration was over, by instance.
     """
 
     trainer_version: Version = 0
@@ -44,7 +43,7 @@ class RunState:
         return self.cursors[Instance(prompts, iteration - 1)] if iteration else 0
 
     def version_before(self, flow: Dataflow, loop: str, iteration: int) -> Version:
-        """The version that the policy's training step of this iteration starts from: one a step, counted from the loop's first."""
+        """The version that the policy's training step of this iteration starts from: one more for each step of the loop."""
         train = next(task for task in flow.graph.of_kind(TrainStep) if task.loop == loop)
         made = [each for each in self.weights_made if each.task == train.name and each.iteration < iteration]
         if not made:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from miles_plan.backends.executor.checkpoints import Manifest
+from miles_plan.backends.executor.dataflow import tasks_of
 from miles_plan.backends.executor.engines import TrainRank
 from miles_plan.backends.executor.operations.checkpoint import DEFAULT_KEEP, saved
 from miles_plan.backends.executor.operations.operation import Context, Wait, Waiting, places
@@ -28,7 +29,7 @@ def export_rank(rank: TrainRank, version: int, folder: Path) -> str:
 def enter_loop(context: Context, loop: str) -> Waiting[None]:
     """A loop that follows another takes the policy that the other left behind as its reference."""
     graph = context.flow.graph
-    uses_reference = any(isinstance(task, Logprobs) and task.model == "reference" and task.loop == loop for task in graph.tasks)
+    uses_reference = any(task.model == "reference" and task.loop == loop for task in tasks_of(graph, Logprobs))
     if uses_reference and graph.loops[0].name != loop:
         trainer = context.members[train_group(context).name]
         yield Wait(f"{places(trainer)}: take the policy as reference", trainer.call(snapshot_rank))
@@ -36,7 +37,7 @@ def enter_loop(context: Context, loop: str) -> Waiting[None]:
 
 def save_now(context: Context, loop: str, iteration: int, done: dict[str, int]) -> Waiting[Manifest]:
     """A checkpoint outside the graph's own."""
-    keeps = [task.keep for task in context.flow.graph.of_kind(Checkpoint) if isinstance(task, Checkpoint)]
+    keeps = [task.keep for task in tasks_of(context.flow.graph, Checkpoint)]
     return (yield from saved(context, loop, iteration, done, keep=max(keeps, default=DEFAULT_KEEP)))
 
 

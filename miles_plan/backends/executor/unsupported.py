@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from miles_plan.backends.executor.engine_factories import DTYPES
 from miles_plan.backends.executor.operations.table import OPERATIONS
 from miles_plan.diagnostics import Diagnostic, error
 from miles_plan.ir.graph import TaskGraph
 from miles_plan.ir.plan import Plan
-from miles_plan.ir.tasks import Advantage, AnyTask, Buffer, Logprobs, Rollout, TrainStep, WeightSync
+from miles_plan.ir.tasks import Advantage, AnyTask, Buffer, Logprobs, Rollout, Task, TrainStep, WeightSync
+
+OBSTACLES: tuple[tuple[type[Task], Callable[[Any], bool], str], ...] = (
+    (Rollout, lambda task: task.partial, "partial rollout: the embedded engine finishes every sample (rollout.partial)"),
+    (Rollout, lambda task: task.keep_prompts, "over-sampling: the embedded engine waits for all (rollout.over_sampling)"),
+    (Rollout, lambda task: task.speculation, "speculative decoding (rollout.speculative)"),
+    (TrainStep, lambda task: task.model != "policy", "a critic (algorithm.kind: ppo)"),
+    (TrainStep, lambda task: task.optimizer_offload, "an optimizer that lives on the host (train.optimizer.offload)"),
+    (Logprobs, lambda task: task.model == "teacher", "a teacher model (algorithm.kind: distillation)"),
+    (Advantage, lambda task: task.estimator == "gae", "a critic (algorithm.kind: ppo)"),
+    (Advantage, lambda task: task.estimator == "distillation", "a teacher model (algorithm.kind: distillation)"),
+    (WeightSync, lambda task: task.draft, "draft weights (rollout.speculative)"),
+    (WeightSync, lambda task: task.transport not in (None, "shared_memory"), "weights by any way but shared memory"),
+    (Buffer, lambda task: task.capacity_samples < 1, "a buffer that holds nothing"),
+)
 
 
 def unsupported(plan: Plan) -> list[Diagnostic]:
@@ -75,35 +90,10 @@ def _tasks(graph: TaskGraph) -> Iterator[Diagnostic]:
 
 
 def _obstacles(task: AnyTask) -> Iterator[str]:
-    match task:
-        case Rollout():
-            if task.partial:
-                yield "partial rollout: the embedded engine finishes every sample (rollout.partial)"
-            if task.keep_prompts:
-                yield "over-sampling: the embedded engine waits for every prompt (rollout.over_sampling)"
-            if task.speculation is not None:
-                yield "speculative decoding (rollout.speculative)"
-        case TrainStep():
-            if task.model != "policy":
-                yield "a critic (algorithm.kind: ppo)"
-            if task.optimizer_offload:
-                yield "an optimizer that lives on the host (train.optimizer.offload)"
-        case Logprobs():
-            if task.model == "teacher":
-                yield "a teacher model (algorithm.kind: distillation)"
-        case Advantage():
-            if task.estimator == "gae":
-                yield "a critic (algorithm.kind: ppo)"
-        case WeightSync():
-            if task.draft:
-                yield "draft weights (rollout.speculative)"
-            if task.transport not in (None, "shared_memory"):
-                yield f"weights by {task.transport}: the embedded engines take them from shared memory"
-        case Buffer():
-            if task.capacity_samples < 1:
-                yield "a buffer that holds nothing"
-        case _:
-            return
+    """What the task asks for that is not there."""
+    for kind, asks, what in OBSTACLES:
+        if isinstance(task, kind) and asks(task):
+            yield what
 
 
 def _refusal(task: AnyTask, why: str) -> Diagnostic:

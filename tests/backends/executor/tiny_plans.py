@@ -72,7 +72,9 @@ def tiny_plan(
     train, rollout = train or TrainLayout(), rollout or RolloutLayout()
     first = 0 if colocated else train.world_size
     groups = (
-        DeviceGroup(name="train", role="train", engine="torch", gpus=GpuSpan(first=0, count=train.world_size), train_layout=train),
+        DeviceGroup(
+            name="train", role="train", engine="torch", gpus=GpuSpan(first=0, count=train.world_size), train_layout=train
+        ),
         DeviceGroup(
             name="rollout",
             role="rollout",
@@ -104,7 +106,14 @@ def tiny_plan(
         loops.insert(0, Loop(name="warm_start", iterations=warm))
         optimizer = OptimizerOptions(learning_rate=1e-2)
         tasks += [
-            Prompts(name="rows", loop="warm_start", group="host", source="warm_start.data", rows="demonstrations", prompts_per_step=8),
+            Prompts(
+                name="rows",
+                loop="warm_start",
+                group="host",
+                source="warm_start.data",
+                rows="demonstrations",
+                prompts_per_step=8,
+            ),
             TrainStep(name="sft", loop="warm_start", group="train", loss=LossOptions(kind="sft"), optimizer=optimizer),
         ]
         edges += [
@@ -128,7 +137,9 @@ def tiny_plan(
                 "seed": seed,
                 "model": ModelSource(name="tiny", hf_config=MOE if moe else DENSE),
                 "tokenizer": TokenizerSource(kind="characters", characters="0123456789+-*="),
-                "data": tuple(DataSource(name=name, **options) for name in ("data.prompts", "warm_start.data", "evaluation.prompts")),
+                "data": tuple(
+                    DataSource(name=name, **options) for name in ("data.prompts", "warm_start.data", "evaluation.prompts")
+                ),
                 "train_dtype": "fp32",
                 "rollout_dtype": "fp32",
                 "max_restarts": max_restarts,

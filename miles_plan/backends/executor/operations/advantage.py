@@ -19,6 +19,7 @@ def advantages_of(
     host: Any, task: Advantage, samples: SampleBatch, names: tuple[str, ...], *columns: Array
 ) -> tuple[dict[str, Any], Array]:
     """One advantage a response token, float32 [R]; NaN for samples whose reward was dropped, which no group counts."""
+    assert task.estimator != "distillation", "refused before the run"
     batch = samples.with_columns(**dict(zip(names, columns, strict=True)))
     kept = np.flatnonzero(~np.isnan(batch.columns["reward"])) if "reward" in batch.columns else np.arange(batch.num_samples)
     advantages = np.full(len(batch.rollout_log_probs), np.nan, dtype=np.float32)

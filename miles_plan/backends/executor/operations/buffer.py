@@ -1,4 +1,4 @@
-"""The buffer between asynchronous rollout and training: how much is ahead is the dataflow's affair, how old it is is checked here."""
+"""The buffer between asynchronous rollout and training. The dataflow bounds how much waits; how old it is is checked here."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def buffer(context: Context) -> Operation:
     version = context.state.version_before(context.flow, task.loop, context.instance.iteration)
     calls = context.host.produce(fresh_samples, version, task.max_staleness, context.value("samples"))
     (report,) = yield Wait("host: check how old the samples are", calls)
-    if report["figures"]["samples_dropped_as_stale"]:
+    if dropped := report["figures"]["samples_dropped_as_stale"]:
         raise RunError(
             "MP513",
-            f"{context.instance}: {report['figures']['samples_dropped_as_stale']} samples are older than {task.max_staleness} versions",
+            f"{context.instance}: {dropped} samples are older than {task.max_staleness} versions",
             help="the plan's edges should rule this out: please report it",
         )
     values: dict[Any, Any] = {"samples": calls.values[0]}

@@ -1,4 +1,4 @@
-"""Checkpoint: every rank writes and hashes its files, older weights that syncs will still ask for go beside them, manifest last."""
+"""Checkpoint: every rank writes and hashes its files, older weights that syncs still ask for lie beside them, manifest last."""
 
 from __future__ import annotations
 

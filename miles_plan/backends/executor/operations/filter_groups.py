@@ -17,7 +17,7 @@ from miles_plan.backends.executor.operations.prompts import draw_prompts, prompt
 from miles_plan.backends.executor.operations.reward import scored
 from miles_plan.backends.executor.operations.rollout import sampled, with_stops
 from miles_plan.backends.executor.operations.routing import routing_problems
-from miles_plan.backends.executor.operations.samples import RefusedSamples
+from miles_plan.backends.executor.operations.samples import RefusedSamplesError
 from miles_plan.data.batch import Array, SampleBatch, concatenate
 from miles_plan.ir.tasks import FilterGroups, Prompts, RecordRouting, Reward, Rollout, Task
 
@@ -27,10 +27,10 @@ def keep_groups(
 ) -> tuple[dict[str, int], SampleBatch, Array, DrawnPrompts]:
     """Samples and rewards of the groups with a signal, behind those kept so far, and all prompts drawn.
 
-    Whole prompts only. RefusedSamples for routing that is wrong.
+    Whole prompts only. RefusedSamplesError for routing that is wrong.
     """
     if record is not None and (problems := routing_problems(samples, record)):
-        raise RefusedSamples("; ".join(problems))
+        raise RefusedSamplesError("; ".join(problems))
     measured = ~np.isnan(rewards)
     signal = np.zeros(samples.num_samples, dtype=bool)
     signal[measured] = groups_with_signal(rewards[measured], samples.prompt_id[measured])

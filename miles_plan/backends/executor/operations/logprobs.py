@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from miles_plan.backends.engine import RankLogProbs
+from miles_plan.backends.executor.dataflow import tasks_of
 from miles_plan.backends.executor.engines import TrainRank
 from miles_plan.backends.executor.failures import RunError
 from miles_plan.backends.executor.operations.batches import assembled
@@ -129,9 +130,7 @@ def _judged(context: Context, task: Logprobs, found: Comparison) -> dict[str, fl
 def _judged_routing(context: Context, reports: Sequence[dict[str, int]]) -> dict[str, float]:
     mismatches = sum(report["routing_mismatches"] for report in reports)
     compared = sum(report["routing_compared"] for report in reports)
-    limits = [
-        task.max_mismatch_fraction for task in context.flow.graph.of_kind(ReplayRouting) if isinstance(task, ReplayRouting)
-    ]
+    limits = [task.max_mismatch_fraction for task in tasks_of(context.flow.graph, ReplayRouting)]
     fraction = mismatches / compared if compared else 0.0
     if limits and fraction > min(limits):
         raise RunError(

@@ -13,7 +13,7 @@ from miles_plan.backends.executor.operations.digests import digest_of_arrays, di
 from miles_plan.backends.executor.operations.operation import Context, Operation, Outcome, Wait
 from miles_plan.data.batch import SampleBatch
 from miles_plan.data.demonstrations import demonstration_batch
-from miles_plan.ir.tasks import Prompts
+from miles_plan.ir.tasks import Payload, Prompts
 
 
 def draw_prompts(host: HostTasks, task: Prompts, cursor: int) -> tuple[dict[str, Any], DrawnPrompts]:
@@ -40,7 +40,7 @@ def prompts(context: Context) -> Operation:
     calls = context.host.produce(draw, task, cursor)
     (report,) = yield Wait(f"host: draw {task.prompts_per_step} rows of '{task.source}'", calls)
     context.state.cursors[context.instance] = cursor + task.prompts_per_step
-    payload = "prompts" if task.rows == "prompts" else "samples"
+    payload: Payload = "prompts" if task.rows == "prompts" else "samples"
     return Outcome(values={payload: calls.values[0]}, digest=report["digest"])
 
 

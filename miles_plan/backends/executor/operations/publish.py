@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from miles_plan.backends.engine import EngineError, WeightBucket
+from miles_plan.backends.executor.dataflow import tasks_of
 from miles_plan.backends.executor.engines import TrainRank
 from miles_plan.backends.executor.operations.operation import Context, Wait, Waiting, places
 from miles_plan.backends.executor.run_state import Publication, still_wanted
@@ -63,5 +64,4 @@ def train_group(context: Context) -> DeviceGroup:
 
 def bucket_bytes(context: Context) -> int:
     """Bytes of a bucket, as the plan's weight sync says."""
-    sizes = [task.bucket_bytes for task in context.flow.graph.of_kind(WeightSync) if isinstance(task, WeightSync)]
-    return max(sizes, default=0) or DEFAULT_BUCKET_BYTES
+    return max((task.bucket_bytes for task in tasks_of(context.flow.graph, WeightSync)), default=0) or DEFAULT_BUCKET_BYTES

@@ -9,7 +9,7 @@ import numpy as np
 
 from miles_plan.backends.executor.operations.digests import digest_of_arrays
 from miles_plan.backends.executor.operations.operation import Context, Operation, Outcome, Wait
-from miles_plan.backends.executor.operations.samples import RefusedSamples
+from miles_plan.backends.executor.operations.samples import RefusedSamplesError
 from miles_plan.data.batch import Array, SampleBatch, ragged_rows
 from miles_plan.ir.tasks import RecordRouting
 
@@ -27,13 +27,13 @@ class RoutingRecord:
         return bool(np.isin(batch.sample_id, self.sample_id).all())
 
     def of(self, batch: SampleBatch) -> Array:
-        """Rows for the tokens of `batch`, in its order. RefusedSamples for samples that were not recorded or differ in length."""
+        """Rows for the tokens of `batch`, in its order. RefusedSamplesError for samples not recorded, or of another length."""
         if not self.covers(batch):
-            raise RefusedSamples("routing was not recorded for every sample that is trained on")
+            raise RefusedSamplesError("routing was not recorded for every sample that is trained on")
         order = np.argsort(self.sample_id, kind="stable")
         rows = order[np.searchsorted(self.sample_id[order], batch.sample_id)]
         if not np.array_equal(self.length[rows], batch.length):
-            raise RefusedSamples("routing was recorded for other lengths than those trained on")
+            raise RefusedSamplesError("routing was recorded for other lengths than those trained on")
         start = np.cumsum(self.length, dtype=np.int64) - self.length
         return np.asarray(self.experts[ragged_rows(start[rows], self.length[rows])])
 
@@ -60,9 +60,9 @@ def routing_problems(batch: SampleBatch, task: RecordRouting) -> list[str]:
 
 
 def pack_routing(host: Any, task: RecordRouting, batch: SampleBatch) -> tuple[dict[str, Any], RoutingRecord]:
-    """Check the routing and pack it into the task's type. RefusedSamples lists what is wrong."""
+    """Check the routing and pack it into the task's type. RefusedSamplesError lists what is wrong."""
     if problems := routing_problems(batch, task):
-        raise RefusedSamples("; ".join(problems))
+        raise RefusedSamplesError("; ".join(problems))
     assert batch.routing is not None
     record = RoutingRecord(batch.sample_id, batch.length, batch.routing.astype(task.dtype, copy=False))
     digest = digest_of_arrays({"sample_id": record.sample_id, "experts": record.experts})

@@ -1,4 +1,4 @@
-"""The boundary where samples come in: split requests over engines, put results back in order, and believe none of it unchecked."""
+"""The boundary where samples come in: requests are split over engines, results put back in order and checked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from miles_plan.backends.engine import EngineError, Request
 from miles_plan.data.batch import SampleBatch, concatenate
 
 
-class RefusedSamples(EngineError):
+class RefusedSamplesError(EngineError):
     """An engine returned something that does not answer what it was asked: lists every way in which it does not."""
 
 
@@ -26,7 +26,7 @@ def share_of_engine(requests: Sequence[Request], engine: int, engines: int) -> l
 
 
 def joined(batches: Sequence[SampleBatch], requests: Sequence[Request]) -> SampleBatch:
-    """The engines' batches in the order of the requests. RefusedSamples for samples that are missing, repeated or unasked for."""
+    """The engines' batches in the order of the requests. RefusedSamplesError for samples missing, repeated or unasked for."""
     batch = concatenate([each for each in batches if each.num_samples]) if len(batches) > 1 else batches[0]
     wanted = [request.sample_id for request in requests]
     found = [int(sample_id) for sample_id in batch.sample_id]
@@ -34,7 +34,7 @@ def joined(batches: Sequence[SampleBatch], requests: Sequence[Request]) -> Sampl
         return batch
     if sorted(found) != sorted(wanted):
         missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
-        raise RefusedSamples(
+        raise RefusedSamplesError(
             f"{len(wanted)} samples were asked for, {len(found)} came back: missing {missing[:5]}, not asked for {extra[:5]}, "
             f"{len(found) - len(set(found))} repeated"
         )
