@@ -6,7 +6,7 @@ from rich.text import Text
 
 from miles_plan.ir.memory import MemoryPhase, MemoryTerm, MemoryTimeline
 from miles_plan.ir.plan import Plan
-from miles_plan.report.palette import TERMINAL_SHADES, role_of_owner, shades_of_terms
+from miles_plan.report.palette import TERMINAL_MINOR, TERMINAL_SHADES, role_of_owner, shades_of_terms
 from miles_plan.report.terminal.page import Page, bar, flow, grid, text, widest
 from miles_plan.report.units import bytes_text
 from miles_plan.report.wording import bar_bytes, memory_place
@@ -29,11 +29,11 @@ def draw_memory(page: Page, plan: Plan) -> None:
 
 def _paint(page: Page, plan: Plan, timeline: MemoryTimeline) -> Paint:
     """A full block in the term's colour; without colour a letter of its name, each used once."""
-    shades, paint = shades_of_terms(plan), {}
+    shades, paint = shades_of_terms(plan, timeline.place), {}
     taken: set[str] = set()
     for term in _terms(timeline):
         key = (term.owner, term.name)
-        style = TERMINAL_SHADES[role_of_owner(plan.graph, term.owner)][shades[key]]
+        style = (*TERMINAL_SHADES[role_of_owner(plan.graph, term.owner)], TERMINAL_MINOR)[shades[key]]
         letters = [*term.name.lower(), *term.name.upper(), *"abcdefghijklmnopqrstuvwxyz0123456789"]
         letter = next((each for each in letters if each.isalnum() and each not in taken), "?")
         taken.add(letter)
