@@ -74,6 +74,29 @@ def collective_s(op: Collective, size_bytes: ArrayLike, ranks: ArrayLike, local:
     return np.asarray(np.where(n > 1, moving + start, 0.0))
 
 
+def dispatch_s(
+    token_bytes: ArrayLike, topk: int, ranks: ArrayLike, local: ArrayLike, links: Links, once_a_node: bool
+) -> Floats:
+    """Seconds to send tokens to their experts' ranks, or back.
+
+    Args:
+        token_bytes: bytes of all of a rank's tokens, each counted once.
+        once_a_node: copies for experts of one NVLink domain cross between domains once and are copied inside it
+            (DeepEP, HybridEP); otherwise every copy travels alone (all-to-all).
+    """
+    size = np.asarray(token_bytes, dtype=np.float64)
+    n = np.maximum(np.asarray(ranks, dtype=np.float64), 1.0)
+    k = np.maximum(np.minimum(np.asarray(local, dtype=np.float64), n), 1.0)
+    domains = n / k
+    copies_out = topk * (n - k) / n
+    if once_a_node:
+        copies_out = np.minimum(copies_out, (domains - 1.0) * (1.0 - (1.0 - 1.0 / domains) ** topk))
+    inside = size * topk * (k - 1) / np.where(once_a_node, k, n) / links.nvlink("all_to_all")
+    outside = size * copies_out / links.nic("all_to_all")
+    start = links.profile.nvlink_latency_s + np.where(n > k, links.profile.rdma_latency_s, 0.0)
+    return np.asarray(np.where(n > 1, np.maximum(inside, outside) + start, 0.0))
+
+
 def point_to_point_s(size_bytes: ArrayLike, crosses_nodes: ArrayLike, links: Links) -> Floats:
     """Seconds of one send between neighbours of a pipeline."""
     size, crosses = np.asarray(size_bytes, dtype=np.float64), np.asarray(crosses_nodes, dtype=bool)
