@@ -14,6 +14,22 @@ PAGES: tuple[Page, ...] = (
         fix="Use `engine: torch`, or name the cluster's GPU.",
     ),
     Page(
+        code="MP402",
+        title="file that is no usable plan",
+        what="A plan file is missing, is no plan, was changed after it was written, or comes from another plan schema version.",
+        why="What runs must be what was reviewed, and what is shown must be what would run.",
+        example="error[MP402]: plan.json was changed after it was written: its digest is 3f2a91c0d4e5, it claims 9b04e1d2c3f4",
+        fix="Compile the spec again: `miles-plan compile spec.yaml -o plan.json`.",
+    ),
+    Page(
+        code="MP403",
+        title="report that cannot be written",
+        what="The page or the trace cannot be written where it was to go.",
+        why="Nothing is left half written: an older report stays as it was.",
+        example="error[MP403]: /read-only/report.html: Permission denied",
+        fix="Name another place with `--out` or `--trace`, or make room.",
+    ),
+    Page(
         code="MP410",
         title="engine without speculative decoding",
         what="The embedded torch rollout engine was asked to decode speculatively.",

@@ -6,12 +6,13 @@ same key are compared field by field. Nothing of a plan is left out: two plans c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from miles_plan.ir.plan import Plan, plan_sha256, to_json
-from miles_plan.report.units import bytes_text, change_text, number_text, quantity_text, seconds_text
+from miles_plan.report.units import bytes_text, change_text, estimate_text, number_text, quantity_text, seconds_text
 
 Kind = Literal["added", "removed", "changed"]
 Records = dict[str, dict[str, Any]]
@@ -22,18 +23,20 @@ SECTIONS = (
     "cluster",
     "decisions",
     "groups",
+    "estimates",
+    "memory",
+    "candidates",
+    "precision",
     "loops",
     "tasks",
     "edges",
-    "memory",
-    "estimates",
-    "candidates",
-    "precision",
     "transfers",
     "failures",
     "environment",
     "warnings",
 )
+ESTIMATE = ("low", "mid", "high")
+DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +63,9 @@ class Change:
 
     @property
     def delta(self) -> str:
-        """`+12%` where both are numbers."""
-        if _is_number(self.before) and _is_number(self.after):
-            return change_text(float(self.before), float(self.after))
-        return ""
+        """`+12%` where both are numbers, or estimates, whose middles count."""
+        before, after = _middle(self.before), _middle(self.after)
+        return change_text(before, after) if before is not None and after is not None else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,10 @@ def compare_plans(before: Plan, after: Plan) -> Comparison:
     """What changed from one plan to the other."""
     old, new = plan_records(before), plan_records(after)
     changes = [change for section in SECTIONS for change in _section(section, old[section], new[section])]
-    return Comparison(plan_sha256(before), plan_sha256(after), tuple(changes))
+    digests = plan_sha256(before), plan_sha256(after)
+    if not changes and digests[0] != digests[1]:
+        changes.append(Change("job", "", "order of rows", "changed", *digests))
+    return Comparison(*digests, tuple(changes))
 
 
 def to_data(comparison: Comparison) -> dict[str, Any]:
@@ -128,10 +133,10 @@ def plan_records(plan: Plan) -> dict[str, Records]:
         "decisions": _keyed(body["decisions"], "field"),
         "groups": _keyed([_flat(group) for group in graph["groups"]], "name"),
         "loops": _keyed(graph["loops"], "name"),
-        "tasks": _keyed([_flat(task) for task in graph["tasks"]], "name"),
-        "edges": _keyed([edge | {"edge": _edge_text(edge)} for edge in graph["edges"]], "edge"),
+        "tasks": _keyed([_flat(_timed(task)) for task in graph["tasks"]], "name"),
+        "edges": _keyed([{"edge": _edge_text(edge)} for edge in graph["edges"]], "edge"),
         "memory": _memory(graph["memory"]),
-        "estimates": _keyed(body["estimates"], "name"),
+        "estimates": _keyed([_estimate(each) for each in body["estimates"]], "name"),
         "candidates": _keyed(body["candidates"], "train_layout", "rollout_layout", "placement"),
         "precision": _keyed(body["numerics"], "op"),
         "transfers": _keyed(body["transfers"], "pattern"),
@@ -142,20 +147,28 @@ def plan_records(plan: Plan) -> dict[str, Records]:
 
 
 def value_text(value: Any, unit: str, field: str) -> str:
-    """A JSON value with the unit that its estimate or its field's name gives it."""
+    """A JSON value with the unit that its estimate or its field's name gives it; digests are cut short."""
     if value is None:
         return "-"
     if _is_number(value):
-        if unit:
-            return quantity_text(float(value), unit)
-        if field.endswith("bytes"):
-            return bytes_text(value)
-        return seconds_text(value) if field.endswith("_s") else number_text(value, 6)
+        return _number_text(value, unit, field)
     if isinstance(value, list):
+        if len(value) == 2 and isinstance(value[0], str) and _is_number(value[1]):
+            return f"{value[0]} {value_text(value[1], unit, field)}"
         return ", ".join(value_text(item, unit, field) for item in value) or "none"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name}={value_text(item, unit, name)}" for name, item in value.items())
-    return str(value)
+        if set(value) == set(ESTIMATE):
+            return estimate_text(float(value["low"]), float(value["mid"]), float(value["high"]), unit)
+        return ", ".join(f"{name} {value_text(item, str(value.get('unit', unit)), name)}" for name, item in value.items())
+    return DIGEST.sub(r"\1", str(value))
+
+
+def _number_text(value: float, unit: str, field: str) -> str:
+    if unit:
+        return quantity_text(float(value), unit)
+    if field.endswith("bytes"):
+        return bytes_text(value)
+    return seconds_text(value) if field.endswith("_s") else number_text(value, 6)
 
 
 def _section(section: str, old: Records, new: Records) -> Iterator[Change]:
@@ -174,12 +187,11 @@ def _fields(section: str, key: str, old: Mapping[str, Any], new: Mapping[str, An
         before, after = old.get(field), new.get(field)
         if before != after or (field in old) != (field in new):
             kind: Kind = "added" if field not in old else "removed" if field not in new else "changed"
-            unit = str(new.get("unit", "")) if section == "estimates" and field in ("low", "mid", "high") else ""
-            yield Change(section, key, field, kind, before, after, unit)
+            yield Change(section, key, field, kind, before, after, _unit(section, field, new))
 
 
 def _keyed(rows: list[dict[str, Any]], *keys: str) -> Records:
-    """Rows by the values of `keys`; rows that share them are numbered, and a row's place is compared too."""
+    """Rows by the values of `keys`; rows that share them are numbered."""
     records: Records = {}
     for row in rows:
         key = base = ", ".join(str(row.get(name, "")) for name in keys)
@@ -192,8 +204,8 @@ def _keyed(rows: list[dict[str, Any]], *keys: str) -> Records:
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined with dots; everything else stays as it is."""
-    if not isinstance(value, Mapping) or (path and not value):
+    """Nested mappings as one, keys joined with dots; estimates and everything else stay as they are."""
+    if not isinstance(value, Mapping) or (path and not value) or set(value) == set(ESTIMATE):
         return {path: value}
     flat: dict[str, Any] = {}
     for name, item in value.items():
@@ -209,18 +221,42 @@ def _pairs(pairs: list[Any]) -> dict[str, Any]:
     return found
 
 
+def _unit(section: str, field: str, record: Mapping[str, Any]) -> str:
+    """The unit of a field whose name does not say it."""
+    if section == "estimates" and field in ("expected", "terms"):
+        return str(record.get("unit", ""))
+    return "s" if section == "tasks" and field == "takes" else ""
+
+
+def _estimate(row: Mapping[str, Any]) -> dict[str, Any]:
+    """An estimate with its interval as one value, so that it changes as one."""
+    rest = {name: value for name, value in row.items() if name not in ESTIMATE}
+    return {"expected": {end: row[end] for end in ESTIMATE}} | rest
+
+
+def _timed(task: Mapping[str, Any]) -> dict[str, Any]:
+    """A task with its time estimate as one value and its basis beside it."""
+    found, estimate = dict(task), task.get("estimate")
+    if estimate is not None:
+        found["takes"] = {end: estimate[f"{end}_s"] for end in ESTIMATE}
+        found["estimate"] = {name: value for name, value in estimate.items() if name not in {f"{end}_s" for end in ESTIMATE}}
+    return found
+
+
 def _memory(timelines: list[dict[str, Any]]) -> Records:
-    """A record a phase of each place: its total and upper end, and every term by owner and name."""
+    """A record a place, and one for each of its phases: total, upper end, and every term by owner and name.
+
+    Places are numbered, not named by their GPUs, so that the same job on more GPUs is still compared phase by phase.
+    """
     records: Records = {}
     for timeline in timelines:
-        span = timeline["gpus"]
-        place = f"{timeline['place']} {span['first']}..{span['first'] + span['count'] - 1}"
-        limits = {"capacity_bytes": timeline["capacity_bytes"], "margin_bytes": timeline["margin_bytes"]}
-        records[_free(records, place)] = limits
+        place = _free(records, timeline["place"])
+        records[place] = {name: value for name, value in timeline.items() if name not in ("place", "phases", "gpus")}
+        records[place] |= _flat({"gpus": timeline["gpus"]})
         for phase in timeline["phases"]:
             terms: dict[str, int] = {}
             for term in phase["terms"]:
-                terms[_free(terms, f"{term['owner']}.{term['name']}_bytes")] = term["size_bytes"]
+                terms[_free(terms, f"{term['owner']}.{term['name']} bytes")] = term["size_bytes"]
             total = {"total_bytes": sum(terms.values()), "high_bytes": phase["high_bytes"], "task": phase["task"]}
             records[_free(records, f"{place}, {phase['name']}")] = total | terms
     return records
@@ -238,6 +274,13 @@ def _free(taken: Mapping[str, Any], key: str) -> str:
 def _edge_text(edge: Mapping[str, Any]) -> str:
     distance = f"^{edge['distance']}" if edge["distance"] else ""
     return f"{edge['src']}{distance} -> {edge['dst']} ({edge['carries']})"
+
+
+def _middle(value: Any) -> float | None:
+    """The number that stands for a value in a comparison, if there is one."""
+    if isinstance(value, Mapping) and set(value) == set(ESTIMATE):
+        return float(value["mid"])
+    return float(value) if _is_number(value) else None
 
 
 def _is_number(value: Any) -> bool:

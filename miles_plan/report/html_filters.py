@@ -24,13 +24,19 @@ from miles_plan.report.wording import how_often, split_text
 
 PURPOSES = {
     "plan.json": "the plan that was executed",
+    "run.json": "what the first start fixed and a resume repeats",
+    "journal.sqlite": "every task that was started, completed or failed",
     "summary.json": "the results",
     "metrics.jsonl": "one line an iteration",
     "timeline.jsonl": "one line a task run",
     "events.jsonl": "the event log",
     "trace.json": "planned and measured timeline, for ui.perfetto.dev",
     "report.html": "this page",
-    "checkpoints": "checkpoints",
+    "checkpoints": "what a resume starts from; each has its manifest.json",
+    "data": "rows that a generator made for this run",
+    "final": "the trained policy, a Hugging Face checkpoint",
+    "logs": "output of the actors",
+    "lock": "who holds the directory",
     "tensorboard": "TensorBoard event files",
 }
 

@@ -29,6 +29,7 @@ PLANNED, MEASURED = 1, 2
 MOST_GPU_TRACKS = 16
 ITERATIONS_OF_A_PLAN = 20
 ITERATIONS_WITH_ARROWS = 20
+SHOWN_AS_SLICES = frozenset({"task_started", "task_completed"})
 
 
 def write_trace(source: Path | Plan, path: Path) -> None:
@@ -153,6 +154,8 @@ def _measured(record: RunRecord) -> ProcessTrace:
     for loop in plan.graph.loops:
         _add_measured_loop(process, record, loop.name)
     for event in record.events:
+        if event["kind"] in SHOWN_AS_SLICES:
+            continue
         args = {key: value if is_number(value) else str(value) for key, value in event.items()}
         process.marks.append(Mark(event_text(event), max(0.0, float(event["time_s"])), args))
     return process

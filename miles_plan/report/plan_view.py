@@ -163,7 +163,7 @@ def _memory_view(plan: Plan, timeline: MemoryTimeline) -> dict[str, Any]:
         "lead": _memory_lead(timeline),
         "chart": memory_chart(plan, timeline),
         "legend": [
-            (owner, [(shade_class(plan, owner, name), name.replace("_", " ")) for of, name in terms if of == owner])
+            (owner, [(shade_class(plan, timeline, owner, name), name.replace("_", " ")) for of, name in terms if of == owner])
             for owner in dict.fromkeys(owner for owner, _ in terms)
         ],
         "terms": terms,

@@ -11,7 +11,6 @@ from miles_plan.report.metrics import (
     COMPARED,
     LOG_PROB_DIFF,
     REWARD,
-    Metric,
     Series,
     log_prob_verdict,
     loops_of,
@@ -20,7 +19,7 @@ from miles_plan.report.metrics import (
     total,
 )
 from miles_plan.report.plan_view import Figure, activity_keys, plan_view
-from miles_plan.report.run_facts import event_text, is_quiet, run_facts
+from miles_plan.report.run_facts import event_text, is_quiet, reward_ends, run_facts
 from miles_plan.report.run_files import RunRecord, is_number
 from miles_plan.report.schedule import critical_path, iteration_runs
 from miles_plan.report.task_times import coverage, iteration_spans, task_times, typical_iteration
@@ -55,9 +54,8 @@ def _figures(record: RunRecord) -> list[Figure]:
     """The head of the page: reward, exactness, time, restarts."""
     figures = []
     for loop in loops_of(record):
-        rewards = series(record, loop, Metric(REWARD, "reward")).values
-        if rewards:
-            figures.append(Figure(f"Reward of {loop}", number_text(rewards[-1]), f"from {number_text(rewards[0])}"))
+        if ends := reward_ends(record, loop):
+            figures.append(Figure(f"Reward of {loop}", number_text(ends[1]), f"from {number_text(ends[0])}"))
     figures += _exactness(record)
     if is_number(record.summary.get("wall_s")):
         figures.append(Figure("Wall time", seconds_text(float(record.summary["wall_s"]))))

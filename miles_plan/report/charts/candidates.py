@@ -37,10 +37,10 @@ def candidates_chart(candidates: Sequence[Candidate]) -> Markup:
 def _dot(candidate: Candidate, x: float, y: float) -> list[Markup]:
     layouts = f"train {candidate.train_layout}; rollout {candidate.rollout_layout}; {candidate.placement}"
     price = f"{seconds_text(candidate.step_s)} a step, {number_text(candidate.gpu_hours_per_step)} GPU-hours"
-    tip = element("title", f"{layouts}\n{price}, {bytes_text(candidate.headroom_bytes)} of headroom")
+    note = f"\n{candidate.note}" if candidate.note else ""
+    tip = element("title", f"{layouts}\n{price}, {bytes_text(candidate.headroom_bytes)} of headroom{note}")
     dot = element("circle", tip, cx=x, cy=y, r=7 if candidate.chosen else 5, class_="dot" if candidate.chosen else "dot other")
-    words = "chosen" if candidate.chosen else candidate.note
-    if not words:
+    if not candidate.chosen:
         return [dot]
     side = "end" if x > WIDTH - 200 else "start"
-    return [dot, label(x + (-11 if side == "end" else 11), y + 4, words, "tick dark", side)]
+    return [dot, label(x + (-11 if side == "end" else 11), y + 4, "chosen", "tick dark", side)]

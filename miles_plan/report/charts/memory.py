@@ -10,7 +10,7 @@ from miles_plan.report.charts.axis import Axis, byte_ticks
 from miles_plan.report.palette import role_of_owner, shades_of_terms
 from miles_plan.report.svg import NARROWEST, figure, label, line, rectangle
 from miles_plan.report.units import bytes_scale, bytes_text, scaled_text
-from miles_plan.report.wording import memory_place
+from miles_plan.report.wording import bar_bytes, memory_place
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM, HEIGHT = 1040, 76, 120, 22, 52, 360
 WIDEST_COLUMN = 150
@@ -19,7 +19,9 @@ NARROWEST_COLUMN = 62
 
 def memory_chart(plan: Plan, timeline: MemoryTimeline) -> Markup:
     """What one place holds, phase after phase."""
-    whole = timeline.capacity_bytes + timeline.margin_bytes
+    whole = bar_bytes(timeline)
+    if whole == timeline.capacity_bytes:
+        whole += timeline.margin_bytes
     top = max([whole, *(phase.high_bytes for phase in timeline.phases), *(phase.total_bytes for phase in timeline.phases)])
     y = Axis(0, top * 1.02, HEIGHT - BOTTOM, TOP)
     column = min(WIDEST_COLUMN, max(NARROWEST_COLUMN, (WIDTH - LEFT - RIGHT) / max(1, len(timeline.phases))))
@@ -38,9 +40,9 @@ def ordered_terms(timeline: MemoryTimeline) -> list[tuple[str, str]]:
     return sorted(keys, key=lambda key: owners.index(key[0]))
 
 
-def shade_class(plan: Plan, owner: str, name: str) -> str:
+def shade_class(plan: Plan, timeline: MemoryTimeline, owner: str, name: str) -> str:
     """The CSS class that colours a term."""
-    return f"shade-{role_of_owner(plan.graph, owner)}-{shades_of_terms(plan)[(owner, name)]}"
+    return f"shade-{role_of_owner(plan.graph, owner)}-{shades_of_terms(plan, timeline.place)[(owner, name)]}"
 
 
 def _axis(y: Axis, right: float) -> list[Markup]:
@@ -55,6 +57,8 @@ def _axis(y: Axis, right: float) -> list[Markup]:
 def _limits(timeline: MemoryTimeline, y: Axis, right: float) -> list[Markup]:
     """The usable capacity, and the margin kept free above it."""
     capacity, whole = timeline.capacity_bytes, timeline.capacity_bytes + timeline.margin_bytes
+    if capacity > y.high:
+        return [label(right, TOP - 8, f"far below the {bytes_text(capacity)} that may be used", "tick", "end")]
     parts = []
     if timeline.margin_bytes:
         tip = f"margin kept for fragmentation and what is not modelled: {bytes_text(timeline.margin_bytes)}"
@@ -71,10 +75,10 @@ def _column(plan: Plan, timeline: MemoryTimeline, phase: MemoryPhase, y: Axis, x
     parts, held = [], 0
     for term in sorted(phase.terms, key=lambda term: order.index((term.owner, term.name))):
         low, high = y.at(held), y.at(held + term.size_bytes)
-        shape = f"mark stacked {shade_class(plan, term.owner, term.name)}"
-        parts.append(rectangle(x + gap / 2, high, column - gap, low - high, shape, _tip(phase, term)))
+        shade = shade_class(plan, timeline, term.owner, term.name)
+        parts.append(rectangle(x + gap / 2, high, column - gap, low - high, f"mark stacked {shade}", _tip(phase, term)))
         if low - high >= 17 and column >= 90:
-            parts.append(_inside(plan, term, x + column / 2, (low + high) / 2 + 4, column - gap))
+            parts.append(_inside(term, shade, x + column / 2, (low + high) / 2 + 4, column - gap))
         held += term.size_bytes
     middle = x + column / 2
     if phase.high_bytes > phase.total_bytes:
@@ -88,12 +92,12 @@ def _column(plan: Plan, timeline: MemoryTimeline, phase: MemoryPhase, y: Axis, x
     return [*parts, *name, total]
 
 
-def _inside(plan: Plan, term: MemoryTerm, x: float, y: float, width: float) -> Markup:
+def _inside(term: MemoryTerm, shade: str, x: float, y: float, width: float) -> Markup:
     """The term's name inside its block, cut to fit."""
     room = int(width / 6.6)
     name = term.name.replace("_", " ")
     shown = name if len(name) <= room else f"{name[: max(1, room - 1)]}…"
-    return label(x, y, shown, f"inside {shade_class(plan, term.owner, term.name)}", "middle")
+    return label(x, y, shown, f"inside {shade}", "middle")
 
 
 def _tip(phase: MemoryPhase, term: MemoryTerm) -> str:
