@@ -22,7 +22,10 @@ HOST = "host"
 
 @dataclass
 class Crew:
-    """Handles on all actors. generation counts how often engines were built, so that ranks of two builds never meet."""
+    """Handles on all actors, and their process ids by place.
+
+    generation counts how often engines were built, so that ranks of two builds never meet.
+    """
 
     plan: Plan
     session: Session
@@ -34,6 +37,7 @@ class Crew:
     host_actor: Any = None
     members: dict[str, Members] = field(default_factory=dict)
     generation: int = 0
+    pids: dict[str, int] = field(default_factory=dict)
 
     @property
     def host(self) -> Members:
@@ -70,8 +74,9 @@ class Crew:
         model = Members("model", [first], ["the first rank"])
         others = Members("torch", [actor for actor in self.gpus.values() if actor is not first], [])
         warming = others.make(import_torch, lambda _: ())
-        yield Wait("initial weights", model.make(make_initial_model, lambda _: (self.plan, self.model_folder)))
-        yield Wait("data sets and tokenizer", host)
+        initial = model.make(make_initial_model, lambda _: (self.plan, self.model_folder))
+        (self.pids[HOST],) = yield Wait("data sets, tokenizer and rewards", host)
+        yield Wait("initial weights", initial)
         yield Wait("processes", warming)
         yield from self._build_engines([group.name for group in self.plan.graph.groups], version)
 
@@ -96,7 +101,7 @@ class Crew:
         ray.kill(self.host_actor, no_restart=True)
         self.host_actor = None
         self.start()
-        yield Wait("data sets and tokenizer", self._open_host())
+        (self.pids[HOST],) = yield Wait("data sets, tokenizer and rewards", self._open_host())
 
     def _open_host(self) -> Calls:
         return self.host.make(open_host, lambda _: (self.plan, self.data_folder, self.config))
@@ -105,7 +110,8 @@ class Crew:
         self.generation += 1
         for group in self.plan.graph.groups:
             if group.gpus is not None and group.name in groups:
-                yield Wait(f"engines of @{group.name}", self._build_group(group, version))
+                pids = yield Wait(f"engines of @{group.name}", self._build_group(group, version))
+                self.pids |= dict(zip(self.members[group.name].places, pids, strict=True))
 
     def _build_group(self, group: DeviceGroup, version: int) -> Calls:
         temporary = Path(self.session.belongings.temporary)

@@ -155,7 +155,7 @@ class Execution:
             self._roll_back()
             return
         self.services = replace(self.services, members=self.crew.members)
-        self.log.event("actors_rebuilt", str(instance), self.flow.tasks[instance.task].group or "")
+        self.log.event("actors_rebuilt", str(instance), self.flow.tasks[instance.task].group or "", pids=dict(self.crew.pids))
 
     def _roll_back(self) -> None:
         """Give up all engines and go back to the newest good checkpoint."""

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from miles_plan.backends.executor.data_sources import source_file
 from miles_plan.backends.executor.drawn_prompts import DrawnPrompts
-from miles_plan.data.batch import Array, SampleBatch
+from miles_plan.data.batch import SampleBatch
 from miles_plan.data.demonstrations import DemonstrationSet, open_demonstrations
 from miles_plan.data.prompts import PromptSet, open_prompts
 from miles_plan.data.tokenizer import ByteTokenizer, CharacterTokenizer, Tokenizer, tokenizer_from
 from miles_plan.ir.plan import Plan, RunOptions, TokenizerSource
 from miles_plan.ir.tasks import Evaluate, Prompts, Reward
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """rewards: float32 [N], NaN where a failed sample is dropped; failures: what went wrong, a line each."""
-
-    rewards: Array
-    failures: list[str]
+from miles_plan.rewards.report import FailurePolicy, RewardReport
+from miles_plan.rewards.score import Scorer, open_scorer, response_texts, score
+from miles_plan.rewards.worker_link import PoolLimits
 
 
 @dataclass
@@ -37,6 +31,7 @@ class HostTasks:
     tokenizer: Tokenizer
     vocab_size: int
     _opened: dict[str, Any] = field(default_factory=dict)
+    _scorers: dict[str, Scorer] = field(default_factory=dict)
 
     def prompts(self, task: Prompts) -> PromptSet:
         """The prompts of a task, in its order."""
@@ -64,14 +59,21 @@ class HostTasks:
         found: DemonstrationSet = self._opened[task.name]
         return found
 
-    def score(self, task: Reward | Evaluate, drawn: DrawnPrompts, samples: SampleBatch) -> Scores:
-        """The reward of every sample."""
-        prompts = drawn.by_id()
-        found = np.zeros(samples.num_samples, dtype=np.float32)
-        for index in range(samples.num_samples):
-            text = self.tokenizer.decode(samples.response(index).tolist())
-            found[index] = float(text.strip() == prompts[int(samples.prompt_id[index])].answer.strip())
-        return Scores(found, [])
+    def score(self, task: Reward | Evaluate, drawn: DrawnPrompts, samples: SampleBatch) -> RewardReport:
+        """The reward of every sample, failures scored by the task's policy."""
+        return score(samples, response_texts(samples, self.tokenizer), drawn.by_id(), self.scorer(task))
+
+    def scorer(self, task: Reward | Evaluate) -> Scorer:
+        """The open reward of a task. RewardError when it cannot be loaded."""
+        if task.name not in self._scorers:
+            self._scorers[task.name] = open_scorer(
+                task.reward,
+                limits=PoolLimits(deadline_s=task.timeout_s),
+                policy=FailurePolicy(on_failure=task.on_failure if isinstance(task, Reward) else "zero"),
+                workers=task.workers if isinstance(task, Reward) else None,
+                search_path=[os.getcwd()],
+            )
+        return self._scorers[task.name]
 
     def evaluation_prompts(self, task: Evaluate) -> PromptSet:
         """The held-out prompts of a task."""
@@ -80,6 +82,11 @@ class HostTasks:
             self._opened[task.name] = open_prompts(path, self.tokenizer, seed=0, shuffle=False)
         found: PromptSet = self._opened[task.name]
         return found
+
+    def close(self) -> None:
+        """End the reward workers."""
+        for scorer in self._scorers.values():
+            scorer.close()
 
 
 def open_host(plan: Plan, data_folder: Path, config: Mapping[str, Any]) -> HostTasks:
@@ -94,6 +101,8 @@ def open_host(plan: Plan, data_folder: Path, config: Mapping[str, Any]) -> HostT
             host.prompts(task) if task.rows == "prompts" else host.demonstrations(task)
         elif isinstance(task, Evaluate):
             host.evaluation_prompts(task)
+        if isinstance(task, Reward | Evaluate):
+            host.scorer(task)
     return host
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,14 +15,15 @@ from miles_plan.data.problem import DataError
 from miles_plan.data.prompts import check_prompts
 from miles_plan.diagnostics import Diagnostic, Location, error
 from miles_plan.ir.plan import Plan
-from miles_plan.ir.tasks import Evaluate, Prompts
+from miles_plan.ir.tasks import Evaluate, Prompts, Reward
+from miles_plan.rewards.registry import RewardError, locate
 
 
 def preflight(plan: Plan, directory: RunDirectory) -> list[Diagnostic]:
     """Everything that would stop the run early, all at once. Data that a generator makes is made here."""
     found = unsupported(plan)
     if not found:
-        found = [*_model(plan), *_tokenizer(plan), *_data(plan, directory.data)]
+        found = [*_model(plan), *_tokenizer(plan), *_data(plan, directory.data), *_rewards(plan)]
     return found
 
 
@@ -66,6 +68,15 @@ def _data(plan: Plan, folder: Path) -> Iterator[Diagnostic]:
                 yield from _data_findings(problem)
             except ValueError as problem:
                 yield error("MP439", f"data source '{task.source}': {problem}", field=task.source)
+
+
+def _rewards(plan: Plan) -> Iterator[Diagnostic]:
+    """Rewards are looked up and not run; whether one can be loaded shows when its workers start."""
+    for name in dict.fromkeys(task.reward for task in plan.graph.tasks if isinstance(task, Reward | Evaluate)):
+        try:
+            locate(name, [os.getcwd()])
+        except RewardError as problem:
+            yield error("MP441", str(problem), field="data.reward")
 
 
 def _data_findings(problem: DataError) -> Iterator[Diagnostic]:

@@ -65,7 +65,7 @@ def tiny_plan(
     max_restarts: int = 2,
     seed: int = 3,
     updates: int = 1,
-    reward: str = "exact_match",
+    reward: str = "tests.backends.executor.tiny_rewards:share_of_digits",
     **run: Any,
 ) -> Plan:
     """An SFT warm start and GRPO on sums of one-digit numbers."""
@@ -124,7 +124,7 @@ def tiny_plan(
         ]
     graph = TaskGraph(name="tiny", loops=tuple(loops), groups=groups, tasks=tuple(tasks), edges=tuple(edges))
     num_gpus = max(group.gpus.end for group in groups if group.gpus)
-    options = {"generator": "arithmetic", "options": {"seed": 1, "max_operand": 9}}
+    options = {"generator": "arithmetic", "options": {"seed": 1, "largest": 9}}
     return Plan(
         name="tiny",
         tool_version="0",

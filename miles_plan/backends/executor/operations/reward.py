@@ -14,23 +14,28 @@ from miles_plan.backends.executor.operations.operation import Context, Operation
 from miles_plan.data.batch import Array, SampleBatch
 from miles_plan.ir.tasks import Evaluate, Reward
 
+MOST_NAMED = 20  # failures of one batch that the event log names; the figures count them all
+
 
 def score_samples(
     host: HostTasks, task: Reward | Evaluate, drawn: DrawnPrompts, samples: SampleBatch
 ) -> tuple[dict[str, Any], Array]:
     """One reward a sample, float32 [N]; NaN for a sample that the policy drops."""
-    scored = host.score(task, drawn, samples)
-    kept = scored.rewards[~np.isnan(scored.rewards)]
-    report = {
-        "digest": digest_of_arrays({"rewards": scored.rewards}),
-        "figures": {
-            "reward_mean": float(kept.mean()) if len(kept) else 0.0,
-            "reward_std": float(kept.std()) if len(kept) else 0.0,
-            "reward_failures": len(scored.failures),
-        },
-        "failures": scored.failures[:20],
+    found = host.score(task, drawn, samples)
+    kept = found.scores[found.kept]
+    figures = {
+        "reward_mean": float(kept.mean()) if len(kept) else 0.0,
+        "reward_std": float(kept.std()) if len(kept) else 0.0,
+        "reward_failures": len(found.failures),
     }
-    return report, scored.rewards
+    figures |= {f"reward_{name}_mean": float(np.nanmean(part)) for name, part in found.parts.items() if not np.isnan(part).all()}
+    report = {
+        "digest": digest_of_arrays({"rewards": found.scores}),
+        "figures": figures,
+        "failures": [f"{failure}, sample id {samples.sample_id[failure.index]}" for failure in found.failures[:MOST_NAMED]],
+        "must_stop": found.must_stop,
+    }
+    return report, found.scores
 
 
 def scored(context: Context, task: Reward | Evaluate, drawn: Any, samples: Any) -> Waiting[tuple[Any, dict[str, Any]]]:
@@ -39,7 +44,7 @@ def scored(context: Context, task: Reward | Evaluate, drawn: Any, samples: Any) 
     (report,) = yield Wait(f"host: score samples with {task.reward}", calls)
     if report["failures"]:
         context.event("warning", f"reward {task.reward}", failures=report["failures"])
-        if isinstance(task, Reward) and task.on_failure == "fail":
+        if report["must_stop"]:
             raise RunError(
                 "MP510",
                 f"{context.instance}: {task.reward} failed on {int(report['figures']['reward_failures'])} samples; "
