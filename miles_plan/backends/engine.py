@@ -95,13 +95,23 @@ class TrainEngine(Protocol):
         ...
 
     def train_step(
-        self, batch: SampleBatch, *, loss: LossOptions, optimizer: OptimizerOptions, replay_routing: bool
+        self,
+        batch: SampleBatch,
+        *,
+        loss: LossOptions,
+        optimizer: OptimizerOptions,
+        replay_routing: bool,
+        temperature: float = 1.0,
     ) -> Mapping[str, float]:
         """One optimizer step over `batch` (gradient accumulation inside); metrics reduced over all ranks.
 
-        The policy-gradient loss reads the columns `advantage`, `old_log_probs`, and where asked `reference_log_probs` and
+        `temperature` is that at which the batch was sampled. The policy-gradient loss reads the columns `advantage`, `old_log_probs`, and where asked `reference_log_probs` and
         `importance_weight`.
         """
+        ...
+
+    def snapshot_reference(self) -> None:
+        """From now on the reference model is the policy as it is."""
         ...
 
     def export_weights(self, version: int, *, bucket_bytes: int) -> Iterator[WeightBucket]:
@@ -126,6 +136,14 @@ class TrainEngine(Protocol):
 
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote, bit for bit. EngineError names the file that does not fit."""
+        ...
+
+    def export_checkpoint(self, directory: Path) -> Sequence[str]:
+        """Write the policy as a Hugging Face checkpoint; collective. Returns the file names on the first rank."""
+        ...
+
+    def weights_sha256(self) -> str:
+        """SHA-256 over the policy's full tensors by name, the same for every layout; collective."""
         ...
 
     def memory(self) -> MemoryReport:

@@ -16,20 +16,26 @@ import typer
 from miles_plan import __version__
 from miles_plan.cli.check import check
 from miles_plan.cli.compile import compile, estimate
+from miles_plan.cli.diff import diff
 from miles_plan.cli.exit_code import ExitCode
 from miles_plan.cli.explain import explain
 from miles_plan.cli.findings import show_findings
 from miles_plan.cli.gpus import gpus
 from miles_plan.cli.internal_error import show_internal_error
 from miles_plan.cli.models import models
+from miles_plan.cli.report import report
 from miles_plan.cli.schema import schema
+from miles_plan.cli.show import show
 from miles_plan.diagnostics import PlanError
 
 COMMANDS = (
-    # run, resume, status, diff, report, doctor: in the order of a job's life, between these
+    # run, resume, status, doctor: in the order of a job's life, between these
     check,
     compile,
     estimate,
+    show,
+    diff,
+    report,
     explain,
     schema,
     models,

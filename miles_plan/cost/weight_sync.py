@@ -62,7 +62,7 @@ def weight_sync_time(
     terms["tensors"] = num_tensors(model) * TENSOR_S
     terms["buckets"] = buckets * BUCKET_S if transport != "disk_delta" else 0.0
     terms["quantize"] = _quantize_seconds(total / (train.tp * train.ep), links, how)
-    terms["pause"] = PAUSE_S
+    terms["pause"] = PAUSE_S if transport != "shared_memory" else 0.0  # embedded engines have no server to drain
     return _figure(terms, SYNC_ERROR, "roofline")
 
 

@@ -152,18 +152,18 @@ class HuggingFaceTokenizer:
 
 
 def tokenizer_from(source: str | os.PathLike[str], *, alphabet: str | None = None, eos_token: str | None = None) -> Tokenizer:
-    """The tokenizer that `source` names: `byte`, `character` (with its alphabet), a `tokenizer.json`, or the folder of one.
+    """The tokenizer that `source` names: `byte`, `characters` (with its alphabet), a `tokenizer.json`, or the folder of one.
 
     eos_token overrides what a Hugging Face folder says. ValueError for a bad alphabet or name, DataError for a bad file.
     """
     if source == "byte":
         return ByteTokenizer()
-    if source == "character":
+    if source == "characters":
         if alphabet is None:
             raise ValueError("a character tokenizer needs its alphabet")
         return CharacterTokenizer(alphabet)
     path = Path(source)
-    if not path.exists() and path.name == str(source) and (near := get_close_matches(path.name, ["byte", "character"], n=1)):
+    if not path.exists() and path.name == str(source) and (near := get_close_matches(path.name, ["byte", "characters"], n=1)):
         raise ValueError(f"there is no tokenizer '{source}' and no such file; did you mean '{near[0]}'?")
     return _open_hugging_face(path / "tokenizer.json" if path.is_dir() else path, eos_token)
 

@@ -168,6 +168,7 @@ class RunOptions:
 
     seed: int
     model: ModelSource
+    teacher: ModelSource | None = None
     tokenizer: TokenizerSource
     data: tuple[DataSource, ...]
     train_dtype: str
@@ -220,13 +221,20 @@ def _adapter() -> TypeAdapter[Plan]:
 
 def to_json(plan: Plan) -> dict[str, Any]:
     """The plan as JSON data: schema version, the digest of everything else, and the plan."""
-    body = _adapter().dump_python(plan, mode="json")
+    body = _body(plan)
     return {"schema_version": SCHEMA_VERSION, "plan_sha256": _digest(body), "plan": body}
 
 
 def plan_sha256(plan: Plan) -> str:
     """The digest that names this plan: SHA-256 of its canonical JSON."""
-    return _digest(_adapter().dump_python(plan, mode="json"))
+    return _digest(_body(plan))
+
+
+def _body(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON data in one order: facts are a set, whose own order changes from process to process."""
+    body: dict[str, Any] = _adapter().dump_python(plan, mode="json")
+    body["graph"]["facts"].sort()
+    return body
 
 
 def from_json(data: Any, *, place: str = "plan") -> Plan:

@@ -62,12 +62,13 @@ class _LogProb(torch.autograd.Function):
         largest = all_reduce_max(logits.amax(dim=-1, keepdim=True), group).double()
         below = logits.double().sub_(largest).div_(temperature)
         weights = exp(below)
-        total = exact_sum(weights, bound=1.0, max_terms=vocab_size, group=group)
-        log_total = log(total)
-        chosen = all_reduce_sum(below.gather(1, local[:, None]).mul_(own[:, None]), group)
-        log_probs = (chosen - log_total).squeeze(1).float()
+        total = exact_sum(weights, bound=1.0, max_terms=vocab_size)
         # |u e^-u| <= 1/e for u >= 0, so these terms too have a static bound
-        moment = exact_sum(weights.mul_(below), bound=0.5, max_terms=vocab_size, group=group)
+        moment = exact_sum(weights.mul_(below), bound=0.5, max_terms=vocab_size)
+        chosen = below.gather(1, local[:, None]).mul_(own[:, None])  # another rank's token adds an exact zero
+        total, moment, chosen = all_reduce_sum(torch.stack([total, moment, chosen]), group)
+        log_total = log(total)
+        log_probs = (chosen - log_total).squeeze(1).float()
         entropy = (log_total - moment / total).squeeze(1).float()
         ctx.save_for_backward(logits, local, own, (largest / temperature + log_total).float(), entropy)
         ctx.temperature = temperature

@@ -26,6 +26,7 @@ class PassContext:
 
     job: JobSpec
     model: ModelArchitecture
+    teacher: ModelArchitecture | None  # of on-policy distillation
     cluster: Cluster
     locate: Callable[[str], Location | None]
     file: Callable[[str], Path]  # a path that the spec names, ready to open

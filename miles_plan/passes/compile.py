@@ -40,8 +40,7 @@ class Compiled:
 def compile_job(loaded: LoadedJob, *, passes: Sequence[Pass] = DEFAULT, instruments: Sequence[Instrument] = ()) -> Compiled:
     """Compile a job. PlanError holds every finding of the first stage that found errors, each with its place."""
     with loaded.ledger.reading_as(COMPILER):
-        ctx, hf_config = context_of(loaded)
-        run = run_options(loaded, ctx.model, hf_config)
+        ctx, run = context_of(loaded)
     empty = TaskGraph(name=loaded.spec.name, loops=())
     try:
         outcome = Pipeline(passes=tuple(passes), instruments=instruments).run(empty, ctx)
@@ -53,36 +52,73 @@ def compile_job(loaded: LoadedJob, *, passes: Sequence[Pass] = DEFAULT, instrume
     return Compiled(plan=plan, diagnostics=diagnostics)
 
 
-def context_of(loaded: LoadedJob) -> tuple[PassContext, Mapping[str, Any] | None]:
-    """The pass context, and the model's Hugging Face configuration where the spec gives one. PlanError for what is unknown."""
+def context_of(loaded: LoadedJob) -> tuple[PassContext, RunOptions]:
+    """What passes read, and what the executor will need beyond the graph. PlanError for names that nothing goes by."""
     found: list[Diagnostic] = []
-    model, hf_config = _model(loaded, loaded.spec.model, found)
+    model, source = _model(loaded, loaded.spec.model, "model", found)
     cluster = _cluster(loaded, found)
-    if model is None or cluster is None:
+    teacher, teacher_source = None, None
+    if (asked := loaded.spec.algorithm.teacher) is not None:
+        teacher, teacher_source = _model(loaded, asked.model, "algorithm.teacher.model", found)
+        found += _other_tokenizer(loaded, asked.model)
+    if model is None or source is None or cluster is None or found:
         raise PlanError(tuple(found), loaded.sources)
-    ctx = PassContext(job=loaded.spec, model=model, cluster=cluster, locate=loaded.at, file=loaded.file, ledger=loaded.ledger)
-    return ctx, hf_config
+    ctx = PassContext(
+        job=loaded.spec,
+        model=model,
+        teacher=teacher,
+        cluster=cluster,
+        locate=loaded.at,
+        file=loaded.file,
+        ledger=loaded.ledger,
+    )
+    return ctx, run_options(loaded, source, teacher_source)
+
+
+def _other_tokenizer(loaded: LoadedJob, teacher: ModelSpec) -> Iterator[Diagnostic]:
+    """A teacher scores the policy's token ids, so both must mean the same by them."""
+    if teacher.tokenizer not in ("auto", loaded.spec.model.tokenizer):
+        field = "algorithm.teacher.model.tokenizer"
+        yield error(
+            "MP133",
+            "the teacher has another tokenizer than the policy, and scores the policy's token ids",
+            loaded.at(field),
+            field=field,
+            help="leave it out: the policy's tokenizer is used",
+        )
 
 
 def _model(
-    loaded: LoadedJob, spec: ModelSpec, found: list[Diagnostic]
-) -> tuple[ModelArchitecture | None, Mapping[str, Any] | None]:
-    """The architecture from the catalog, a config file, a checkpoint's config, or the spec itself."""
+    loaded: LoadedJob, spec: ModelSpec, place: str, found: list[Diagnostic]
+) -> tuple[ModelArchitecture | None, ModelSource | None]:
+    """The architecture, and where its weights come from: the catalog, a config file, a checkpoint, or the spec itself."""
     if spec.name is not None:
         try:
-            return find_model(spec.name), None
+            model = find_model(spec.name)
         except ValueError as unknown:
-            found.append(error("MP140", str(unknown), loaded.at("model.name"), field="model.name"))
+            found.append(error("MP140", str(unknown), loaded.at(f"{place}.name"), field=f"{place}.name"))
             return None, None
+        return model, _source(loaded, spec, model, None)
     field = "hf_config" if spec.hf_config else "checkpoint" if spec.checkpoint else "architecture"
     try:
         config = _hf_config(loaded, spec)
         name = str(config.get("_name_or_path") or loaded.spec.name)
-        return architecture_from_hf_config(config, name), config
+        model = architecture_from_hf_config(config, name)
     except (OSError, ValueError) as unreadable:
-        where = loaded.at(f"model.{field}")
-        found.append(error("MP143", f"the model's configuration cannot be used: {unreadable}", where, field=f"model.{field}"))
+        where = loaded.at(f"{place}.{field}")
+        found.append(error("MP143", f"the model's configuration cannot be used: {unreadable}", where, field=f"{place}.{field}"))
         return None, None
+    return model, _source(loaded, spec, model, config)
+
+
+def _source(loaded: LoadedJob, spec: ModelSpec, model: ModelArchitecture, hf_config: Mapping[str, Any] | None) -> ModelSource:
+    return ModelSource(
+        name=model.name,
+        hf_config=hf_config if spec.checkpoint is None else None,
+        checkpoint=_absolute(loaded, spec.checkpoint),
+        params_total=model.params_total,
+        params_active=model.params_active,
+    )
 
 
 def _hf_config(loaded: LoadedJob, spec: ModelSpec) -> dict[str, Any]:
@@ -122,19 +158,13 @@ def _nodes(spec: ClusterSpec | NodeGroupSpec) -> NodeGroup:
     )
 
 
-def run_options(loaded: LoadedJob, model: ModelArchitecture, hf_config: Mapping[str, Any] | None) -> RunOptions:
+def run_options(loaded: LoadedJob, model: ModelSource, teacher: ModelSource | None) -> RunOptions:
     """What the executor needs beyond the graph; paths are absolute, so that a plan can be run from anywhere."""
     job = loaded.spec
-    source = ModelSource(
-        name=model.name,
-        hf_config=hf_config if job.model.checkpoint is None else None,
-        checkpoint=_absolute(loaded, job.model.checkpoint),
-        params_total=model.params_total,
-        params_active=model.params_active,
-    )
     return RunOptions(
         seed=job.seed,
-        model=source,
+        model=model,
+        teacher=teacher,
         tokenizer=_tokenizer(loaded),
         data=tuple(_data_sources(loaded)),
         train_dtype=job.precision.train,
@@ -170,10 +200,20 @@ def _data_sources(loaded: LoadedJob) -> Iterator[DataSource]:
         named.append(("evaluation.prompts", job.evaluation.prompts))
     for name, prompts in named:
         if isinstance(prompts, ArithmeticPrompts):
-            options = {"seed": prompts.seed, "num_prompts": prompts.num_prompts, "max_operand": prompts.max_operand}
-            yield DataSource(name=name, generator=prompts.generator, options=options)
+            yield DataSource(name=name, generator=prompts.generator, options=_arithmetic_options(prompts))
         else:
             yield DataSource(name=name, path=_absolute(loaded, prompts))
+
+
+def _arithmetic_options(prompts: ArithmeticPrompts) -> dict[str, Any]:
+    """The generator's options under the names that `miles_plan.data.arithmetic.ArithmeticOptions` gives them."""
+    return {
+        "seed": prompts.seed,
+        "largest": prompts.max_operand,
+        "eval_problems": prompts.held_out,
+        "demonstrations": prompts.demonstrations,
+        "slips": prompts.slips,
+    }
 
 
 def _unread_warnings(loaded: LoadedJob, unread: Sequence[str]) -> Iterator[Diagnostic]:

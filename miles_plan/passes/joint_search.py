@@ -206,7 +206,8 @@ def best_pair(
 def train_part_s(ctx: PassContext, choice: TrainChoice) -> float:
     """Seconds a step spends on the trainer: the old policy's log-probs, a reference's where there is one, and the update."""
     reference = 1 if ctx.job.algorithm.kl_loss_coef or ctx.job.algorithm.kl_reward_coef else 0
-    teacher = 1 if ctx.job.algorithm.kind == "distillation" else 0
+    # A teacher's pass costs as the policy's, by active weights: close enough to choose by; `price_tasks` prices it properly.
+    teacher = ctx.teacher.params_active / ctx.model.params_active if ctx.teacher else 0.0
     return choice.step_s + choice.log_prob_s * (1 + reference + teacher)
 
 

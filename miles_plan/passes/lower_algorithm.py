@@ -192,6 +192,8 @@ def _policy_loop(job: JobSpec, *, warm: bool) -> tuple[list[AnyTask], list[Edge]
 def _prompts(job: JobSpec) -> Prompts:
     drawn = round(job.rollout.prompts_per_step * job.rollout.over_sampling)
     limit = job.data.max_prompt_tokens
+    if limit == "auto":
+        limit = job.rollout.prompt_tokens.max
     return Prompts(
         name="prompts",
         loop="rl",

@@ -76,6 +76,7 @@ class Residents:
     """What the two engines hold on their fullest GPU, and the step's other guests."""
 
     train: MemoryBreakdown
+    teacher: MemoryBreakdown | None  # in a forward pass, beside the trainer's states
     rollout: RolloutMemory | None
     colocated: bool
     embedded: bool
@@ -115,7 +116,9 @@ def _residents(graph: TaskGraph, ctx: PassContext) -> Residents:
     )
     per_rank = workload.total_tokens / step.updates / layout.dp
     microbatches = max(1, round(per_rank / (step.tokens_per_gpu * layout.cp)))
-    train = train_memory(ctx.model, layout, memory_options(ctx, workload, choice, microbatches=microbatches))
+    options = memory_options(ctx, workload, choice, microbatches=microbatches)
+    train = train_memory(ctx.model, layout, options)
+    teacher = train_memory(ctx.teacher, layout, replace(options, forward_only=True, reference="none")) if ctx.teacher else None
     sized = replace(choice, peak_bytes=train.device_bytes.mid, static_bytes=train.static_bytes)
     residue = int(sleeping_trainer_bytes(sized))
     rollout_group = next((each for each in graph.groups if each.role == "rollout"), None)
@@ -124,6 +127,7 @@ def _residents(graph: TaskGraph, ctx: PassContext) -> Residents:
     sync = next((task for task in graph.tasks if isinstance(task, WeightSync)), None)
     return Residents(
         train=train,
+        teacher=teacher,
         rollout=rollout,
         colocated=colocated,
         embedded=ctx.job.train.engine == "torch",
@@ -235,6 +239,11 @@ def _gpu_phases(graph: TaskGraph, residents: Residents, role: str, *, both: bool
         beside = () if not both else asleep if sleeping else awake
         if any(task.name == "old_log_probs" for task in graph.tasks):
             yield _phase("log-probs", "old_log_probs", (*_trainer_terms(residents, "forward"), *beside), spread=0.04)
+        if residents.teacher is not None:
+            scoring = tuple(
+                _term(f"teacher {term.name}", "train", int(term.value)) for term in residents.teacher.terms if term.value >= 1.0
+            )
+            yield _phase("teacher", "teacher_log_probs", (*static, *scoring, *beside), spread=0.04)
         yield _phase("train", "train", (*_trainer_terms(residents, "peak"), *beside), spread=0.04)
     if residents.rollout is not None:
         bucket = (_term("sync bucket", role, residents.bucket_bytes),)

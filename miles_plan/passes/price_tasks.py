@@ -144,7 +144,10 @@ class _Prices:
     def _forward(self, task: Logprobs | Values) -> TimeEstimate:
         choice = self._choice()
         batch = train_workload(self.ctx, self.workload, choice.tokens_per_gpu)
-        return _estimate(log_prob_time(self.ctx.model, choice.layout, batch, self.ctx.cluster, time_options(self.ctx, choice)))
+        model = self.ctx.model
+        if isinstance(task, Logprobs) and task.model == "teacher" and self.ctx.teacher is not None:
+            model = self.ctx.teacher
+        return _estimate(log_prob_time(model, choice.layout, batch, self.ctx.cluster, time_options(self.ctx, choice)))
 
     def _sync(self, task: WeightSync | Quantize) -> TimeEstimate:
         sync = next(each for each in self.graph.tasks if isinstance(each, WeightSync))

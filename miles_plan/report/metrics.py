@@ -10,7 +10,7 @@ COMPARED = "tokens_compared"
 LOG_PROB_DIFF = "max_abs_log_prob_diff"
 REWARD = "reward_mean"
 ROUTING = "routing_mismatches"
-NOT_CURVES = frozenset({"loop", "iteration", "reward_std", COMPARED})
+NOT_CURVES = frozenset({"loop", "iteration", "step", "task_s", "reward_std", COMPARED})
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,9 @@ TERMINAL_SHADES: dict[str, tuple[str, ...]] = {
     "rollout": ("#d9772b", "#f2bb6b", "#a8541f", "#f7d9a0", "#c79a1e", "#e8d35f", "#d9604f", "#f0a99e"),
     "host": ("#5a9a7c", "#a3cdb8", "#3f7059", "#c5e0d3", "#7c8f2f", "#bccb75", "#4f9c9c", "#a5d2d2"),
 }
+TERMINAL_MINOR = "#8a9099"
 NUM_SHADES = 8
+MINOR = NUM_SHADES
 
 
 def activity(task: AnyTask) -> Activity:
@@ -64,16 +66,20 @@ def role_of_owner(graph: TaskGraph, owner: str) -> str:
     return next((group.role for group in graph.groups if group.name == owner), "host")
 
 
-def shades_of_terms(plan: Plan) -> dict[tuple[str, str], int]:
-    """The shade of every memory term (owner, name), by first appearance within its role: the same in all charts of a plan."""
+def shades_of_terms(plan: Plan, place: str) -> dict[tuple[str, str], int]:
+    """The shade of every memory term (owner, name) of the GPUs' or the hosts' timelines, the same in all charts of a place.
+
+    The largest terms of a role get a shade each; those beyond NUM_SHADES are small, and share the shade MINOR.
+    """
+    largest: dict[tuple[str, str], int] = {}
+    for timeline in plan.graph.memory:
+        for phase in timeline.phases if timeline.place == place else ():
+            for term in phase.terms:
+                largest[(term.owner, term.name)] = max(largest.get((term.owner, term.name), 0), term.size_bytes)
     shades: dict[tuple[str, str], int] = {}
     used: dict[str, int] = {}
-    for timeline in plan.graph.memory:
-        for phase in timeline.phases:
-            for term in phase.terms:
-                key = (term.owner, term.name)
-                if key not in shades:
-                    role = role_of_owner(plan.graph, term.owner)
-                    shades[key] = used.get(role, 0) % NUM_SHADES
-                    used[role] = used.get(role, 0) + 1
+    for key in sorted(largest, key=lambda key: -largest[key]):
+        role = role_of_owner(plan.graph, key[0])
+        shades[key] = min(used.get(role, 0), MINOR)
+        used[role] = used.get(role, 0) + 1
     return shades

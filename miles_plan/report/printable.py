@@ -9,3 +9,8 @@ def printable(value: object) -> str:
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
+def printable_lines(value: object) -> str:
+    """As `printable`, but line ends stay: for places that show text of several lines."""
+    return "\n".join(printable(line) for line in str(value).split("\n"))

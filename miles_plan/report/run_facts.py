@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from math import fsum
 
 from miles_plan.report.metrics import REWARD, ROUTING, Metric, log_prob_verdict, loops_of, series, total
 from miles_plan.report.run_files import Row, RunRecord, is_number
@@ -10,7 +10,23 @@ from miles_plan.report.schedule import loop_schedules
 from miles_plan.report.units import change_text, number_text, seconds_text
 
 KNOWN_OF_EVENT = frozenset({"time_s", "kind", "owner", "subject"})
-QUIET_EVENTS = frozenset({"started", "finished", "done", "completed", "scheduled", "saved", "synced"})
+QUIET_EVENTS = frozenset(
+    {
+        "run_started",
+        "run_finished",
+        "cluster_started",
+        "actors_started",
+        "loop_started",
+        "task_started",
+        "waiting",
+        "task_completed",
+        "weights_published",
+        "weights_acknowledged",
+        "weights_released",
+        "checkpoint_written",
+    }
+)
+EDGE_ITERATIONS = 3  # as in summary.json: one iteration's mean reward is too noisy to begin or end with
 
 
 def run_facts(record: RunRecord) -> list[tuple[str, str]]:
@@ -24,13 +40,13 @@ def run_facts(record: RunRecord) -> list[tuple[str, str]]:
     if is_number(record.summary.get("restarts")):
         facts.append(("restarts", f"{record.summary['restarts']}"))
     if digest := record.summary.get("final_weights_sha256"):
-        facts.append(("weights", f"sha256 {digest}"))
+        facts.append(("weights", str(digest)))
     return facts + [("unreadable", problem) for problem in record.problems]
 
 
 def _state(record: RunRecord) -> str:
     """Finished or not, after how long, against what was planned."""
-    planned_s = sum(schedule.total_s for schedule in loop_schedules(record.plan.graph))
+    planned_s = sum(schedule.total_s for schedule in loop_schedules(record.plan))
     if is_number(record.summary.get("wall_s")):
         wall_s = float(record.summary["wall_s"])
         change = change_text(planned_s, wall_s)
@@ -40,24 +56,34 @@ def _state(record: RunRecord) -> str:
     return f"not finished; last seen {seconds_text(seen_s)} after its start{last}"
 
 
+def reward_ends(record: RunRecord, loop: str) -> tuple[float, float] | None:
+    """Mean reward over the first and over the last EDGE_ITERATIONS iterations of a loop; None for a loop without rewards."""
+    values = series(record, loop, Metric(REWARD, "reward")).values
+    if not values:
+        return None
+    first, last = values[:EDGE_ITERATIONS], values[-EDGE_ITERATIONS:]
+    return fsum(first) / len(first), fsum(last) / len(last)
+
+
 def _reward(record: RunRecord, loop: str) -> str:
-    found = series(record, loop, Metric(REWARD, "reward"))
-    if not found.values:
+    ends = reward_ends(record, loop)
+    if ends is None:
         return ""
-    first, last, best = found.values[0], found.values[-1], max(found.values)
+    found = series(record, loop, Metric(REWARD, "reward"))
+    best = max(found.values)
     at = found.iterations[found.values.index(best)]
-    return f"{loop}: from {number_text(first)} to {number_text(last)}, best {number_text(best)} in iteration {at}"
+    edges = f"means of {EDGE_ITERATIONS} iterations; best {number_text(best)} in iteration {at}"
+    return f"{loop}: from {number_text(ends[0])} to {number_text(ends[1])}, {edges}"
 
 
 def event_text(event: Row) -> str:
-    """`task_failed rollout by rollout[1]: message=actor died` of one event."""
-    subject = f" {event['subject']}" if event.get("subject") else ""
-    owner = f" by {event['owner']}" if event.get("owner") else ""
+    """`task failed, rollout@23: actor died (signal=9)` of one event: kind, owner, subject, and what else it says."""
+    owner = f", {event['owner']}" if event.get("owner") else ""
+    subject = f": {event['subject']}" if event.get("subject") else ""
     more = ", ".join(f"{key}={value}" for key, value in event.items() if key not in KNOWN_OF_EVENT and value is not None)
-    return f"{event['kind']}{subject}{owner}{f': {more}' if more else ''}"
+    return f"{str(event['kind']).replace('_', ' ')}{owner}{subject}{f' ({more})' if more else ''}"
 
 
 def is_quiet(event: Row) -> bool:
-    """Whether an event is of the ordinary course: something started or finished as it should."""
-    words = re.split(r"[^a-z]+", str(event["kind"]).lower())
-    return words[-1] in QUIET_EVENTS
+    """Whether an event is of the ordinary course; kinds that are not known are not."""
+    return event["kind"] in QUIET_EVENTS

@@ -6,7 +6,7 @@ error. Lines that cannot be used are counted and named, never passed over in sil
     plan.json       what was to run (`ir.plan`); the only file that must be there
     summary.json    one object, written at the end
     metrics.jsonl   an object an iteration: `loop`, `iteration`, and any numbers
-    timeline.jsonl  an object a task run: `task`, `loop`, `iteration`, `group`, `start_s`, `end_s`, `attempt`
+    timeline.jsonl  an object an attempt at a task: `task`, `loop`, `iteration`, `group`, `start_s`, `end_s`, `attempt`
     events.jsonl    an object an event: `time_s`, `kind`, `owner`, `subject`, and anything else
 """
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from miles_plan.ir.graph import Loop, TaskGraph
+from miles_plan.ir.plan import Plan
 from miles_plan.ir.tasks import AnyTask
 
 TOLERANCE_S = 1e-6
@@ -25,10 +26,9 @@ class PlannedRun:
 class LoopSchedule:
     """One loop as planned.
 
-    runs: every task once, by start. iteration_s: an iteration with only the tasks that run in every one; full_s: one with
-    all of them; total_s: all iterations. low_s and high_s: iteration_s if every task on its critical path took the low or
-    the high end of its estimate. critical: the critical path of a full iteration, names in time order; typical: the same of one
-    with only the tasks that run in every iteration.
+    runs: every task once, by start. iteration_s: from one iteration's start to the next, on average; full_s: an iteration
+    with all tasks, from end to end; total_s: all iterations. low_s and high_s: iteration_s with the estimates' low or high
+    ends. critical: names on the critical path of the usual iteration, in time order.
     """
 
     loop: Loop
@@ -39,7 +39,6 @@ class LoopSchedule:
     full_s: float
     total_s: float
     critical: tuple[str, ...]
-    typical: tuple[str, ...]
 
 
 def start_s(task: AnyTask) -> float:
@@ -71,14 +70,24 @@ def loop_schedule(graph: TaskGraph, loop: Loop) -> LoopSchedule:
         high_s=sum(estimate.high_s for estimate in estimates),
         full_s=max((end_s(task) for task in tasks), default=0.0),
         total_s=_total_s(tasks, loop.iterations),
-        critical=tuple(task.name for task in critical_path(graph, tasks)),
-        typical=tuple(task.name for task in typical),
+        critical=tuple(task.name for task in typical),
     )
 
 
-def loop_schedules(graph: TaskGraph) -> list[LoopSchedule]:
-    """The schedules of all loops, in order."""
-    return [loop_schedule(graph, loop) for loop in graph.loops]
+def loop_schedules(plan: Plan) -> list[LoopSchedule]:
+    """The schedules of all loops, in order, with the plan's own step time where it has one.
+
+    The plan's figure is that of the steady state: where iterations overlap it is shorter than one iteration from end to end.
+    """
+    return [_in_steady_state(loop_schedule(plan.graph, loop), plan) for loop in plan.graph.loops]
+
+
+def _in_steady_state(schedule: LoopSchedule, plan: Plan) -> LoopSchedule:
+    step = plan.estimate(f"step time ({schedule.loop.name})")
+    if step is None:
+        return schedule
+    total_s = step.mid * schedule.loop.iterations
+    return replace(schedule, iteration_s=step.mid, low_s=step.low, high_s=step.high, total_s=total_s)
 
 
 def iteration_runs(tasks: list[AnyTask], active: list[AnyTask]) -> list[PlannedRun]:

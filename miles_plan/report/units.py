@@ -114,12 +114,12 @@ def interval_text(low: float, high: float, scale: Scale) -> str:
 
 
 def change_text(before: float, after: float) -> str:
-    """The relative change: `+12%`, `-3.4%`, `x 2.1` from a doubling on, `` where nothing can be said."""
+    """The relative change: `+12%`, `-3.4%`, `x2.1` from a doubling on, `` where nothing can be said."""
     if before == after or before == 0 or not (math.isfinite(before) and math.isfinite(after)):
         return ""
     ratio = after / before
     if ratio >= 2:
-        return f"x {number_text(ratio, 2)}"
+        return f"x{number_text(ratio, 2)}"
     return f"{'+' if ratio > 1 else '-'}{number_text(abs(ratio - 1) * 100, 2)}%"
 
 

@@ -7,7 +7,9 @@ from miles_plan.ir.memory import MemoryTimeline
 from miles_plan.ir.plan import ClusterSummary, Plan
 from miles_plan.ir.tasks import AnyTask, RecordRouting, ReplayRouting
 from miles_plan.report.cluster_map import node_of
-from miles_plan.report.units import bytes_text, plural
+from miles_plan.report.units import bytes_text, count_text, plural, quantity_text
+
+SMALL_PART = 5  # a need below 1/5 of the capacity gets a scale of its own
 
 
 def device_noun(cluster: ClusterSummary) -> str:
@@ -33,10 +35,35 @@ def memory_place(timeline: MemoryTimeline, cluster: ClusterSummary) -> str:
     return f"each host of {nodes}" if ".." in nodes else f"host {nodes}"
 
 
+def bar_bytes(timeline: MemoryTimeline) -> int:
+    """What a full bar stands for: the usable capacity, or the largest need where that is a small part of it."""
+    need = max((max(phase.high_bytes, phase.total_bytes) for phase in timeline.phases), default=0)
+    return timeline.capacity_bytes if need * SMALL_PART >= timeline.capacity_bytes or not need else need
+
+
 def nodes_text(cluster: ClusterSummary, first_gpu: int, last_gpu: int) -> str:
     """The nodes that hold these GPUs: `0..127`, or `3` for one."""
     first, last = node_of(cluster, first_gpu)[0], node_of(cluster, last_gpu)[0]
     return str(first) if first == last else f"{first}..{last}"
+
+
+def tightest(plan: Plan) -> list[MemoryTimeline]:
+    """The GPU and the host timeline with the least room left, as a share of what there is."""
+    found = []
+    for place in ("gpu", "host"):
+        timelines = [timeline for timeline in plan.graph.memory if timeline.place == place and timeline.phases]
+        if timelines:
+            found.append(max(timelines, key=lambda each: each.peak.total_bytes / max(1, each.capacity_bytes)))
+    return found
+
+
+def model_text(plan: Plan) -> str:
+    """`deepseek-v3, 671B parameters, 37.6B active; bf16 training, fp8 rollout`."""
+    model = plan.run.model
+    size = f"{count_text(model.params_total)} parameters"
+    if model.params_active and model.params_active != model.params_total:
+        size += f", {count_text(model.params_active)} active"
+    return f"{model.name}, {size}; {plan.run.train_dtype} training, {plan.run.rollout_dtype} rollout"
 
 
 def group_nodes(group: DeviceGroup, cluster: ClusterSummary) -> str:
@@ -80,11 +107,12 @@ def routing_sentences(plan: Plan) -> list[str]:
                 f"{bytes_text(task.bytes_per_token)} a token as {task.dtype}"
             )
         if isinstance(task, ReplayRouting):
-            limit = f"above {task.max_mismatch_fraction:.2%} of tokens" if task.max_mismatch_fraction else "at the first"
+            share = quantity_text(task.max_mismatch_fraction, "fraction")
+            limit = f"when more than {share} of tokens differ" if task.max_mismatch_fraction else "at the first that differs"
             readers = [
                 each.name for each in plan.graph.tasks if getattr(each, "replay_routing", False) and each.loop == task.loop
             ]
-            sentences.append(f"{task.name} hands them to {', '.join(readers)}; the run stops {limit} mismatch")
+            sentences.append(f"{task.name} hands them to {', '.join(readers)}; the run stops {limit}")
     return sentences
 
 

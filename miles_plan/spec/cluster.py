@@ -13,6 +13,8 @@ from miles_plan.spec.types import AutoOr, CatalogName, Gbps, Gib, Size
 class NodeFields(Section):
     """Nodes that are alike."""
 
+    gpu: CatalogName | None = None
+    """The GPU of each node; `miles-plan gpus` lists the names."""
     nodes: Size = 1
     """Number of nodes."""
     gpus_per_node: AutoOr[Size] = "auto"
@@ -35,7 +37,5 @@ class NodeGroupSpec(NodeFields):
 class ClusterSpec(NodeFields):
     """Either nodes that are all alike (`gpu`, `nodes`, ...) or `groups` of such."""
 
-    gpu: CatalogName | None = None
-    """The GPU of each node; `miles-plan gpus` lists the names."""
     groups: Annotated[tuple[NodeGroupSpec, ...], Field(strict=False, max_length=256)] = ()
     """Groups of different nodes, instead of the fields above."""

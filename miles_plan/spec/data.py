@@ -8,9 +8,7 @@ from pydantic import Field
 
 from miles_plan.spec.section import Section
 from miles_plan.spec.train import OptimizerFields
-from miles_plan.spec.types import AutoOr, Count, EntryPoint, FilePath, Seconds, Seed, Size, WordOr
-
-BUILT_IN_REWARDS = ("math", "exact_match")
+from miles_plan.spec.types import AutoOr, Count, FilePath, RewardName, Seconds, Seed, Size, WordOr
 
 
 class ArithmeticPrompts(Section):
@@ -20,10 +18,14 @@ class ArithmeticPrompts(Section):
     """Which generator."""
     seed: Seed = 0
     """Seed of the generator, apart from the job's."""
-    num_prompts: Annotated[int, Field(ge=1, le=10_000_000)] = 4096
-    """Number of prompts."""
-    max_operand: Annotated[int, Field(ge=0, le=10**12)] = 99
-    """Largest number in a prompt."""
+    max_operand: Annotated[int, Field(ge=1, le=999)] = 19
+    """Largest number in a problem."""
+    held_out: Annotated[int, Field(ge=1, le=100_000)] = 40
+    """Problems kept for evaluation; neither demonstrations nor prompts contain them."""
+    demonstrations: Annotated[int, Field(ge=1, le=10_000_000)] = 8192
+    """Lines of the warm start's data."""
+    slips: Annotated[float, Field(ge=0, lt=1)] = 0.6
+    """Share of the warm start's demonstrations whose answer is wrong, as a careless pupil's."""
 
 
 Prompts = WordOr[FilePath, ArithmeticPrompts]
@@ -34,7 +36,7 @@ class DataSpec(Section):
 
     prompts: Prompts
     """A JSONL file, one prompt a line, or a generator."""
-    reward: EntryPoint | None = None
+    reward: RewardName | None = None
     """`math`, `exact_match`, or `package.module:function`; sft and distillation need none."""
     reward_timeout_s: Seconds = 10.0
     """Seconds after which the reward of one sample is killed."""

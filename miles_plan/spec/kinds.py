@@ -18,7 +18,8 @@ class Kind:
     """The values of a field.
 
     forms: each completes `must be ...`. words: the words that stand for themselves (`auto`). section: the mapping it may be,
-    of which `many` stand in a list. number: the type of number it takes. path: the mark of a field that names a file.
+    of which `many` stand in a list. number: the type of number it takes. known: values of a text field to suggest.
+    path: the mark of a field that names a file.
     """
 
     forms: tuple[str, ...]
@@ -26,6 +27,7 @@ class Kind:
     section: type[Section] | None = None
     many: bool = False
     number: type[int] | type[float] | None = None
+    known: tuple[str, ...] = ()
     path: PathMark | None = None
 
     @property
@@ -70,8 +72,9 @@ def number_text(value: float) -> str:
 
 
 def _text(marks: tuple[Any, ...]) -> Kind:
-    form = next((mark.words for mark in marks if isinstance(mark, Form)), "text")
-    return Kind(forms=(form,), path=next((mark for mark in marks if isinstance(mark, PathMark)), None))
+    form = next((mark for mark in marks if isinstance(mark, Form)), Form("text"))
+    path = next((mark for mark in marks if isinstance(mark, PathMark)), None)
+    return Kind(forms=(form.words,), known=form.known, path=path)
 
 
 def _union(parts: list[Kind]) -> Kind:
@@ -81,6 +84,7 @@ def _union(parts: list[Kind]) -> Kind:
         section=next((part.section for part in parts if part.section), None),
         many=any(part.many for part in parts),
         number=next((part.number for part in parts if part.number), None),
+        known=tuple(value for part in parts for value in part.known),
         path=next((part.path for part in parts if part.path), None),
     )
 

@@ -16,21 +16,24 @@ class Ledger:
     def __init__(self, leaves: Iterator[str], inert: Mapping[str, str]) -> None:
         self._readers: dict[str, dict[str, None]] = {path: {} for path in leaves}
         self._inert = dict(inert)
-        self._stack: list[str] = []
+        self.reader = ""
+        """Who is reading now; empty for nobody."""
 
     @contextmanager
     def reading_as(self, reader: str) -> Iterator[None]:
         """Reads of fields inside the block count as made by `reader` (a pass or backend); the innermost name wins."""
-        self._stack.append(reader)
+        if not reader:
+            raise ValueError("a reader needs a name")
+        before, self.reader = self.reader, reader
         try:
             yield
         finally:
-            self._stack.pop()
+            self.reader = before
 
     def note(self, path: str) -> None:
         """A field was read. Outside `reading_as` it does not count: printing a spec is no use of it."""
-        if self._stack and path in self._readers:
-            self._readers[path][self._stack[-1]] = None
+        if self.reader and path in self._readers:
+            self._readers[path][self.reader] = None
 
     def readers(self, path: str) -> tuple[str, ...]:
         """Who read the leaf, in order of first reading; KeyError if the spec has no such leaf."""

@@ -33,8 +33,11 @@ def unknown_key(section: Path, key: str, origins: Origins) -> Diagnostic:
     where = origins.key(path)
     inside = f" in `{'.'.join(section)}`" if section else ""
     free = [name for name in names if find(origins.root, (*section, name)) is None]
+    foreign = FOREIGN_NAMES.get(key, "")
     here = nearest(key, free) or nearest(key, names)
-    fix = _rename(where, key, here) if here in free else None
+    if foreign and foreign != ".".join((*section, here)):
+        here = ""
+    fix = _fix(f"rename `{key}` to `{here}`", where, here) if here in free else None
     return error(
         "MP120",
         f"unknown key `{excerpt(key)}`{inside}",
@@ -65,12 +68,18 @@ def bad_value(path: Path, details: ErrorDetails, origins: Origins) -> Diagnostic
     if dotted == "version" and kind in _RANGE_ERRORS:
         return error("MP125", f"version {value} of the spec is not supported", where, field=dotted, help="write `version: 1`")
     words = entry.kind.words if entry else ()
-    close = nearest(value, words) if isinstance(value, str) else ""
+    close = nearest(value, (*words, *(entry.kind.known if entry else ()))) if isinstance(value, str) else ""
     only_words = entry is not None and len(entry.kind.forms) == len(words)
     code = _code(kind, value, words, only_words=only_words)
     message = f"`{dotted}` must be {_demand(kind, details, entry)}, got {_as_written(node, value)}"
-    fix = _replace(node, close) if close else _unquote(node, entry)
-    return error(code, message, where, field=dotted, help=_value_help(value, close, fix), fix=fix)
+    if close:
+        fix = _fix(f"replace it with `{close}`", where, close) if isinstance(node, ScalarNode) else None
+        return error(code, message, where, field=dotted, help=f"did you mean `{close}`?", fix=fix)
+    if isinstance(node, ScalarNode) and _is_quoted_number(node, entry):
+        fix = _fix("remove the quotes", where, node.text)
+        return error(code, message, where, field=dotted, help="write the number without quotes", fix=fix)
+    help = "give a value, or remove the key" if value is None else ""
+    return error(code, message, where, field=dotted, help=help)
 
 
 def got(value: Any) -> str:
@@ -149,33 +158,14 @@ def _demand(kind: str, details: ErrorDetails, entry: FieldEntry | None) -> str:
     return entry.kind.phrase if entry else "another type"
 
 
-def _value_help(value: Any, close: str, fix: Fix | None) -> str:
-    if close:
-        return f"did you mean `{close}`?"
-    if fix is not None:
-        return "write the number without quotes"
-    if value is None:
-        return "give a value, or remove the key"
-    return ""
-
-
-def _rename(where: Location, key: str, name: str) -> Fix | None:
-    return _fix(f"rename `{key}` to `{name}`", where, name)
-
-
-def _replace(node: Node | None, word: str) -> Fix | None:
-    return _fix(f"replace it with `{word}`", node.location, word) if isinstance(node, ScalarNode) else None
-
-
 def _fix(description: str, where: Location, text: str) -> Fix | None:
     """An edit of a file; an override on the command line has no file to edit."""
     return Fix(description, (Edit(where, text),)) if where.end_column and where.file != SET_FILE else None
 
 
-def _unquote(node: Node | None, entry: FieldEntry | None) -> Fix | None:
-    """`"8"` -> `8` where a number is wanted and the quotes are all that is wrong."""
-    if not isinstance(node, ScalarNode) or not node.quoted or entry is None or entry.kind.number is None:
-        return None
+def _is_quoted_number(node: ScalarNode, entry: FieldEntry | None) -> bool:
+    """Whether a number is wanted and the quotes are all that is wrong."""
+    if not node.quoted or entry is None or entry.kind.number is None:
+        return False
     number = resolve(node.text)
-    fits = isinstance(number, int if entry.kind.number is int else int | float) and not isinstance(number, bool)
-    return _fix("remove the quotes", node.location, node.text) if fits else None
+    return isinstance(number, int if entry.kind.number is int else int | float) and not isinstance(number, bool)

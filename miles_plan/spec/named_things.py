@@ -11,13 +11,12 @@ from miles_plan.catalog.gpus import find_gpu, gpu_names
 from miles_plan.catalog.hf_config import architecture_from_hf_config
 from miles_plan.catalog.models import find_model, model_aliases, model_names
 from miles_plan.diagnostics import Diagnostic, error, excerpt, nearest, warning
-from miles_plan.spec.data import BUILT_IN_REWARDS
 from miles_plan.spec.entry_points import look_up
 from miles_plan.spec.fields import all_fields, pattern_of
 from miles_plan.spec.load import LoadedJob
 from miles_plan.spec.model import ModelSpec
 from miles_plan.spec.section import leaves
-from miles_plan.spec.types import PathMark
+from miles_plan.spec.types import BUILT_IN_REWARDS, PathMark
 
 LARGEST_CONFIG_BYTES = 16 << 20
 

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr
 
 from miles_plan.spec.ledger import Ledger
 
+_get = object.__getattribute__  # looked up once: planners read specs in their inner loops
+
 
 @dataclass(frozen=True, slots=True)
 class Inert:
@@ -37,14 +39,14 @@ class Section(BaseModel):
     _place: tuple[Ledger, str] | None = PrivateAttr(default=None)
 
     def __getattribute__(self, name: str) -> Any:
-        """Report the read of a leaf field to the ledger, if the spec was loaded with one."""
-        value = super().__getattribute__(name)
-        if name.startswith("_") or name not in type(self).__pydantic_fields__ or _is_inner(value):
+        """Report the read of a leaf field to the ledger, if the spec was loaded with one and someone is reading."""
+        value = _get(self, name)
+        if name[0] == "_":
             return value
-        private = super().__getattribute__("__pydantic_private__")  # where pydantic keeps `_place`
-        if private and private["_place"]:
-            ledger, path = private["_place"]
-            ledger.note(f"{path}{name}")
+        private = _get(self, "__pydantic_private__")  # where pydantic keeps `_place`; None while a model is being built
+        place = private["_place"] if private else None
+        if place is not None and place[0].reader and name in type(self).__pydantic_fields__ and not _is_inner(value):
+            place[0].note(place[1] + name)
         return value
 
     def __eq__(self, other: object) -> bool:

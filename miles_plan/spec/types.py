@@ -16,9 +16,10 @@ VALUE_TAG = "<value>"
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """In words, the form a text field must have; error messages say `must be <words>`."""
+    """The form a text field must have: error messages say `must be <words>`, and suggest one of the values that are `known`."""
 
     words: str
+    known: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +63,12 @@ _PATH_PATTERN = r"^[^\x00-\x1f\x7f]{1,4096}$"
 PathText = Annotated[str, Field(pattern=_PATH_PATTERN), PathMark(), Form("a path")]
 FilePath = Annotated[str, Field(pattern=_PATH_PATTERN), PathMark("file"), Form("a path of a file")]
 DirectoryPath = Annotated[str, Field(pattern=_PATH_PATTERN), PathMark("directory"), Form("a path of a directory")]
-EntryPoint = Annotated[
+
+BUILT_IN_REWARDS = ("math", "exact_match")
+RewardName = Annotated[
     str,
     Field(
         pattern=r"^([a-z][a-z0-9_]*|[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*)$", max_length=256
     ),
-    Form("the name of a built-in, or an entry point `package.module:function`"),
+    Form("the name of a built-in, or an entry point `package.module:function`", known=BUILT_IN_REWARDS),
 ]

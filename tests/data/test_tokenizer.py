@@ -64,7 +64,7 @@ def test_alphabets_that_are_none():
     with pytest.raises(ValueError, match="the alphabet is empty"):
         CharacterTokenizer("")
     with pytest.raises(ValueError, match="needs its alphabet"):
-        tokenizer_from("character")
+        tokenizer_from("characters")
 
 
 def test_a_hugging_face_folder(folder):

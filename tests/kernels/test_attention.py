@@ -106,6 +106,14 @@ def test_blocks_of_any_size_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) 
     for scores in (1, 1000, 12345):
         monkeypatch.setattr(attention, "_MAX_SCORES", scores)
         assert torch.equal(packed(q, k, v, lengths), expected)
+    pool, table = fill_pool(k, v, lengths, 16)
+    last = torch.tensor(lengths).cumsum(0) - 1
+    for gathered in (1, 5000):
+        monkeypatch.setattr(attention, "_MAX_GATHERED", gathered)
+        decoded = paged_attention(
+            q[last][:, None], pool, table, torch.tensor(lengths) - 1, scale=SCALE, max_context=MAX_CONTEXT
+        )
+        assert torch.equal(decoded[:, 0], expected[last])
 
 
 def test_value_and_gradients_against_float64() -> None:

@@ -91,14 +91,14 @@ class RunWriter:
         self.now = 1.2
 
     def write(self, run_dir: Path, *, rl_iterations: int = 60) -> Path:
-        self.event(0.0, "run_started", "driver", self.plan.name)
+        self.event(0.0, "run_started", "run", self.plan.name, session=1)
         for loop in self.plan.graph.loops:
             iterations = rl_iterations if loop.name == "rl" else loop.iterations
             for iteration in range(iterations):
                 began = self.now
                 self.iteration(loop.name, iteration, iterations)
                 self.metrics.append(self.metrics_of(loop.name, iteration, iterations, self.now - began))
-        self.event(self.now, "run_finished", "driver", self.plan.name)
+        self.event(self.now, "run_finished", "run", "completed")
         run_dir.mkdir(parents=True, exist_ok=True)
         write_plan(self.plan, run_dir / "plan.json")
         (run_dir / "summary.json").write_text(json.dumps(self.summary(rl_iterations)), encoding="utf-8")
@@ -119,8 +119,8 @@ class RunWriter:
             attempt = 0
             if task.name == "rollout" and iteration == 23:
                 self.task_run(task, iteration, start_s, start_s + took_s / 2, 0)
-                self.event(start_s + took_s / 2, "task_failed", "rollout[1]", task.name, message="actor died: signal 9")
-                self.event(start_s + took_s / 2 + 0.4, "actor_restarted", "driver", "rollout[1]", attempt=1)
+                self.event(start_s + took_s / 2, "task_failed", f"{task.name}@23", "actor died: signal 9", attempt=0)
+                self.event(start_s + took_s / 2 + 0.4, "actors_rebuilt", f"{task.name}@23", "rollout")
                 start_s, attempt = start_s + took_s / 2 + 0.4, 1
             busy_until = max(busy_until, start_s + took_s)
             self.task_run(task, iteration, start_s, start_s + took_s, attempt)
@@ -128,7 +128,7 @@ class RunWriter:
 
     def task_run(self, task: Any, iteration: int, start_s: float, end_s: float, attempt: int) -> None:
         place = {"task": task.name, "loop": task.loop, "iteration": iteration, "group": task.group}
-        self.timeline.append(place | {"start_s": start_s, "end_s": end_s, "attempt": attempt})
+        self.timeline.append(place | {"start_s": start_s, "end_s": end_s, "busy_s": end_s - start_s, "attempt": attempt})
 
     def event(self, time_s: float, kind: str, owner: str, subject: str, **more: Any) -> None:
         self.events.append({"time_s": time_s, "kind": kind, "owner": owner, "subject": subject} | more)
@@ -136,7 +136,8 @@ class RunWriter:
     def metrics_of(self, loop: str, iteration: int, iterations: int, step_s: float) -> dict[str, Any]:
         """Curves that rise and fall as such runs do."""
         rng, progress = self.rng, iteration / max(1, iterations - 1)
-        row = {"loop": loop, "iteration": iteration, "step_s": step_s, "grad_norm": 0.4 + rng.random() * 0.5}
+        row = {"loop": loop, "iteration": iteration, "step": iteration + 1, "step_s": step_s, "task_s": {"train": step_s}}
+        row["grad_norm"] = 0.4 + rng.random() * 0.5
         if loop != "rl":
             return row | {"loss": 2.7 * math.exp(-3.2 * progress) + 0.25 + rng.random() * 0.05, "tokens_per_s": 21e3}
         return row | {

@@ -18,6 +18,22 @@ rollout:
 """
 
 
+SMALL = """\
+version: 1
+name: small
+model:
+  tokenizer: byte
+  architecture:
+    {model_type: qwen3, hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2,
+     head_dim: 16, intermediate_size: 128, vocab_size: 256}
+cluster: {gpu: cpu, gpus_per_node: 2}
+algorithm: {kind: grpo, steps: 20}
+data: {prompts: {generator: arithmetic}, reward: exact_match}
+rollout: {engine: torch, prompts_per_step: 8, samples_per_prompt: 4, response_tokens: {max: 8, mean: 4, p99: 8}}
+train: {engine: torch}
+"""  # quick to plan
+
+
 def write(directory: Path, text: str = VALID, name: str = "spec.yaml") -> str:
     """Put `text` into a file and return its path."""
     path = directory / name

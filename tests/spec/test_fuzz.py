@@ -1,7 +1,9 @@
-"""No input gives anything but a job or findings with places."""
+"""No input gives anything but a job or findings with places: reading, fields, rules and names, and (less often) the passes."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from miles_plan.cli.check import findings_of
-from miles_plan.diagnostics import render, report
+from miles_plan.diagnostics import Diagnostic, PlanError, render, report
+from miles_plan.spec import load_job
 from miles_plan.spec.fields import all_fields
-from tests.spec.example import VALID
+from miles_plan.spec.named_things import named_things
+from tests.spec.example import SMALL, VALID
 
-QUICK = settings(max_examples=300, deadline=2_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=300, deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TOKENS = [
     "[",
     "]",
@@ -43,11 +47,20 @@ WORDS = sorted(
 )
 
 
+def without_passes(spec: str, sets: list[str]) -> tuple[list[Diagnostic], Mapping[str, str]]:
+    """What `check` finds before it tries to make a plan."""
+    try:
+        loaded = load_job(spec, sets)
+    except PlanError as problem:
+        return list(problem.diagnostics), problem.sources
+    return list(named_things(loaded)), loaded.sources
+
+
 def holds(directory: Path, raw: bytes, sets: list[str] | None = None) -> None:
     """`check` ends in findings that have a place and can be shown in every format."""
     spec = directory / "spec.yaml"
     spec.write_bytes(raw)
-    found, sources = findings_of(str(spec), sets or [])
+    found, sources = without_passes(str(spec), sets or [])
     assert all(each.location is not None and each.location.line >= 1 for each in found if each.code != "MP101")
     view = report(found, sources)
     for format in ("full", "concise", "json", "sarif", "github"):
@@ -90,10 +103,17 @@ values = st.recursive(
 @QUICK
 @given(path=st.sampled_from(sorted(all_fields())), value=values)
 def test_any_value_at_any_field(tmp_path: Path, path: str, value: object) -> None:
-    import json
-
     text = json.dumps(value).replace("NaN", ".nan").replace("Infinity", ".inf")
     holds(tmp_path, VALID.encode(), [f"{path.replace('*', '0')}={text}"])
+
+
+@settings(QUICK, max_examples=60, deadline=20_000)
+@given(path=st.sampled_from([path for path in sorted(all_fields()) if "*" not in path]), value=values)
+def test_any_value_at_any_field_through_all_passes(tmp_path: Path, path: str, value: object) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(SMALL, encoding="utf-8")
+    found, _ = findings_of(str(spec), [f"{path}={json.dumps(value).replace('NaN', '.nan').replace('Infinity', '.inf')}"])
+    assert all(each.location is not None and each.location.line >= 1 for each in found)
 
 
 @QUICK

@@ -117,7 +117,7 @@ json_values = st.recursive(
 KEYS = [*CONFIG, "num_experts", "num_experts_per_tok", "moe_intermediate_size", "layer_types", "text_config", "vision_config"]
 
 
-@settings(max_examples=300, deadline=2_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     change=st.dictionaries(st.sampled_from(KEYS), json_values, max_size=3),
     dropped=st.sets(st.sampled_from(list(CONFIG)), max_size=2),

@@ -37,6 +37,8 @@ from miles_plan.kernels.swiglu import swiglu
 Recompute = Literal["none", "selective", "full"]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+_MAX_LOGITS = 1 << 23  # logits worked on at a time: 64 MiB in float64
+
 
 @dataclass(frozen=True, slots=True)
 class StageOutput:
@@ -134,8 +136,29 @@ class Decoder:
     def log_probs(
         self, weights: Weights, prepared: PreparedWeights, hidden: Tensor, targets: Tensor, *, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        """Log-probs of targets int64 [M] after hidden states [M, H], and entropies, float32 [M]. Collective over tp."""
-        return self.log_probs_of_logits(self.logits(weights, prepared, hidden), targets, temperature=temperature)
+        """Log-probs of targets int64 [M] after hidden states [M, H], and entropies, float32 [M]. Collective over tp.
+
+        Differentiable. Rows go in blocks, each recomputed in the backward where there are several, so the logits of a
+        large vocabulary never stand in memory together.
+        """
+
+        def block_log_probs(block: Tensor, block_targets: Tensor) -> tuple[Tensor, Tensor]:
+            logits = self.logits(weights, prepared, block)
+            return self.log_probs_of_logits(logits, block_targets, temperature=temperature)
+
+        share = -(-self.config.vocab_size // self.mesh.tp.size)  # the same on all ranks, so that they take the same blocks
+        rows = max(1, _MAX_LOGITS // share)
+        if len(targets) <= rows:
+            return block_log_probs(hidden, targets)
+        blocks = []
+        for start in range(0, len(targets), rows):
+            block = hidden[start : start + rows], targets[start : start + rows]
+            if torch.is_grad_enabled():
+                blocks.append(checkpoint(block_log_probs, *block, use_reentrant=False, preserve_rng_state=False))
+            else:
+                blocks.append(block_log_probs(*block))
+        log_probs, entropies = zip(*blocks, strict=True)
+        return torch.cat(log_probs), torch.cat(entropies)
 
     def log_probs_of_logits(self, logits: Tensor, targets: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
         """As `log_probs`, from this rank's logits."""

@@ -6,6 +6,7 @@ objects and hold the same bits again after `onload`.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import shutil
@@ -97,7 +98,8 @@ class HostStore:
                     file.truncate(total)
                 mapped = mmap.mmap(file.fileno(), total)
         except OSError as error:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
             raise EngineError(f"cannot park {total} bytes of '{part}' in {path}: {error.strerror}") from error
         _copy_out(storages, sizes, torch.frombuffer(mapped, dtype=torch.uint8))
         return path

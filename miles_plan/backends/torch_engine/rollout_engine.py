@@ -136,6 +136,9 @@ class TorchRolloutEngine:
                 self._step(generation)
         except OutOfPagesError as error:
             raise EngineError(f"rollout engine: {error}; raise kv_pool_tokens") from error
+        except Exception:
+            self._pool.reset()  # NaN from broken weights must not stay in pages that others get
+            raise
         finally:
             self.num_retracted += scheduler.num_retracted
             scheduler.close()

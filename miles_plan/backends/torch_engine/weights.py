@@ -6,6 +6,7 @@ and weight exchange speak Hugging Face's names and full shapes. `parameters` is 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -200,10 +201,25 @@ def initialise_checkpoint(config: Mapping[str, Any], directory: Path, seed: int)
             torch.manual_seed(seed)
             auto: Any = AutoModelForCausalLM  # its methods carry no annotations
             model = auto.from_config(full, dtype=torch.float32)
-        model.save_pretrained(aside)
+        with _no_progress_bar():
+            model.save_pretrained(aside)
         os.replace(aside, directory)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    bars: Any = logging  # its functions carry no annotations
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 def _layer_parameters(config: DecoderConfig, shard: Shard, layer: int) -> Iterator[Parameter]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from rich.table import Table
 from rich.text import Text
 
 from miles_plan.ir.plan import Alternative, Decision, Plan
-from miles_plan.report.terminal.page import Page, padded, text, widest
+from miles_plan.report.terminal.page import Page, text, widest
 from miles_plan.report.units import plural
 
 
@@ -20,8 +21,11 @@ def draw_decisions(page: Page, plan: Plan) -> None:
 
 
 def _draw_decision(page: Page, decision: Decision, fields: int) -> None:
-    field = padded(text(decision.field), fields)
-    page.note(Text.assemble(field, "  ", text(decision.value, "bold"), "  ", text(decision.by, "dim")), indent=0)
+    line = Table.grid(padding=(0, 2, 0, 0))
+    line.add_column(width=fields)
+    line.add_column(overflow="fold")
+    line.add_row(text(decision.field), Text.assemble(text(decision.value, "bold"), "  ", text(decision.by, "dim")))
+    page.show(line)
     page.note(text(decision.reason))
     shown = decision.alternatives if page.full else decision.alternatives[:1]
     for alternative in shown:

@@ -6,10 +6,10 @@ from rich.text import Text
 
 from miles_plan.ir.memory import MemoryPhase, MemoryTerm, MemoryTimeline
 from miles_plan.ir.plan import Plan
-from miles_plan.report.palette import TERMINAL_SHADES, role_of_owner, shades_of_terms
+from miles_plan.report.palette import TERMINAL_MINOR, TERMINAL_SHADES, role_of_owner, shades_of_terms
 from miles_plan.report.terminal.page import Page, bar, flow, grid, text, widest
 from miles_plan.report.units import bytes_text
-from miles_plan.report.wording import memory_place
+from miles_plan.report.wording import bar_bytes, memory_place
 
 SHORTEST_BAR = 12
 Paint = dict[tuple[str, str], tuple[str, str]]  # (owner, name) of a term -> (character, style)
@@ -29,11 +29,11 @@ def draw_memory(page: Page, plan: Plan) -> None:
 
 def _paint(page: Page, plan: Plan, timeline: MemoryTimeline) -> Paint:
     """A full block in the term's colour; without colour a letter of its name, each used once."""
-    shades, paint = shades_of_terms(plan), {}
+    shades, paint = shades_of_terms(plan, timeline.place), {}
     taken: set[str] = set()
     for term in _terms(timeline):
         key = (term.owner, term.name)
-        style = TERMINAL_SHADES[role_of_owner(plan.graph, term.owner)][shades[key]]
+        style = (*TERMINAL_SHADES[role_of_owner(plan.graph, term.owner)], TERMINAL_MINOR)[shades[key]]
         letters = [*term.name.lower(), *term.name.upper(), *"abcdefghijklmnopqrstuvwxyz0123456789"]
         letter = next((each for each in letters if each.isalnum() and each not in taken), "?")
         taken.add(letter)
@@ -56,7 +56,8 @@ def _draw_phases(page: Page, timeline: MemoryTimeline, paint: Paint) -> None:
     fixed = widest((phase.name for phase in phases), "phase") + widest(holds, "holds") + widest(free, "free")
     cells = min(60, page.width - fixed - widest(most, "largest") - 4 * 2)
     show_bar = cells >= SHORTEST_BAR
-    bar_title = [f"0{bytes_text(timeline.capacity_bytes):>{cells - 1}}"] if show_bar else []
+    whole = bar_bytes(timeline)
+    bar_title = [f"0{bytes_text(whole):>{cells - 1}}"] if show_bar else []
     table = grid("phase", "holds", "free", *bar_title, "largest", right=("holds", "free"), indent=0)
     for phase, held, left, largest in zip(phases, holds, free, most, strict=True):
         peak = phase is timeline.peak
@@ -66,7 +67,7 @@ def _draw_phases(page: Page, timeline: MemoryTimeline, paint: Paint) -> None:
             text(held, "bold" if peak else ""),
             text(left, "bold red" if over else ""),
         ]
-        table.add_row(*row, *([_bar(timeline, phase, paint, cells)] if show_bar else []), text(largest, "dim"))
+        table.add_row(*row, *([_bar(phase, paint, cells, whole)] if show_bar else []), text(largest, "dim"))
     page.show(table)
 
 
@@ -82,13 +83,12 @@ def _largest(phase: MemoryPhase) -> str:
     return f"{term.name} {bytes_text(term.size_bytes)}"
 
 
-def _bar(timeline: MemoryTimeline, phase: MemoryPhase, paint: Paint, cells: int) -> Text:
+def _bar(phase: MemoryPhase, paint: Paint, cells: int, whole: int) -> Text:
     """Terms from the left, dots up to the upper end of the estimate."""
-    capacity = timeline.capacity_bytes or 1
-    spans = [(0.0, phase.high_bytes / capacity, "·", "dim")]
+    spans = [(0.0, phase.high_bytes / whole, "·", "dim")]
     at = 0
     for term in sorted(phase.terms, key=lambda term: list(paint).index((term.owner, term.name))):
-        spans.append((at / capacity, (at + term.size_bytes) / capacity, *paint[(term.owner, term.name)]))
+        spans.append((at / whole, (at + term.size_bytes) / whole, *paint[(term.owner, term.name)]))
         at += term.size_bytes
     return bar(cells, spans)
 

@@ -14,9 +14,7 @@ from rich.text import Text
 from miles_plan.report.printable import printable
 
 WIDEST = 132
-ASCII = str.maketrans(
-    {"█": "#", "▒": "=", "·": ".", "●": "*", "■": "#", "▸": ">", "─": "-", "│": "|", "∞": "inf", "\N{EN DASH}": "-"}
-)
+ASCII = str.maketrans("▁▂▃▄▅▆▇█▒·●■▸─→…\N{EN DASH}", "_.:-=+*#=.*#>->~-", "") | {ord("∞"): "inf"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,8 +40,12 @@ SECTIONS: MappingProxyType[str, Callable[[Page, Plan], None]] = MappingProxyType
 DEFAULT_SECTIONS = ("summary", "placement", "steps", "memory", "decisions", "precision", "estimates", "warnings")
 
 
-def render_plan(plan: Plan, console: Console, *, sections: Sequence[str] = DEFAULT_SECTIONS, full: bool = False) -> None:
-    """Print a plan's sections in their order. full: every row of them. ValueError for a section that does not exist."""
+def render_plan(plan: Plan, console: Console, *, sections: Sequence[str] | None = None, full: bool = False) -> None:
+    """Print a plan's sections in their order: those asked for, else the default ones.
+
+    full: every row of a section, and every section if none is asked for. ValueError for one that does not exist.
+    """
+    sections = sections or (tuple(SECTIONS) if full else DEFAULT_SECTIONS)
     if unknown := [name for name in sections if name not in SECTIONS]:
         raise ValueError(f"no section '{unknown[0]}', there are: {', '.join(SECTIONS)}")
     page = Page(console, full)

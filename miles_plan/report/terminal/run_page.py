@@ -93,7 +93,7 @@ def _draw_times(page: Page, record: RunRecord, loop: str) -> None:
     if not times:
         return
     inside, runs = coverage(times)
-    share = f", {quantity_text(inside / runs, 'fraction')} inside the planned interval" if runs else ""
+    share = f", {quantity_text(inside / runs, 'fraction')} inside the plan" if runs else ""
     page.heading(f"Plan and run of loop '{loop}'", f"{plural(sum(len(each.took_s) for each in times), 'task run')}{share}")
     table = grid("task", "planned", "measured", "ratio", "inside", right=("ratio", "inside"), indent=0)
     for each in times:
@@ -112,7 +112,7 @@ def _time_cells(times: TaskTimes) -> list[Text]:
         text(times.task.name),
         text(planned),
         text(measured),
-        text(f"{number_text(ratio, 2)}" if ratio is not None else "-"),
+        text(f"{number_text(ratio)}" if ratio is not None else "-"),
         text(inside, _inside_style(times)),
     ]
 

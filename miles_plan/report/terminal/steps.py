@@ -16,7 +16,7 @@ SHORTEST_BAR = 10
 
 def draw_steps(page: Page, plan: Plan) -> None:
     """One table a loop."""
-    for schedule in loop_schedules(plan.graph):
+    for schedule in loop_schedules(plan):
         page.heading(f"Step of loop '{schedule.loop.name}'", _summary(schedule))
         _draw_tasks(page, schedule)
         page.note(Text("● critical path: ", style="dim"), Text(_shares(schedule), style="dim"))
@@ -71,9 +71,9 @@ def _axis(schedule: LoopSchedule, cells: int) -> str:
 
 
 def _shares(schedule: LoopSchedule) -> str:
-    """The largest tasks on the critical path of an iteration without the rare tasks, with their share of it."""
+    """The largest tasks on the critical path, with their share of it."""
     took = sorted(
-        ((run.end_s - run.start_s, run.task.name) for run in schedule.runs if run.task.name in schedule.typical), reverse=True
+        ((run.end_s - run.start_s, run.task.name) for run in schedule.runs if run.task.name in schedule.critical), reverse=True
     )
     whole = sum(seconds for seconds, _ in took) or 1.0
     named = [f"{name} {number_text(100 * seconds / whole, 2)}%" for seconds, name in took[:4]]

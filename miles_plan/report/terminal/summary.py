@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from miles_plan.ir.memory import MemoryTimeline
 from miles_plan.ir.plan import Plan, plan_sha256
 from miles_plan.report.schedule import loop_schedules
 from miles_plan.report.terminal.page import Page, head
-from miles_plan.report.units import bytes_text, count_text, estimate_text, plural, seconds_text
-from miles_plan.report.wording import cluster_text, memory_place
+from miles_plan.report.units import bytes_text, estimate_text, plural, seconds_text
+from miles_plan.report.wording import cluster_text, memory_place, model_text, tightest
 
 
 def draw_summary(page: Page, plan: Plan) -> None:
@@ -16,14 +15,14 @@ def draw_summary(page: Page, plan: Plan) -> None:
 
 
 def _facts(plan: Plan) -> list[tuple[str, str]]:
-    facts = [("model", _model(plan)), ("cluster", cluster_text(plan.cluster))]
-    for schedule in loop_schedules(plan.graph):
+    facts = [("model", model_text(plan)), ("cluster", cluster_text(plan.cluster))]
+    for schedule in loop_schedules(plan):
         step = estimate_text(schedule.low_s, schedule.iteration_s, schedule.high_s, "s")
         loop = f"{schedule.loop.name}: {step} an iteration"
         facts.append(("time", f"{loop}, {schedule.loop.iterations:,} times = {seconds_text(schedule.total_s)}"))
     if len(plan.graph.loops) > 1:
-        facts.append(("", f"all loops: {seconds_text(sum(each.total_s for each in loop_schedules(plan.graph)))}"))
-    for timeline in _tightest(plan):
+        facts.append(("", f"all loops: {seconds_text(sum(each.total_s for each in loop_schedules(plan)))}"))
+    for timeline in tightest(plan):
         peak = timeline.peak
         free = bytes_text(timeline.capacity_bytes - peak.total_bytes)
         facts.append(
@@ -38,21 +37,3 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
             ("notes", f"{plural(len(plan.diagnostics), 'warning')}, {plural(len(plan.unread_fields), 'unread field')}")
         )
     return facts
-
-
-def _tightest(plan: Plan) -> list[MemoryTimeline]:
-    """The GPU and the host timeline with the least room left, as a share of what there is."""
-    found = []
-    for place in ("gpu", "host"):
-        timelines = [timeline for timeline in plan.graph.memory if timeline.place == place and timeline.phases]
-        if timelines:
-            found.append(max(timelines, key=lambda each: each.peak.total_bytes / max(1, each.capacity_bytes)))
-    return found
-
-
-def _model(plan: Plan) -> str:
-    model = plan.run.model
-    size = f"{count_text(model.params_total)} parameters"
-    if model.params_active and model.params_active != model.params_total:
-        size += f", {count_text(model.params_active)} active"
-    return f"{model.name}, {size}; {plan.run.train_dtype} training, {plan.run.rollout_dtype} rollout"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +70,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return path
 
     return directory
+
+
+@pytest.fixture
+def run_ranks(tmp_path: Path) -> Callable[[int, Callable[[int, str], Any]], list[Any]]:
+    """run_ranks(size, function): what `function(rank, rendezvous)` returns for each rank, ranks being threads."""
+    calls = iter(range(1000))
+
+    def run(size: int, function: Callable[[int, str], Any]) -> list[Any]:
+        rendezvous = f"file://{tmp_path}/rendezvous-{next(calls)}"
+        with ThreadPoolExecutor(size) as threads:
+            return list(threads.map(lambda rank: function(rank, rendezvous), range(size)))
+
+    return run

@@ -1,0 +1,163 @@
+"""The actors of a run: one a GPU with a rank of every engine there, one for the host; made, replaced and let go."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from miles_plan.backends.executor.actors import Calls, Members, start_actor
+from miles_plan.backends.executor.cluster import Session, bundle
+from miles_plan.backends.executor.engine_factories import FACTORIES, Places, make_initial_model
+from miles_plan.backends.executor.host import open_host
+from miles_plan.backends.executor.operations.operation import Wait, Waiting
+from miles_plan.ir.graph import TaskGraph
+from miles_plan.ir.group import DeviceGroup
+from miles_plan.ir.plan import Plan
+
+HOST = "host"
+
+
+@dataclass
+class Crew:
+    """Handles on all actors. generation counts how often engines were built, so that ranks of two builds never meet."""
+
+    plan: Plan
+    session: Session
+    model_folder: Path
+    data_folder: Path
+    threads: int
+    config: Mapping[str, Any]
+    gpus: dict[int, Any] = field(default_factory=dict)
+    host_actor: Any = None
+    members: dict[str, Members] = field(default_factory=dict)
+    generation: int = 0
+
+    @property
+    def host(self) -> Members:
+        """The host's process."""
+        return Members(HOST, [self.host_actor], [HOST])
+
+    def start(self) -> None:
+        """Start an actor on every GPU in use that has none, and the host's. They come up while the driver goes on."""
+        components = gpu_components(self.plan.graph)
+        wanted = bundle(self.plan.cluster)
+        missing = {name: gpus for name, gpus in components.items() if not all(gpu in self.gpus for gpu in gpus)}
+        placements = self.session.place({name: [wanted] * len(gpus) for name, gpus in missing.items()})
+        for name, gpus in missing.items():
+            for index, gpu in enumerate(gpus):
+                self.gpus[gpu] = start_actor(
+                    f"gpu-{gpu}", threads=self.threads, resources=dict(wanted), placement=placements[name], bundle=index
+                )
+        if self.host_actor is None:
+            self.host_actor = start_actor(HOST, threads=1, resources={})
+        self.members = {
+            group.name: Members(
+                group.name,
+                [self.gpus[gpu] for gpu in range(group.gpus.first, group.gpus.end)],
+                [f"@{group.name} rank {rank}" for rank in range(group.gpus.count)],
+            )
+            for group in self.plan.graph.groups
+            if group.gpus is not None
+        }
+
+    def build(self, version: int) -> Waiting[None]:
+        """Build the host and every engine; they hold the initial weights, labelled as `version` until a load says otherwise."""
+        host = self._open_host()
+        first = next(iter(self.gpus.values()))
+        model = Members("model", [first], ["the first rank"])
+        others = Members("torch", [actor for actor in self.gpus.values() if actor is not first], [])
+        warming = others.make(import_torch, lambda _: ())
+        yield Wait("initial weights", model.make(make_initial_model, lambda _: (self.plan, self.model_folder)))
+        yield Wait("data sets and tokenizer", host)
+        yield Wait("processes", warming)
+        yield from self._build_engines([group.name for group in self.plan.graph.groups], version)
+
+    def replace_engines(self, groups: Sequence[str]) -> Waiting[None]:
+        """Kill the processes of these groups, which share no GPU with others, and build their engines anew."""
+        import ray
+
+        for name in groups:
+            for actor in self.members[name].actors:
+                ray.kill(actor, no_restart=True)
+        spans = [group.gpus for group in self.plan.graph.groups if group.name in groups and group.gpus is not None]
+        for gpu in {gpu for span in spans for gpu in range(span.first, span.end)}:
+            self.gpus.pop(gpu, None)
+        self.session.release_placements(["+".join(groups)])
+        self.start()
+        yield from self._build_engines(groups, 0)
+
+    def replace_host(self) -> Waiting[None]:
+        """Kill the host's process, which is stuck or dead, and start another."""
+        import ray
+
+        ray.kill(self.host_actor, no_restart=True)
+        self.host_actor = None
+        self.start()
+        yield Wait("data sets and tokenizer", self._open_host())
+
+    def _open_host(self) -> Calls:
+        return self.host.make(open_host, lambda _: (self.plan, self.data_folder, self.config))
+
+    def _build_engines(self, groups: Sequence[str], version: int) -> Waiting[None]:
+        self.generation += 1
+        for group in self.plan.graph.groups:
+            if group.gpus is not None and group.name in groups:
+                yield Wait(f"engines of @{group.name}", self._build_group(group, version))
+
+    def _build_group(self, group: DeviceGroup, version: int) -> Calls:
+        temporary = Path(self.session.belongings.temporary)
+        places = Places(
+            model=Path(self.plan.run.model.checkpoint or self.model_folder),
+            parked=temporary / f"parked-{self.generation}",
+            rendezvous=temporary / f"rendezvous-{self.generation}",
+        )
+        places.rendezvous.mkdir(mode=0o700, exist_ok=True)
+        extra = (version,) if group.role == "train" else ()
+        return self.members[group.name].make(
+            FACTORIES[group.role], lambda rank: (self.plan, group, places, rank, self.threads, *extra)
+        )
+
+    def dismiss(self) -> None:
+        """Kill every GPU actor; the host's stays, it holds nothing of the run's state."""
+        import ray
+
+        for actor in self.gpus.values():
+            ray.kill(actor, no_restart=True)
+        self.gpus.clear()
+        self.members = {}
+        self.session.release_placements(list(gpu_components(self.plan.graph)))
+
+
+def import_torch() -> None:
+    """Load what engines need while others are busy with something else."""
+    import miles_plan.backends.torch_engine.rollout_engine
+    import miles_plan.backends.torch_engine.train_engine  # noqa: F401 - imported for its effect
+
+
+def gpu_components(graph: TaskGraph) -> dict[str, list[int]]:
+    """GPUs in use, by sets of groups that share some of them; each set is placed as a whole, named after its groups."""
+    components: list[tuple[list[str], set[int]]] = []
+    for group in graph.groups:
+        if group.gpus is None:
+            continue
+        names, gpus = [group.name], set(range(group.gpus.first, group.gpus.end))
+        for other in [each for each in components if each[1] & gpus]:
+            components.remove(other)
+            names, gpus = [*other[0], *names], other[1] | gpus
+        components.append((names, gpus))
+    return {"+".join(names): sorted(gpus) for names, gpus in components}
+
+
+def threads_of_rank(plan: Plan) -> int:
+    """Compute threads of each rank: the cores, shared by the ranks that work at one time.
+
+    Groups on different GPUs take turns where no weights edge reaches back further than one iteration.
+    """
+    overlap = any(edge.carries == "weights" and edge.distance > 1 for edge in plan.graph.edges)
+    sizes = [group.gpus.count for group in plan.graph.groups if group.gpus is not None]
+    gpus = {gpu for ranks in gpu_components(plan.graph).values() for gpu in ranks}
+    busy = len(gpus) if overlap else max(sizes, default=1)
+    return max(1, (os.cpu_count() or 1) // busy)

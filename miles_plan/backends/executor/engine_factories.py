@@ -1,0 +1,125 @@
+"""From a plan's groups to engines: the options of each rank, and the function that makes it inside its actor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from miles_plan.backends.executor.dataflow import tasks_of
+from miles_plan.backends.executor.engines import RolloutRank, TrainRank
+from miles_plan.ir.graph import TaskGraph
+from miles_plan.ir.group import DeviceGroup
+from miles_plan.ir.layout import Recompute
+from miles_plan.ir.plan import Plan
+from miles_plan.ir.tasks import Logprobs, Rollout, TrainStep
+
+DTYPES: dict[str, Literal["float32", "bfloat16"]] = {"fp32": "float32", "bf16": "bfloat16"}
+RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
+DEFAULT_MICRO_BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Folders that engines need: the initial model, and where offloaded parts and rendezvous files go."""
+
+    model: Path
+    parked: Path
+    rendezvous: Path
+
+
+def make_train_rank(plan: Plan, group: DeviceGroup, places: Places, rank: int, threads: int, version: int) -> TrainRank:
+    """One rank of the embedded trainer, in the process that calls this. Collective over the group."""
+    import torch
+
+    from miles_plan.backends.torch_engine.options import TrainEngineOptions
+    from miles_plan.backends.torch_engine.train_engine import TorchTrainEngine
+
+    torch.set_num_threads(threads)
+    assert group.train_layout is not None, "a train group has a train layout"
+    models = {task.model for task in tasks_of(plan.graph, Logprobs)}
+    options = TrainEngineOptions(
+        model_directory=places.model,
+        host_directory=places.parked / group.name,
+        layout=group.train_layout,
+        dtype=DTYPES[plan.run.train_dtype],
+        micro_batch_tokens=micro_batch_tokens(plan.graph),
+        recompute=strongest_recompute(plan.graph),
+        keep_reference="reference" in models,
+        device=_device(plan),
+        seed=plan.run.seed,
+    )
+    engine = TorchTrainEngine(options, rank=rank, rendezvous=_rendezvous(places, group, group.train_layout.world_size))
+    return TrainRank(engine, rank, version)
+
+
+def make_rollout_rank(plan: Plan, group: DeviceGroup, places: Places, rank: int, threads: int) -> RolloutRank:
+    """One rank of an embedded rollout engine, in the process that calls this. Collective over the engine's ranks."""
+    import torch
+
+    from miles_plan.backends.torch_engine.options import RolloutEngineOptions
+    from miles_plan.backends.torch_engine.rollout_engine import TorchRolloutEngine
+
+    torch.set_num_threads(threads)
+    layout = group.rollout_layout
+    assert layout is not None, "a rollout group has a rollout layout"
+    task = rollout_of(plan.graph, group)
+    index, rank_in_engine = divmod(rank, layout.gpus_per_engine)
+    given: dict[str, Any] = {}
+    if task is not None:
+        given = {"page_tokens": task.page_tokens, "prefix_sharing": task.prefix_sharing, "return_routing": task.record_routing}
+        given |= {name: size for name in ("kv_pool_tokens", "max_running") if (size := getattr(task, name))}
+    options = RolloutEngineOptions(
+        model_directory=places.model,
+        layout=layout,
+        dtype=DTYPES[plan.run.rollout_dtype],
+        device=_device(plan),
+        **given,
+    )
+    rendezvous = _rendezvous(places, group, layout.gpus_per_engine, engine=index)
+    return RolloutRank(
+        TorchRolloutEngine(options, rank=rank_in_engine, rendezvous=rendezvous), index, layout.engines, rank_in_engine
+    )
+
+
+FACTORIES: dict[str, Callable[..., Any]] = {"train": make_train_rank, "rollout": make_rollout_rank}
+
+
+def make_initial_model(plan: Plan, folder: Path) -> None:
+    """Random weights of the plan's configuration, where it names no checkpoint and the run has none yet."""
+    if plan.run.model.checkpoint is None and not folder.exists():
+        from miles_plan.backends.torch_engine.weights import initialise_checkpoint
+
+        initialise_checkpoint(dict(plan.run.model.hf_config or {}), folder, plan.run.seed)
+
+
+def micro_batch_tokens(graph: TaskGraph) -> int:
+    """The tightest token budget that a task of the trainer states."""
+    stated = [each.tokens_per_gpu for each in tasks_of(graph, TrainStep)] + [
+        each.tokens_per_gpu for each in tasks_of(graph, Logprobs)
+    ]
+    return min((tokens for tokens in stated if tokens), default=DEFAULT_MICRO_BATCH_TOKENS)
+
+
+def strongest_recompute(graph: TaskGraph) -> Recompute:
+    """The most that any training step recomputes: the engine is built once for all of them."""
+    return max(
+        (task.recompute for task in tasks_of(graph, TrainStep)),
+        key=RECOMPUTE.index,
+        default="none",
+    )
+
+
+def rollout_of(graph: TaskGraph, group: DeviceGroup) -> Rollout | None:
+    """The rollout that runs on a group, None where it only evaluates."""
+    return next((task for task in tasks_of(graph, Rollout) if task.group == group.name), None)
+
+
+def _device(plan: Plan) -> str:
+    return "cpu" if plan.cluster.gpu == "cpu" else "cuda"
+
+
+def _rendezvous(places: Places, group: DeviceGroup, ranks: int, engine: int = 0) -> str | None:
+    """A file that the ranks meet at; a fresh folder for each time engines are built."""
+    return None if ranks == 1 else f"file://{places.rendezvous / f'{group.name}-{engine}'}"

@@ -1,0 +1,94 @@
+"""Where a run starts from: engines are built, and the newest good checkpoint is loaded into them, if there is one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from miles_plan.backends.engine import WeightBucket
+from miles_plan.backends.executor.checkpoints import Manifest, Refusal, newest_good
+from miles_plan.backends.executor.crew import Crew
+from miles_plan.backends.executor.dataflow import Instance
+from miles_plan.backends.executor.engines import TrainRank
+from miles_plan.backends.executor.failures import RunError
+from miles_plan.backends.executor.host import HostTasks
+from miles_plan.backends.executor.operations.operation import Services, Wait, Waiting, places
+from miles_plan.backends.executor.run_log import RunLog
+from miles_plan.backends.executor.run_state import Publication, RunState
+from miles_plan.backends.executor.weight_files import load_buckets
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """Where the run stands. loop: the one it is in, None before the first; manifest: of the checkpoint, None at the start."""
+
+    services: Services
+    done: Mapping[str, int]
+    state: RunState
+    loop: str | None
+    manifest: Manifest | None
+
+
+def load_rank(rank: TrainRank, folder: Path, version: int) -> None:
+    """Load this rank's files."""
+    rank.engine.load(folder)
+    rank.version = version
+
+
+def end_token_of(host: HostTasks) -> int:
+    """What ends a response."""
+    return host.tokenizer.eos_token_id
+
+
+def restore(services: Services, crew: Crew, log: RunLog) -> Waiting[Restored]:
+    """Build the crew and load the newest good checkpoint. RunError (MP505) where there was one and none can be used."""
+    folder, manifest, refusals = newest_good(services.directory.checkpoints, services.plan_sha256)
+    for refusal in refusals:
+        log.event("checkpoint_refused", "restore", str(refusal.path), reason=refusal.reason)
+    if manifest is None:
+        _refuse_to_start_over(log, refusals)
+    crew.start()
+    yield from crew.build(0)
+    (end_token,) = yield Wait("host: the end token", crew.host.call(end_token_of))
+    services = replace(services, members=crew.members, host=crew.host, end_token=end_token)
+    if manifest is None or folder is None:
+        return Restored(services, services.flow.start(), RunState(), None, None)
+    trainer = crew.members[next(group.name for group in services.flow.graph.groups if group.role == "train")]
+    yield Wait(f"{places(trainer)}: load {folder.name}", trainer.call(load_rank, folder, manifest.weight_version))
+    log.event("checkpoint_loaded", "restore", folder.name, loop=manifest.loop, iteration=manifest.iteration)
+    state = RunState(
+        trainer_version=manifest.weight_version,
+        published=_older_weights(folder, manifest, trainer.slot, Path(crew.session.belongings.temporary)),
+        weights_made={Instance.parse(made): version for made, version in manifest.weights_made.items()},
+        cursors={Instance.parse(made): rows for made, rows in manifest.cursors.items()},
+    )
+    return Restored(services, manifest.done, state, manifest.loop, manifest)
+
+
+def _refuse_to_start_over(log: RunLog, refusals: Sequence[Refusal]) -> None:
+    """Starting from scratch is right only where no checkpoint was ever finished."""
+    written = log.events.earlier("checkpoint_written")
+    if refusals or written:
+        named = (
+            "; ".join(f"{refusal.path}: {refusal.reason}" for refusal in refusals)
+            or f"{len(written)} were written, none is there"
+        )
+        raise RunError(
+            "MP505",
+            f"no checkpoint can be used, and starting again from the first step is not what was asked for: {named}",
+            help="put the checkpoint folder back from a copy, or run the plan again in a new folder",
+            resumable=False,
+        )
+
+
+def _older_weights(folder: Path, manifest: Manifest, group: str, temporary: Path) -> dict[int, Publication]:
+    """Weights that syncs to come still ask for, copied out of a checkpoint that may be deleted before they do."""
+    found = {}
+    for version, name in manifest.older_weights.items():
+        copy = temporary / "weights" / name
+        shutil.copytree(folder / name, copy, dirs_exist_ok=True)
+        buckets: list[WeightBucket] = load_buckets(copy)
+        found[int(version)] = Publication(group, buckets, sum(tensor.size_bytes for each in buckets for tensor in each.tensors))
+    return found

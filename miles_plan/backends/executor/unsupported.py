@@ -1,0 +1,100 @@
+"""What a plan asks that this executor or its embedded engines cannot do: said before anything starts, never ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from miles_plan.backends.executor.engine_factories import DTYPES
+from miles_plan.backends.executor.operations.table import OPERATIONS
+from miles_plan.diagnostics import Diagnostic, error
+from miles_plan.ir.graph import TaskGraph
+from miles_plan.ir.plan import Plan
+from miles_plan.ir.tasks import Advantage, AnyTask, Buffer, Logprobs, Rollout, Task, TrainStep, WeightSync
+
+OBSTACLES: tuple[tuple[type[Task], Callable[[Any], bool], str], ...] = (
+    (Rollout, lambda task: task.partial, "partial rollout: the embedded engine finishes every sample (rollout.partial)"),
+    (Rollout, lambda task: task.keep_prompts, "over-sampling: the embedded engine waits for all (rollout.over_sampling)"),
+    (Rollout, lambda task: task.speculation, "speculative decoding (rollout.speculative)"),
+    (TrainStep, lambda task: task.model != "policy", "a critic (algorithm.kind: ppo)"),
+    (TrainStep, lambda task: task.optimizer_offload, "an optimizer that lives on the host (train.optimizer.offload)"),
+    (Logprobs, lambda task: task.model == "teacher", "a teacher model (algorithm.kind: distillation)"),
+    (Advantage, lambda task: task.estimator == "gae", "a critic (algorithm.kind: ppo)"),
+    (Advantage, lambda task: task.estimator == "distillation", "a teacher model (algorithm.kind: distillation)"),
+    (WeightSync, lambda task: task.draft, "draft weights (rollout.speculative)"),
+    (WeightSync, lambda task: task.transport not in (None, "shared_memory"), "weights by any way but shared memory"),
+    (Buffer, lambda task: task.capacity_samples < 1, "a buffer that holds nothing"),
+)
+
+
+def unsupported(plan: Plan) -> list[Diagnostic]:
+    """Findings, each of which stops the run."""
+    return [*_engines(plan), *_cluster(plan), *_model(plan), *_edges(plan.graph), *_tasks(plan.graph)]
+
+
+def _engines(plan: Plan) -> Iterator[Diagnostic]:
+    for group in plan.graph.groups:
+        if group.role != "host" and group.engine != "torch":
+            yield error(
+                "MP430",
+                f"@{group.name} runs on the engine '{group.engine}', which this executor cannot drive yet",
+                field=f"{group.role}.engine",
+                help=f"set {group.role}.engine: torch, or export the plan for a launcher",
+            )
+    trainers = [group.name for group in plan.graph.groups if group.role == "train"]
+    if len(trainers) > 1:
+        yield error("MP431", f"the plan has {len(trainers)} trainers ({', '.join(trainers)}); one is what this executor runs")
+    for side, dtype in (("train", plan.run.train_dtype), ("rollout", plan.run.rollout_dtype)):
+        if dtype not in DTYPES:
+            yield error(
+                "MP432",
+                f"the embedded engines compute in {' or '.join(DTYPES)}, the plan says {dtype} for {side}",
+                field=f"precision.{side}",
+                help=f"set precision.{side} to {' or '.join(DTYPES)}",
+            )
+
+
+def _cluster(plan: Plan) -> Iterator[Diagnostic]:
+    used = max((group.gpus.end for group in plan.graph.groups if group.gpus is not None), default=0)
+    if plan.cluster.gpu != "cpu" and used > plan.cluster.gpus_per_node:
+        yield error(
+            "MP433",
+            f"the plan uses {used} GPUs on {plan.cluster.nodes} nodes; this executor runs on one node",
+            field="cluster.nodes",
+            help="set cluster.nodes: 1, or export the plan for a launcher",
+        )
+
+
+def _model(plan: Plan) -> Iterator[Diagnostic]:
+    if plan.run.model.checkpoint is None and plan.run.model.hf_config is None:
+        yield error(
+            "MP434",
+            f"'{plan.run.model.name}' is a name in the catalog: there are no weights and no configuration to run",
+            field="model",
+            help="set model.checkpoint to a local folder, or model.hf_config for random weights",
+        )
+
+
+def _edges(graph: TaskGraph) -> Iterator[Diagnostic]:
+    for edge in graph.edges:
+        across = graph.task(edge.src).loop != graph.task(edge.dst).loop
+        if (edge.distance or across) and edge.carries not in ("weights", "order"):
+            yield error("MP435", f"{edge.carries} of %{edge.src} reach %{edge.dst} in a later iteration; only weights can")
+
+
+def _tasks(graph: TaskGraph) -> Iterator[Diagnostic]:
+    for task in graph.tasks:
+        if task.kind not in OPERATIONS:
+            yield _refusal(task, f"the embedded engines have no '{task.kind}'")
+        yield from (_refusal(task, why) for why in _obstacles(task))
+
+
+def _obstacles(task: AnyTask) -> Iterator[str]:
+    """What the task asks for that is not there."""
+    for kind, asks, what in OBSTACLES:
+        if isinstance(task, kind) and asks(task):
+            yield what
+
+
+def _refusal(task: AnyTask, why: str) -> Diagnostic:
+    return error("MP436", f"%{task.name}: {why}", help="use a cluster engine for it, or leave it out of the spec")
