@@ -58,7 +58,7 @@ class ExportedWeights:
 
     def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The full tensors that this rank's tensor-parallel group owns, in model order, on all its ranks."""
-        if self.mesh.expert_dp.rank:
+        if self.mesh.expert_dp.rank:  # another replica owns what this rank holds: spare its group the gathering
             return
         owners, first = self.owners(), self.mesh.tp.global_ranks[0]
         for name, tensor in gather_full_tensors(self.weights, self.config, self.shard, self.mesh):
@@ -71,7 +71,7 @@ class ExportedWeights:
         sizes = {name: torch.Size(shape).numel() * element_bytes for name, shape in full_names(self.config).items()}
         tensors = self.own_tensors()
         for plan in plan_buckets(sizes, self.owners(), bucket_bytes):
-            if plan.owner != self.mesh.tp.global_ranks[0] or self.mesh.expert_dp.rank:
+            if plan.owner != self.mesh.tp.global_ranks[0]:
                 continue
             content = [next(tensors) for _ in plan.names]
             if self.mesh.tp.rank == 0:
