@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from miles_plan.cli.options import Sets
+from miles_plan.cli.plan_files import plan_of
 from miles_plan.cli.running import carry_out, need_packages
-from miles_plan.diagnostics import PlanError, error
 
 if TYPE_CHECKING:
     from miles_plan.ir.plan import Plan
@@ -50,14 +50,9 @@ def is_plan(path: Path) -> bool:
 
 def _reviewed_plan(path: Path, overrides: list[str]) -> Plan:
     """The plan in the file. PlanError where it cannot be used; a plan takes no overrides."""
-    from miles_plan.ir.plan import PlanFileError, read_plan
-
     if overrides:
         raise typer.BadParameter(f"{path} is a plan, which runs as it was reviewed; overrides are for specs: compile again")
-    try:
-        return read_plan(path)
-    except PlanFileError as problem:
-        raise PlanError((error("MP442", str(problem)),)) from None
+    return plan_of(path)
 
 
 def _compiled(source: str, overrides: list[str]) -> Plan:
