@@ -142,6 +142,14 @@ _GPUS: tuple[Gpu, ...] = (
         source="NVIDIA H100 SXM datasheet; DGX H100: 8 x 400 Gb/s, 2 TiB host memory",
     ),
     _nvidia(
+        "h100-500w",
+        103.1,
+        2.4,
+        _HOPPER,
+        nvlink_gb_per_s=450.0,
+        source="Meta Grand Teton: H100 with 96 GB HBM2e at 2.4 TB/s, capped at 500 W (torchtitan benchmarks, 2024-12)",
+    ),
+    _nvidia(
         "h800",
         85.9,
         3.35,

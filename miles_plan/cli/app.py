@@ -7,7 +7,6 @@ it imports what is heavy inside the function. To add one, import it here and put
 from __future__ import annotations
 
 import io
-import os
 import sys
 from typing import Annotated
 
@@ -17,29 +16,36 @@ from miles_plan import __version__
 from miles_plan.cli.check import check
 from miles_plan.cli.compile import compile, estimate
 from miles_plan.cli.diff import diff
-from miles_plan.cli.exit_code import ExitCode
+from miles_plan.cli.doctor import doctor
 from miles_plan.cli.explain import explain
 from miles_plan.cli.findings import show_findings
 from miles_plan.cli.gpus import gpus
 from miles_plan.cli.internal_error import show_internal_error
 from miles_plan.cli.models import models
 from miles_plan.cli.report import report
+from miles_plan.cli.resume import resume
+from miles_plan.cli.run import run
 from miles_plan.cli.schema import schema
 from miles_plan.cli.show import show
+from miles_plan.cli.status import status
 from miles_plan.diagnostics import PlanError
 
 COMMANDS = (
-    # run, resume, status, doctor: in the order of a job's life, between these
+    # in the order of a job's life
     check,
     compile,
     estimate,
     show,
     diff,
+    run,
+    resume,
+    status,
     report,
     explain,
     schema,
     models,
     gpus,
+    doctor,
 )
 
 app = typer.Typer(
@@ -72,8 +78,5 @@ def main() -> None:
         app()
     except PlanError as problem:
         sys.exit(show_findings(problem.diagnostics, problem.sources))
-    except BrokenPipeError:  # the reader (`| head`) went away; what it wanted it has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(ExitCode.FINE)
     except Exception as problem:
         sys.exit(show_internal_error(problem))

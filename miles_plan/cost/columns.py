@@ -71,22 +71,28 @@ def _columns(layouts: list[TrainLayout]) -> LayoutColumns:
 def chunk_layers(num_layers: int, pp: int, vpp: int, stage_layers: tuple[int, ...] = ()) -> tuple[int, ...]:
     """Layers of each of pp x vpp chunks in model order.
 
-    Even where it divides; otherwise the chunks in the middle take one more, since the first also holds the embedding
-    and the last the output head.
+    Even where it divides. Otherwise embedding and head count as a layer each, as Megatron's
+    `account_for_embedding_in_pipeline_split` and its loss twin do: the first and the last chunk hold one layer less,
+    and what is still missing comes off the later chunks.
 
     Raises:
-        ValueError: `stage_layers` does not add up, or there are fewer layers than chunks.
+        ValueError: `stage_layers` does not add up, or there are too few layers to fill the chunks.
     """
     chunks = pp * vpp
     if stage_layers:
         if sum(stage_layers) != num_layers:
             raise ValueError(f"stage_layers add up to {sum(stage_layers)}, the model has {num_layers} layers")
         return stage_layers
-    if num_layers < chunks:
+    if num_layers % chunks == 0:
+        return (num_layers // chunks,) * chunks
+    if num_layers + 2 < chunks:
         raise ValueError(f"{num_layers} layers cannot fill {chunks} pipeline chunks")
-    base, extra = divmod(num_layers, chunks)
-    first = (chunks - extra + 1) // 2
-    return tuple(base + (1 if first <= at < first + extra else 0) for at in range(chunks))
+    most = -(-(num_layers + 2) // chunks)
+    sizes = [most] * chunks
+    order = [chunks - 1, 0, *range(chunks - 2, 0, -1)]
+    for at in (order * 2)[: most * chunks - num_layers]:
+        sizes[at] -= 1
+    return tuple(sizes)
 
 
 @lru_cache(maxsize=4096)

@@ -45,7 +45,9 @@ def links_of(cluster: Cluster, profile: HardwareProfile | None = None) -> Links:
     """The links of a cluster: domain is the NVLink domain, never smaller than reaching a node's GPUs allows."""
     slowest = min(cluster.groups, key=lambda group: group.gpu.nvlink_bytes_per_s)
     gpu = slowest.gpu
-    domain = gpu.nvlink_domain if gpu.nvlink_domain > gpu.gpus_per_node else min(gpu.nvlink_domain, cluster.gpus_per_node)
+    domain = (
+        gpu.nvlink_domain if gpu.nvlink_domain > gpu.gpus_per_node else min(gpu.nvlink_domain, cluster.gpus_per_node)
+    )
     rdma = all(group.rdma for group in cluster.groups)
     return Links(gpu, profile or profile_for(gpu), max(1, domain), rdma)
 
@@ -70,6 +72,29 @@ def collective_s(op: Collective, size_bytes: ArrayLike, ranks: ArrayLike, local:
         np.maximum(n / k, 1.0) + 1.0
     )
     return np.asarray(np.where(n > 1, moving + start, 0.0))
+
+
+def dispatch_s(
+    token_bytes: ArrayLike, topk: int, ranks: ArrayLike, local: ArrayLike, links: Links, once_a_node: bool
+) -> Floats:
+    """Seconds to send tokens to their experts' ranks, or back.
+
+    Args:
+        token_bytes: bytes of all of a rank's tokens, each counted once.
+        once_a_node: copies for experts of one NVLink domain cross between domains once and are copied inside it
+            (DeepEP, HybridEP); otherwise every copy travels alone (all-to-all).
+    """
+    size = np.asarray(token_bytes, dtype=np.float64)
+    n = np.maximum(np.asarray(ranks, dtype=np.float64), 1.0)
+    k = np.maximum(np.minimum(np.asarray(local, dtype=np.float64), n), 1.0)
+    domains = n / k
+    copies_out = topk * (n - k) / n
+    if once_a_node:
+        copies_out = np.minimum(copies_out, (domains - 1.0) * (1.0 - (1.0 - 1.0 / domains) ** topk))
+    inside = size * topk * (k - 1) / np.where(once_a_node, k, n) / links.nvlink("all_to_all")
+    outside = size * copies_out / links.nic("all_to_all")
+    start = links.profile.nvlink_latency_s + np.where(n > k, links.profile.rdma_latency_s, 0.0)
+    return np.asarray(np.where(n > 1, np.maximum(inside, outside) + start, 0.0))
 
 
 def point_to_point_s(size_bytes: ArrayLike, crosses_nodes: ArrayLike, links: Links) -> Floats:

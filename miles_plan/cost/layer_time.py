@@ -2,13 +2,13 @@
 
 Roofline a kernel: matrix products by FLOPs over what large products reach, less what the last wave of tiles, a short
 inner dimension and half-empty expert tiles waste; flash attention by its own reached rate; everything else by bytes
-over what streaming kernels reach. Communication by topology.
+over what streaming kernels reach; and the host, which launches every kernel unless CUDA graphs replay them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,26 +17,48 @@ from miles_plan.catalog.architecture import LayerKind
 from miles_plan.catalog.ffns import DenseFfn, MoeFfn
 from miles_plan.catalog.mixers import CompressedLatent, GatedDelta, GroupedQuery, Mamba2, MultiLatent
 from miles_plan.cost.columns import LayoutColumns
-from miles_plan.cost.communication import Links, collective_s, ranks_in_domain
+from miles_plan.cost.communication import Links, collective_s, dispatch_s, ranks_in_domain
 from miles_plan.cost.gemms import Gemm, layer_gemms
+from miles_plan.cost.train_options import QUANTIZED
 
 Floats = NDArray[np.float64]
 
-TILE_M, TILE_N = 128, 256
+TILE_M, TILE_N = 128, 128
 """Output tile of the large-product kernels of cuBLAS and DeepGEMM on Hopper and Blackwell."""
-K_RAMP = 256
+WAVE_LOSS = 0.1
+"""Work lost to the unfinished last wave, in waves: cuBLAS picks smaller tiles where waves are few."""
+K_RAMP = 64
 """Inner length that the prologue and epilogue of one tile are worth."""
 BACKWARD_ATTENTION_FLOPS = 2.5
 """Backward over forward FLOPs of flash attention: five products for two (arXiv 2205.14135)."""
-FORWARD_KERNELS, MOE_FORWARD_KERNELS = 16, 45
-"""Kernels the host launches for a layer's forward in Megatron-core; backward launches twice as many."""
-HOST_S_PER_KERNEL = 7.0e-6
-"""Host time to launch one kernel through PyTorch and autograd without CUDA graphs."""
+BACKWARD_MOVED = 1.6
+"""Backward over forward bytes of the kernels between products (measured, Megatron-core 0.19 on H200)."""
+MOVED_PASSES = 3.0
+"""Bytes those kernels really move over the ideal of reading inputs and writing outputs once: casts, copies into
+contiguous heads, statistics (measured, the same runs)."""
+ROUTED_PASSES, FUSED_ROUTED_PASSES = 3.0, 0.3
+"""The same for routed tokens: permutation, activation and quantisation apart, or fused (NeMo 26.06 and later)."""
+SHORTEST_ROW = 2048
+"""Elements of a routed row below which permutation is bound by rows, not bytes."""
+BIASED_EXPERT_PASSES = 3.0
+"""Expert biases and clamped activations (gpt-oss) run as kernels of their own."""
+LATENT_HOST = 1.3
+"""Launches of a latent-attention layer over a grouped-query one."""
+FORWARD_HOST_S, BACKWARD_HOST_S = 1.9e-3, 2.7e-3
+"""Host time to launch one dense layer of Megatron-core with Transformer Engine (measured: 28 layers, 60 and 76 ms)."""
+MOE_FORWARD_HOST_S, MOE_BACKWARD_HOST_S = 4.0e-3, 5.0e-3
+"""The same of a layer with experts: router, dispatch, a wait for token counts (measured)."""
+EXPERT_FORWARD_HOST_S, EXPERT_BACKWARD_HOST_S = 20.0e-6, 40.0e-6
+"""Per local expert: the grouped product is a loop of launches, two forward and four backward (measured)."""
+
+Dispatcher = Literal["alltoall", "deepep"]
+LayerSeconds = dict[str, Floats]
+TERMS = ("gemm", "attention", "memory", "tp", "cp", "ep", "host")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Microbatch:
-    """One microbatch before context parallelism cuts it: tokens, and the sum of squares of its sequence lengths.
+    """One microbatch of the whole context-parallel group: tokens, and the sum of squares of its sequence lengths.
 
     longest is the longest sequence, which bounds what a sliding window sees.
     """
@@ -53,64 +75,77 @@ class Microbatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputeOptions:
-    """precision of matrix products; dispatch_bytes: bytes an element of what the experts' all-to-all carries;
-    moe_imbalance: tokens of the fullest expert rank over the mean; cuda_graphs: launches do not wait for the host;
-    tp_overlap: share of tensor-parallel communication hidden behind products; ep_overlap: the same for the experts'."""
+    """How a layer runs.
+
+    precision: of matrix products. dispatcher: deepep sends a token once to each node and in bf16 or fp8
+    (dispatch_bytes), alltoall once to each expert. moe_imbalance: tokens of the fullest expert rank over the mean.
+    cuda_graphs: share of the launches that graphs replay, 0 to 1. tp_overlap, ep_overlap: share of that communication
+    hidden behind compute. attention_scale: reached rate of the attention kernel over the profile's fused one.
+    weight_gradients: False where the base weights are frozen (adapters). fused_experts: permutation, activation and
+    quantisation of routed tokens run inside the grouped products.
+    """
 
     precision: str = "bf16"
+    dispatcher: Dispatcher = "alltoall"
     dispatch_bytes: float = 2.0
     moe_imbalance: float = 1.0
-    cuda_graphs: bool = False
+    cuda_graphs: float = 0.0
     tp_overlap: float = 0.0
     ep_overlap: float = 0.0
-
-
-LayerSeconds = dict[str, Floats]
+    attention_scale: float = 1.0
+    moved_scale: float = 1.0
+    weight_gradients: bool = True
+    fused_experts: bool = False
 
 
 def layer_seconds(
     kind: LayerKind, hidden: int, columns: LayoutColumns, batch: Microbatch, links: Links, options: ComputeOptions
 ) -> tuple[LayerSeconds, LayerSeconds]:
-    """Forward and backward seconds of one layer by term, shape [n]: gemm, attention, memory, tp, ep, host."""
+    """Forward and backward seconds of one layer by term, shape [n]."""
     tokens = np.asarray(batch.tokens / columns.cp)
     forward: LayerSeconds = {name: np.zeros(len(columns)) for name in TERMS}
     backward: LayerSeconds = {name: np.zeros(len(columns)) for name in TERMS}
     for gemm in layer_gemms(kind, hidden):
         seconds = gemm_seconds(gemm, tokens, columns, links, options)
         forward["gemm"] = forward["gemm"] + seconds
-        backward["gemm"] = backward["gemm"] + 2.0 * seconds
-    flops = _score_flops(kind, batch) / (columns.cp * columns.tp)
-    peak = links.gpu.rate("bf16" if "bf16" in links.gpu.flops else "fp32")
-    forward["attention"] = flops / (peak * links.profile.attention_forward_fraction)
-    backward["attention"] = flops * BACKWARD_ATTENTION_FLOPS / (peak * links.profile.attention_backward_fraction)
-    moved = _moved_bytes(kind, hidden, columns, options) * tokens
+        backward["gemm"] = backward["gemm"] + (2.0 if options.weight_gradients else 1.0) * seconds
+    _attention_seconds(kind, batch, columns, links, options, forward, backward)
+    moved = _moved_bytes(kind, hidden, columns, options) * tokens * options.moved_scale
     reached = links.gpu.hbm_bytes_per_s * links.profile.hbm_fraction
-    forward["memory"], backward["memory"] = moved / reached, 2.0 * moved / reached
+    forward["memory"], backward["memory"] = moved / reached, BACKWARD_MOVED * moved / reached
     tp_forward, tp_backward = _tp_seconds(kind, hidden, tokens, columns, links)
     forward["tp"], backward["tp"] = tp_forward * (1 - options.tp_overlap), tp_backward * (1 - options.tp_overlap)
     forward["cp"], backward["cp"] = _cp_seconds(kind, tokens, columns, links, forward["attention"])
     exchange = _ep_seconds(kind, hidden, tokens, columns, links, options) * (1 - options.ep_overlap)
     forward["ep"], backward["ep"] = exchange, exchange
-    if not options.cuda_graphs:
-        kernels = MOE_FORWARD_KERNELS if isinstance(kind.ffn, MoeFfn) else FORWARD_KERNELS
-        _wait_for_host(forward, kernels * HOST_S_PER_KERNEL)
-        _wait_for_host(backward, 2 * kernels * HOST_S_PER_KERNEL)
+    ahead, back = host_seconds(kind, columns, links)
+    _wait_for_host(forward, ahead * (1 - options.cuda_graphs))
+    _wait_for_host(backward, back * (1 - options.cuda_graphs))
     return forward, backward
 
 
-TERMS = ("gemm", "attention", "memory", "tp", "cp", "ep", "host")
+def host_seconds(kind: LayerKind, columns: LayoutColumns, links: Links) -> tuple[Floats, Floats]:
+    """Host time to launch a layer's forward and backward, scaled by how the profile's host compares."""
+    mixer = LATENT_HOST if isinstance(kind.mixer, MultiLatent | CompressedLatent) else float(bool(kind.mixer))
+    share = 0.5 * (mixer + bool(kind.ffn))
+    ahead, back = np.full(len(columns), FORWARD_HOST_S * share), np.full(len(columns), BACKWARD_HOST_S * share)
+    if isinstance(kind.ffn, MoeFfn):
+        local = kind.ffn.experts / columns.ep
+        ahead = ahead + MOE_FORWARD_HOST_S - FORWARD_HOST_S / 2 + local * EXPERT_FORWARD_HOST_S
+        back = back + MOE_BACKWARD_HOST_S - BACKWARD_HOST_S / 2 + local * EXPERT_BACKWARD_HOST_S
+    return ahead * links.profile.host_scale, back * links.profile.host_scale
 
 
-def _wait_for_host(seconds: LayerSeconds, host: float) -> None:
+def _wait_for_host(seconds: LayerSeconds, host: Floats) -> None:
     """What the host's launches take beyond the GPU's own work."""
-    busy = sum(seconds[name] for name in ("gemm", "attention", "memory"))
-    seconds["host"] = np.maximum(0.0, host - np.asarray(busy))
+    busy = np.asarray(sum(seconds[name] for name in ("gemm", "attention", "memory", "tp", "ep")))
+    seconds["host"] = np.maximum(0.0, host - busy)
 
 
 def gemm_seconds(gemm: Gemm, tokens: Floats, columns: LayoutColumns, links: Links, options: ComputeOptions) -> Floats:
     """Forward seconds of one product on one rank: FLOPs at the reached rate, or its weights and tensors over HBM."""
     gpu, profile = links.gpu, links.profile
-    quantized = options.precision not in ("bf16", "fp16", "fp32", "tf32") and gemm.name not in ("router",)
+    quantized = options.precision in QUANTIZED and gemm.name not in ("router", "head")
     precision = options.precision if quantized or options.precision in ("fp32", "tf32") else "bf16"
     peak = gpu.rate(precision) * profile.gemm_fraction.get(precision, profile.gemm_fraction["bf16"])
     split = columns.etp if gemm.experts else columns.tp
@@ -120,22 +155,44 @@ def gemm_seconds(gemm: Gemm, tokens: Floats, columns: LayoutColumns, links: Link
         rows = tokens * gemm.times * columns.etp / columns.tp * options.moe_imbalance
         local = gemm.experts / columns.ep
         fill = rows / local
-        usable = profile.grouped_gemm_fraction * fill / (fill + TILE_M / 2)
-        weights = local
+        grouped = 1.0 if options.fused_experts else profile.grouped_gemm_fraction
+        usable, weights = grouped * fill / (fill + TILE_M / 2), local
     else:
         rows, usable, weights = tokens * gemm.times, np.ones(len(columns)), np.ones(len(columns))
     usable = usable * wave_fraction(rows, wide, gpu.sms) * deep / (deep + K_RAMP)
     size = 1.0 if quantized else 2.0
     traffic = (rows * deep + weights * wide * deep) * size + rows * wide * 2.0
     reached = gpu.hbm_bytes_per_s * profile.hbm_fraction
-    return np.asarray(np.maximum(2.0 * rows * wide * deep / (peak * usable), traffic / reached) + profile.kernel_launch_s)
+    seconds = np.maximum(2.0 * rows * wide * deep / (peak * usable), traffic / reached)
+    if quantized:  # inputs are read in bf16 and written in two quantised orientations
+        seconds = seconds + 4.0 * rows * deep / reached
+    return np.asarray(seconds + profile.kernel_launch_s)
 
 
 def wave_fraction(rows: ArrayLike, wide: ArrayLike, sms: int) -> Floats:
-    """Share of the tiles' slots that have work: the last wave is half full on average."""
+    """Share of the tiles' slots that have work."""
     tiles = np.ceil(np.asarray(rows) / TILE_M) * np.ceil(np.asarray(wide) / TILE_N)
     waves = tiles / sms
-    return np.asarray(waves / (waves + 0.5))
+    return np.asarray(waves / (waves + WAVE_LOSS))
+
+
+def _attention_seconds(
+    kind: LayerKind,
+    batch: Microbatch,
+    columns: LayoutColumns,
+    links: Links,
+    options: ComputeOptions,
+    forward: LayerSeconds,
+    backward: LayerSeconds,
+) -> None:
+    flops = _score_flops(kind, batch) / (columns.cp * columns.tp) / options.attention_scale
+    peak = links.gpu.rate("bf16" if "bf16" in links.gpu.flops else "fp32")
+    if isinstance(kind.mixer, GatedDelta | Mamba2):
+        seconds = flops / (peak * links.profile.scan_fraction)
+        forward["attention"], backward["attention"] = seconds, BACKWARD_ATTENTION_FLOPS * seconds
+        return
+    forward["attention"] = flops / (peak * links.profile.attention_forward_fraction)
+    backward["attention"] = flops * BACKWARD_ATTENTION_FLOPS / (peak * links.profile.attention_backward_fraction)
 
 
 def _score_flops(kind: LayerKind, batch: Microbatch) -> Floats:
@@ -195,20 +252,23 @@ def _moved_bytes(kind: LayerKind, hidden: int, columns: LayoutColumns, options: 
     ffn = kind.ffn
     if isinstance(ffn, DenseFfn):
         total = total + 2.0 * (ffn.up_width + ffn.size) / columns.tp
-    elif isinstance(ffn, MoeFfn):
-        total = total + _moe_moved(ffn, hidden, columns, options)
-    return np.asarray(total)
+    total = np.asarray(total) * MOVED_PASSES
+    return total + _moe_moved(ffn, hidden, columns, options) if isinstance(ffn, MoeFfn) else total
 
 
 def _moe_moved(ffn: MoeFfn, hidden: int, columns: LayoutColumns, options: ComputeOptions) -> Floats:
     """Permutation and its inverse on both sides of the exchange, activation, router scores."""
-    into = ffn.expert_input(hidden)
-    routed = ffn.topk * (8.0 * into + 2.0 * (ffn.up_width + ffn.size)) * options.moe_imbalance
+    into = max(ffn.expert_input(hidden), SHORTEST_ROW)
+    passes = FUSED_ROUTED_PASSES if options.fused_experts and ffn.gated and not ffn.bias else ROUTED_PASSES
+    passes = passes * (BIASED_EXPERT_PASSES if ffn.bias else 1.0)
+    routed = ffn.topk * (8.0 * into + 2.0 * (ffn.up_width + ffn.size)) * options.moe_imbalance * passes
     beside = 2.0 * 3.0 * (ffn.shared_size + ffn.parallel_dense_size) / columns.tp
-    return np.asarray((routed + 12.0 * ffn.experts) / columns.sequence_split + beside)
+    return np.asarray((routed + 24.0 * ffn.experts) / columns.sequence_split + beside)
 
 
-def _tp_seconds(kind: LayerKind, hidden: int, tokens: Floats, columns: LayoutColumns, links: Links) -> tuple[Floats, Floats]:
+def _tp_seconds(
+    kind: LayerKind, hidden: int, tokens: Floats, columns: LayoutColumns, links: Links
+) -> tuple[Floats, Floats]:
     """Tensor-parallel exchanges: two a part with sequence parallelism (gather and scatter), one sum without.
 
     Backward gathers the input once more for the weight gradient. Expert parts exchange by `ep` instead.
@@ -216,11 +276,9 @@ def _tp_seconds(kind: LayerKind, hidden: int, tokens: Floats, columns: LayoutCol
     parts = (1 if kind.mixer else 0) + (1 if isinstance(kind.ffn, DenseFfn) or _has_shared(kind) else 0)
     size = tokens * hidden * 2.0
     local = ranks_in_domain(columns.tp, np.ones(len(columns)), links.domain)
-
-    def one(op: str) -> Floats:
-        return _collectives[op](size, columns.tp, local, links)
-
-    gather, scatter, reduce = one("all_gather"), one("reduce_scatter"), one("all_reduce")
+    gather = collective_s("all_gather", size, columns.tp, local, links)
+    scatter = collective_s("reduce_scatter", size, columns.tp, local, links)
+    reduce = collective_s("all_reduce", size, columns.tp, local, links)
     forward = np.where(columns.sequence_parallel, gather + scatter, reduce) * parts
     backward = np.where(columns.sequence_parallel, 2.0 * gather + scatter, reduce) * parts
     return np.asarray(forward), np.asarray(backward)
@@ -228,13 +286,6 @@ def _tp_seconds(kind: LayerKind, hidden: int, tokens: Floats, columns: LayoutCol
 
 def _has_shared(kind: LayerKind) -> bool:
     return isinstance(kind.ffn, MoeFfn) and kind.ffn.shared_size + kind.ffn.parallel_dense_size > 0
-
-
-_collectives: dict[str, Callable[[Floats, Floats, Floats, Links], Floats]] = {
-    "all_gather": lambda size, n, k, links: collective_s("all_gather", size, n, k, links),
-    "reduce_scatter": lambda size, n, k, links: collective_s("reduce_scatter", size, n, k, links),
-    "all_reduce": lambda size, n, k, links: collective_s("all_reduce", size, n, k, links),
-}
 
 
 def _cp_seconds(
@@ -262,11 +313,12 @@ def _ep_seconds(
     """Dispatch and combine of one pass; expert tensor parallelism gathers and scatters the same tokens besides."""
     if not isinstance(kind.ffn, MoeFfn):
         return np.zeros(len(columns))
-    into = kind.ffn.expert_input(hidden)
-    copies = tokens / columns.tp * kind.ffn.topk * into * options.moe_imbalance
+    ffn = kind.ffn
+    own = tokens / columns.tp * ffn.expert_input(hidden) * options.moe_imbalance
     local = ranks_in_domain(columns.ep, columns.etp, links.domain)
-    out = collective_s("all_to_all", copies * options.dispatch_bytes, columns.ep, local, links)
-    back = collective_s("all_to_all", copies * 2.0, columns.ep, local, links)
+    once = options.dispatcher == "deepep"
+    out = dispatch_s(own * options.dispatch_bytes, ffn.topk, columns.ep, local, links, once)
+    back = dispatch_s(own * 2.0, ffn.topk, columns.ep, local, links, once)
     peers = ranks_in_domain(columns.etp, np.ones(len(columns)), links.domain)
-    gathered = collective_s("all_gather", copies * 2.0 * columns.etp, columns.etp, peers, links)
+    gathered = collective_s("all_gather", own * ffn.topk * 2.0 * columns.etp, columns.etp, peers, links)
     return np.asarray(out + back + 2.0 * gathered)

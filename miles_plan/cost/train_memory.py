@@ -275,7 +275,9 @@ def _saved_bytes(saved: Saved, columns: LayoutColumns, options: TrainMemoryOptio
     return np.full(len(columns), size)
 
 
-def _activation_terms(model: ModelArchitecture, columns: LayoutColumns, options: TrainMemoryOptions) -> dict[str, Floats]:
+def _activation_terms(
+    model: ModelArchitecture, columns: LayoutColumns, options: TrainMemoryOptions
+) -> dict[str, Floats]:
     """Saved activations at the peak of forward and backward, shape [n, pp]."""
     hidden, counts = model.hidden_size, stage_kinds(model, columns.pp, columns.vpp, columns.stage_layers)
     tokens = options.tokens_per_gpu
@@ -311,7 +313,9 @@ def _head_bytes(model: ModelArchitecture, columns: LayoutColumns, options: Train
     element = options.logits_bytes or (6.0 + (4.0 if options.entropy else 0.0))
     whole = element * tokens
     if options.logits_chunk_tokens:  # the bf16 logits stay whole, and so does their gradient
-        whole = np.minimum(whole, (2.0 if options.forward_only else 4.0) * tokens + element * options.logits_chunk_tokens)
+        whole = np.minimum(
+            whole, (2.0 if options.forward_only else 4.0) * tokens + element * options.logits_chunk_tokens
+        )
     logits = whole * model.vocab_size / columns.tp
     norm = 2.0 * tokens * model.hidden_size * options.element_bytes / columns.sequence_split
     return np.asarray(logits + norm)
@@ -357,7 +361,9 @@ def _megatron_terms(
     if options.fused_gradient_accumulation and not options.forward_only:
         scratch = _dummy_gradient_bytes(model, columns, options)
     terms["weight-gradient scratch"] = scratch
-    terms["workspace"] = np.full(shape, float(CUBLAS_WORKSPACE_BYTES + (GROUPED_GEMM_WORKSPACE_BYTES if model.moe else 0)))
+    terms["workspace"] = np.full(
+        shape, float(CUBLAS_WORKSPACE_BYTES + (GROUPED_GEMM_WORKSPACE_BYTES if model.moe else 0))
+    )
     return terms | _outside_terms(terms, columns, profile)
 
 
@@ -385,7 +391,9 @@ def _outside_terms(terms: dict[str, Floats], columns: LayoutColumns, profile: Ha
     allocated = sum_terms(terms)
     groups = 1.0 + (columns.tp > 1) + (columns.cp > 1) + 2.0 * (columns.ep > 1) + 1.0 * (columns.pp > 1)
     world = columns.tp * columns.cp * columns.dp * columns.pp
-    communicators = np.where(world > 1, profile.communicator_bytes + (groups - 1) * profile.next_communicator_bytes, 0.0)
+    communicators = np.where(
+        world > 1, profile.communicator_bytes + (groups - 1) * profile.next_communicator_bytes, 0.0
+    )
     return {
         "cuda context": np.full(allocated.shape, profile.context_bytes),
         "communicators": communicators[:, None] * np.ones(allocated.shape),
@@ -446,7 +454,10 @@ def _torch_terms(model: ModelArchitecture, columns: LayoutColumns, options: Trai
     keep = counts if options.recompute == "none" else np.minimum(counts, 1.0)
     # Softmax input, output and the fp32 copy between them, for each query of the microbatch and key of its sequence.
     scores = (
-        (8.0 + options.element_bytes) * tokens * np.minimum(options.seq_len, options.tokens_per_gpu * columns.cp) / columns.tp
+        (8.0 + options.element_bytes)
+        * tokens
+        * np.minimum(options.seq_len, options.tokens_per_gpu * columns.cp)
+        / columns.tp
     )
     terms["attention scores"] = scores[:, None] * (keep @ heads)
     head = np.zeros_like(params.total)

@@ -17,15 +17,20 @@ from miles_plan.cost.interval import Basis, Interval, Term
 from miles_plan.cost.layer_time import TERMS, ComputeOptions, Microbatch, gemm_seconds, layer_seconds
 from miles_plan.cost.profile import HardwareProfile
 from miles_plan.cost.train_memory import rank_params, train_memory_columns
-from miles_plan.cost.train_options import OptimizerOptions, TrainMemoryOptions
+from miles_plan.cost.train_options import Engine, OptimizerOptions, TrainMemoryOptions
 from miles_plan.ir.layout import Recompute, TrainLayout
 
 Floats = NDArray[np.float64]
 
 STEP_ERROR = {"measured": 0.15, "calibrated": 0.25, "roofline": 0.35}
 """Relative half width of the 90 % interval by where the efficiencies come from (docs/accuracy.md)."""
-OPTIMIZER_BYTES = 30.0
-"""HBM traffic of one parameter's Adam step: gradient, master and two moments read, three written, bf16 written."""
+OPTIMIZER_BYTES = 44.0
+"""HBM traffic of one parameter's Adam step: gradient norm and zeroing 8, gradient, master and moments read 16 and
+written 12, bf16 copy 8."""
+LOSS_FORWARD_BYTES, LOSS_BACKWARD_BYTES = 30.0, 5.0
+"""HBM traffic of an element of the logits in vocabulary-parallel cross entropy (measured, not fused)."""
+CONTENTION = 0.2
+"""How much a communication kernel slows the compute it runs beside (1.1 to 1.3 in arXiv 2412.01523 and Galvatron)."""
 CPU_ADAM_BYTES_PER_S = 60.0e9
 """Host memory traffic one GPU's share of a node's cores sustains in a CPU Adam step."""
 
@@ -73,6 +78,7 @@ class TrainTimeOptions:
     recompute_modules: frozenset[str] = frozenset({"core_attn"})
     recompute_layers: int = 0
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    engine: Engine = "megatron"
     grad_bytes: float = 4.0
     overlap_dp: bool = True
 
@@ -139,7 +145,9 @@ def _group_seconds(
 ) -> dict[str, Floats]:
     tokens_per_replica = workload.total_tokens / columns.dp
     room = np.maximum(workload.tokens_per_gpu * columns.cp, workload.longest)
-    microbatches = np.maximum(1.0, np.ceil(tokens_per_replica / workload.gradient_steps / room)) * workload.gradient_steps
+    microbatches = (
+        np.maximum(1.0, np.ceil(tokens_per_replica / workload.gradient_steps / room)) * workload.gradient_steps
+    )
     batch = Microbatch(
         tokens=tokens_per_replica / microbatches,
         sum_squares=workload.sum_squares / columns.dp / microbatches,
@@ -152,11 +160,38 @@ def _group_seconds(
     out = {name: values[slowest] * microbatches for name, values in stage.items()}
     out["bubble"] = whole[slowest] * (columns.pp - 1) / columns.vpp * workload.gradient_steps
     out["pp"] = _pipeline_seconds(model, columns, batch, links) * microbatches * (1.0 if forward_only else 2.0)
+    if options.engine == "fsdp2":
+        ahead = np.asarray(sum(forward.values()))[slowest]
+        out["fsdp"] = _gather_seconds(model, columns, links, ahead, whole[slowest], forward_only) * microbatches
     if not forward_only:
         out |= _update_seconds(model, columns, links, options, whole[slowest])
         for name in ("dp", "optimizer"):
             out[name] = out[name] * workload.gradient_steps
     return out
+
+
+def _gather_seconds(
+    model: ModelArchitecture,
+    columns: LayoutColumns,
+    links: Links,
+    forward: Floats,
+    whole: Floats,
+    forward_only: bool,
+) -> Floats:
+    """FSDP2's gathering of weights in forward and backward and scattering of gradients, every microbatch.
+
+    It runs beside compute, which it slows while it lasts; what is longer than compute is exposed.
+    """
+    params = rank_params(model, columns).total.max(axis=1)
+    replicas = columns.dp * columns.cp
+    near = ranks_in_domain(replicas, columns.tp, links.domain)
+    gather = collective_s("all_gather", params * 2.0, replicas, near, links)
+    scatter = collective_s("reduce_scatter", params * 2.0, replicas, near, links)
+    exposed = np.maximum(0.0, gather - forward) + CONTENTION * np.minimum(gather, forward)
+    if forward_only:
+        return np.asarray(exposed)
+    backward, moving = whole - forward, gather + scatter
+    return np.asarray(exposed + np.maximum(0.0, moving - backward) + CONTENTION * np.minimum(moving, backward))
 
 
 def _stage_seconds(
@@ -173,15 +208,15 @@ def _stage_seconds(
             forward[name] += ahead[name][:, None] * counts[None, :, at]
             backward[name] += back[name][:, None] * counts[None, :, at]
         again = _recompute_share(options, counts.sum(axis=1))
-        parts = np.asarray(sum(ahead[name] for name in _again_terms(options)))
+        parts = np.zeros(len(columns)) + sum(ahead[name] for name in _again_terms(options))
         backward["recompute"] += parts[:, None] * (counts[None, :, at] * again[None])
     head = Gemm("head", model.vocab_size, model.hidden_size, "column")
     tokens = np.asarray(batch.tokens / columns.cp)
     product = gemm_seconds(head, tokens, columns, links, ComputeOptions())
     reached = links.gpu.hbm_bytes_per_s * links.profile.hbm_fraction
-    loss = tokens * model.vocab_size / columns.tp * 14.0 / reached
-    forward["head"][:, -1] = product + loss
-    backward["head"][:, -1] = 2.0 * product + loss
+    element = tokens * model.vocab_size / columns.tp / reached
+    forward["head"][:, -1] = product + element * LOSS_FORWARD_BYTES
+    backward["head"][:, -1] = 2.0 * product + element * LOSS_BACKWARD_BYTES
     return forward, backward
 
 
@@ -238,8 +273,12 @@ def _update_seconds(
 
     reduce, gather = both("reduce", options.grad_bytes), both("gather", 2.0)
     exposed = reduce + gather
-    if options.overlap_dp:  # the last backward hides most of the reduction, the first forward most of the gathering
-        exposed = np.maximum(0.1 * reduce, reduce - 0.6 * microbatch) + np.maximum(0.1 * gather, gather - 0.3 * microbatch)
+    if options.engine == "fsdp2":
+        exposed = np.zeros_like(exposed)
+    elif options.overlap_dp:  # the last backward hides most of the reduction, the first forward most of the gathering
+        exposed = np.maximum(0.1 * reduce, reduce - 0.6 * microbatch) + np.maximum(
+            0.1 * gather, gather - 0.3 * microbatch
+        )
     shard = dense / replicas + expert / expert_replicas
     shard = shard if options.optimizer.distributed else dense + expert
     return {"dp": exposed, "optimizer": _optimizer_seconds(shard, links, options.optimizer)}
@@ -250,7 +289,9 @@ def _optimizer_seconds(shard: Floats, links: Links, optimizer: OptimizerOptions)
         return np.zeros_like(shard)
     moved = shard * optimizer.offload_fraction
     on_gpu = (shard - moved) * OPTIMIZER_BYTES / (links.gpu.hbm_bytes_per_s * links.profile.hbm_fraction)
-    over_link = moved * (4.0 / links.profile.device_to_host_bytes_per_s + 2.0 / links.profile.host_to_device_bytes_per_s)
+    over_link = moved * (
+        4.0 / links.profile.device_to_host_bytes_per_s + 2.0 / links.profile.host_to_device_bytes_per_s
+    )
     on_host = moved * OPTIMIZER_BYTES / CPU_ADAM_BYTES_PER_S
     return np.asarray(on_gpu + over_link + on_host)
 

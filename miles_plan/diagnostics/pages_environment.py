@@ -167,4 +167,12 @@ PAGES: tuple[Page, ...] = (
         example="data: {reward: my_rewards:score}",
         fix="Check the entry point `package.module:function`; modules are looked up in the working directory too.",
     ),
+    Page(
+        code="MP442",
+        title="a plan file that cannot be used",
+        what="The file is missing, is no plan, comes from another version, or was changed after it was written.",
+        why="A plan runs exactly as it was reviewed, so it carries its own digest.",
+        example="error[MP442]: plan.json was changed after it was written: its digest is 3f2a, it claims 9c41",
+        fix="Compile the spec again.",
+    ),
 )

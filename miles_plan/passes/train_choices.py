@@ -121,8 +121,9 @@ def search_train(ctx: PassContext, cluster: Cluster, num_gpus: int, workload: St
 def price_layouts(ctx: PassContext, cluster: Cluster, layouts: Sequence[TrainLayout], workload: StepWorkload) -> TrainSearch:
     """Price `layouts` under every combination of options the spec leaves open, dominated ones left out.
 
-    Recomputing more, or keeping optimizer state on the host, never makes the same layout and budget faster. So what fits with
-    the lighter options is not priced again with the heavier ones, and the cheapest choice found is still the cheapest there is.
+    Recomputing more never makes the same layout, budget and offload faster. So what fits with less of it is not priced again
+    with more, and the cheapest choice found is still the cheapest there is. (Optimizer state on the host is not dominated:
+    the step is slower, but a colocated trainer then has less to put away.)
     """
     capacity = min(usable_bytes(group) for group in cluster.groups)
     found: list[TrainChoice] = []
@@ -157,9 +158,9 @@ class _Options:
     optimizer_offload: bool
 
     def dominates(self, other: _Options) -> bool:
-        """Whether this is at least as fast for every layout: it recomputes no more and offloads no more."""
+        """Whether this is at least as good for every layout: it recomputes no more, all else being equal."""
         lighter = RECOMPUTE_ORDER.index(self.recompute) <= RECOMPUTE_ORDER.index(other.recompute)
-        return lighter and self.optimizer_offload <= other.optimizer_offload
+        return lighter and self.optimizer_offload == other.optimizer_offload
 
 
 def _option_space(ctx: PassContext, budget: int) -> Iterator[_Options]:

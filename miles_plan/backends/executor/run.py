@@ -1,4 +1,4 @@
-"""Run a plan, or continue a run: everything from the lock on the folder to the report at the end."""
+"""Run a plan, or continue a run: everything from the lock on the folder to the summary at the end."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ from miles_plan.ir.plan import Plan, plan_sha256, read_plan, write_plan
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How a run ended: its folder and its summary, None where it did not reach its end."""
+    """A run that reached its end: the plan's name, its folder and its summary."""
 
+    name: str
     directory: RunDirectory
-    summary: Mapping[str, Any] | None
+    summary: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +91,7 @@ def resume(root: Path, *, progress: Progress | None = None) -> Result:
         if settings.plan_sha256 != plan_sha256(plan):
             raise RunDirectoryError(f"{directory.plan} is not the plan that this run began with")
         if directory.summary.exists() and directory.final.exists():
-            return Result(directory, json.loads(directory.summary.read_text(encoding="utf-8")))
+            return Result(plan.name, directory, json.loads(directory.summary.read_text(encoding="utf-8")))
         removed = _clean_up_after(left_behind) + sweep(directory.checkpoints)
         return _carry_out(plan, directory, settings, progress, removed=removed)
 
@@ -111,7 +112,7 @@ def _carry_out(
     try:
         exported = _in_session(plan, directory, settings, flow, log)
         ending = "finished"
-        return Result(directory, _finish(plan, directory, log, exported))
+        return Result(plan.name, directory, _finish(plan, directory, log, exported))
     except InterruptedRunError:
         ending = "interrupted"
         raise
@@ -167,7 +168,7 @@ def _session(plan: Plan, directory: RunDirectory, log: RunLog) -> Iterator[Sessi
 
 
 def _finish(plan: Plan, directory: RunDirectory, log: RunLog, exported: Exported) -> Mapping[str, Any]:
-    """Summary, report and trace."""
+    """The summary, written last: a folder that has one holds a finished run."""
     restarts = len(log.events.earlier("run_resumed")) + sum(
         event["action"] != "stop" for event in log.events.earlier("task_failed")
     )
@@ -180,16 +181,7 @@ def _finish(plan: Plan, directory: RunDirectory, log: RunLog, exported: Exported
         details={"sessions": len(log.journal.sessions()), "digests_differ": log.digests_differ, "finished": True},
     )
     write_json(directory.summary, summary)
-    _write_report(directory.root)
     return summary
-
-
-def _write_report(root: Path) -> None:
-    return
-    from miles_plan.report import write_run_report, write_trace
-
-    write_trace(root)
-    write_run_report(root)
 
 
 def _clean_up_after(left_behind: Mapping[str, Any] | None) -> list[str]:
