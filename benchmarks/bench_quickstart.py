@@ -2,8 +2,8 @@
 
 python -m benchmarks.bench_quickstart --seeds 0 1 2 3 4 --out benchmarks/results/quickstart_cpu.json
 
-Prints one row a seed and exits with 1 if a figure that the README promises is missed: a rise of at least 25 points (of 100) over
-the warm start, a log-prob difference of exactly 0, no routing mismatch, under three minutes.
+Prints one row a seed and exits with 1 if a figure that the README promises is missed: a rise of at least 25 points (of 100)
+over the warm start, a log-prob difference of exactly 0, no routing mismatch, under three minutes.
 """
 
 from __future__ import annotations
