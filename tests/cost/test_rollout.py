@@ -104,9 +104,7 @@ def test_lengths_come_from_files(tmp_path: Path) -> None:
 
 
 def workload(prompts: int, mean: float = 3500) -> RolloutWorkload:
-    return RolloutWorkload(
-        prompts=prompts, samples_per_prompt=8, prompt_tokens=500, responses=fit_lengths(8192, mean, 8000)
-    )
+    return RolloutWorkload(prompts=prompts, samples_per_prompt=8, prompt_tokens=500, responses=fit_lengths(8192, mean, 8000))
 
 
 def test_one_request_takes_its_length_in_steps() -> None:

@@ -72,9 +72,7 @@ def test_options_out_of_range_are_refused() -> None:
 
 
 LAYOUTS = st.builds(
-    lambda tp, pp, cp, dp, ep: TrainLayout(
-        tp=tp, pp=pp, cp=cp, dp=dp, ep=min(ep, tp * cp * dp), sequence_parallel=tp > 1
-    ),
+    lambda tp, pp, cp, dp, ep: TrainLayout(tp=tp, pp=pp, cp=cp, dp=dp, ep=min(ep, tp * cp * dp), sequence_parallel=tp > 1),
     *[st.sampled_from([1, 2, 4, 8])] * 5,
 )
 
@@ -94,7 +92,5 @@ def test_pricing_many_layouts_is_pricing_each(layouts: list[TrainLayout], tokens
 @given(layout=LAYOUTS, tokens=st.integers(1, 30000))
 def test_more_tokens_never_need_less(layout: TrainLayout, tokens: int) -> None:
     model = find_model("qwen3-30b-a3b")
-    small, large = (
-        train_memory(model, layout, TrainMemoryOptions(tokens_per_gpu=count)) for count in (tokens, 2 * tokens)
-    )
+    small, large = (train_memory(model, layout, TrainMemoryOptions(tokens_per_gpu=count)) for count in (tokens, 2 * tokens))
     assert small.peak_bytes.mid <= large.peak_bytes.mid

@@ -51,9 +51,7 @@ def test_a_pipeline_waits_in_its_bubble_and_offload_for_the_host() -> None:
 def test_pricing_many_layouts_is_pricing_each() -> None:
     model = find_model("qwen3-30b-a3b")
     layouts = [
-        TrainLayout(tp=tp, pp=pp, dp=8 // (tp * pp), ep=8 // pp, sequence_parallel=tp > 1)
-        for tp in (1, 2, 4)
-        for pp in (1, 2)
+        TrainLayout(tp=tp, pp=pp, dp=8 // (tp * pp), ep=8 // pp, sequence_parallel=tp > 1) for tp in (1, 2, 4) for pp in (1, 2)
     ]
     prices = price_train_layouts(model, layouts, WORKLOAD, CLUSTER, TrainMemoryOptions(), TrainTimeOptions())
     for at, layout in enumerate(layouts):

@@ -108,11 +108,11 @@ HOSTILE = [
 
 @pytest.mark.parametrize("answer", HOSTILE)
 def test_no_answer_keeps_the_verifier_busy(answer):
-    start = time.perf_counter()
+    start = time.process_time()
     for other in (answer, answer + "+0", "2"):
         same_answer(answer, other)
         math("", rf"\boxed{{{answer}}}", other, {})
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 @pytest.mark.parametrize(
@@ -129,9 +129,9 @@ def test_no_answer_keeps_the_verifier_busy(answer):
     ],
 )
 def test_no_response_keeps_the_search_busy(response):
-    start = time.perf_counter()
+    start = time.process_time()
     math("", response, "7", {})
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 def spellings(value: Fraction):
