@@ -79,7 +79,8 @@ def test_every_part_of_a_plan_is_compared(embedded_plan: Plan) -> None:
 @given(st.data())
 def test_no_leaf_of_a_plan_can_change_unseen(data: st.DataObject) -> None:
     body = to_json(load_plan(data.draw(st.sampled_from(NAMES))))["plan"]
-    part = data.draw(st.sampled_from([name for name, value in body.items() if value]))  # first the part: the graph is most of it
+    # The part is drawn first, for most leaves are the graph's.
+    part = data.draw(st.sampled_from([name for name, value in body.items() if value]))
     path = data.draw(st.sampled_from([(part, *rest) for rest in _leaves(body[part])]))
     changed = copy.deepcopy(body)
     place: Any = changed
