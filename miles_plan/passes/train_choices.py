@@ -20,7 +20,9 @@ from miles_plan.cost.profile import profile_for
 from miles_plan.cost.train_memory import train_memory_columns
 from miles_plan.cost.train_options import OptimizerOptions, TrainMemoryOptions
 from miles_plan.cost.train_time import TrainTimeOptions, TrainWorkload, train_step_columns
+from miles_plan.ir.graph import TaskGraph
 from miles_plan.ir.layout import Recompute, TrainLayout
+from miles_plan.ir.tasks import TrainStep
 from miles_plan.passes.base import PassContext
 from miles_plan.passes.layout_space import Room, even_stages, train_layouts, train_obstacles
 from miles_plan.passes.workload import StepWorkload
@@ -54,6 +56,25 @@ class TrainChoice:
     peak_bytes: float
     static_bytes: float
     host_bytes: float
+
+
+def chosen_train(graph: TaskGraph) -> TrainChoice:
+    """The choice that placement wrote into the graph, its prices left out."""
+    step = graph.task("train")
+    assert isinstance(step, TrainStep)
+    layout = graph.group(step.group or "").train_layout
+    assert layout is not None
+    return TrainChoice(
+        layout=layout,
+        recompute=step.recompute,
+        tokens_per_gpu=step.tokens_per_gpu,
+        optimizer_offload=step.optimizer_offload,
+        step_s=0.0,
+        log_prob_s=0.0,
+        peak_bytes=0.0,
+        static_bytes=0.0,
+        host_bytes=0.0,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
