@@ -35,7 +35,7 @@ from miles_plan.passes.train_choices import chosen_train, time_options, train_wo
 from miles_plan.passes.workload import StepWorkload, step_workload
 
 # The driver's share of one task: submit, collect, journal, as the embedded quickstart shows it (planned against measured).
-DRIVER_S = 0.01
+DRIVER_S = 0.005
 # NumPy over flat columns on one core: group sums, ratios, packing.
 HOST_TOKENS_PER_S = 2.0e7
 # One math verification or exact match in a worker; user rewards are unknown and bounded by their timeout.
