@@ -68,9 +68,14 @@ def describe(error: BaseException) -> str:
         text = traceback.format_exception_only(error)[-1].strip()
     except Exception:  # an exception whose own __str__ raises
         text = type(error).__name__
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return text[: LONGEST_DETAIL - len(place)] + place
+    return text[: LONGEST_DETAIL - 100] + _place(error)[-100:]
+
+
+def _place(error: BaseException) -> str:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})"
 
 
 def _number(value: object, what: str) -> float | Outcome:

@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miles_plan.data.jsonl import FieldProblem, LineError, column_of_field, index_jsonl, parse_line
@@ -91,6 +91,7 @@ def test_field_findings_point_at_the_value(tmp_path):
     assert places(error) == [(1, 22), (1, 1)]
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(), st.recursive(st.integers() | st.text(), st.lists, max_leaves=4), min_size=1), st.data())
 def test_column_of_field_is_where_the_value_begins(row, data):
     name = data.draw(st.sampled_from(sorted(row)))
@@ -100,6 +101,7 @@ def test_column_of_field_is_where_the_value_begins(row, data):
     assert column_of_field(line, "no such key" * 9) == 1
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=60))
 def test_no_bytes_make_the_parser_raise_anything_else(line):
     with suppress(LineError):

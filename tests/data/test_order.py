@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miles_plan.data.order import epoch_order, mix, rows_at
@@ -9,11 +9,13 @@ sizes = st.integers(1, 60)
 seeds = st.integers(-(2**70), 2**70)
 
 
+@settings(deadline=None)
 @given(sizes, seeds, st.integers(0, 2**40))
 def test_an_epoch_is_a_permutation(rows, seed, epoch):
     assert sorted(epoch_order(rows, seed=seed, epoch=epoch)) == list(range(rows))
 
 
+@settings(deadline=None)
 @given(sizes, seeds, st.integers(0, 300), st.integers(0, 200), st.booleans())
 def test_any_window_is_the_same_cut_of_one_stream(rows, seed, start, count, shuffle):
     whole = rows_at(0, start + count, rows=rows, seed=seed, shuffle=shuffle)

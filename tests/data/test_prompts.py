@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miles_plan.data.arithmetic import ALPHABET
@@ -148,6 +148,7 @@ def test_bad_demonstrations_are_reported(tmp_path):
     assert len(open_demonstrations(good, ByteTokenizer(), seed=0, max_tokens=7)) == 1
 
 
+@settings(deadline=None)
 @given(st.integers(0, 50), st.integers(1, 30), st.integers(0, 1000))
 def test_batches_tile_the_stream(tmp_path_factory, step, size, seed):
     path = tmp_path_factory.getbasetemp() / "tile.jsonl"

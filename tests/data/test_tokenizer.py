@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miles_plan.data.problem import DataError
@@ -32,6 +32,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_bytes_go_there_and_back(text):
     tokenizer = ByteTokenizer()
@@ -40,6 +41,7 @@ def test_bytes_go_there_and_back(text):
     assert all(token < 256 for token in tokens)
 
 
+@settings(deadline=None)
 @given(st.text("0123456789+-="))
 def test_characters_go_there_and_back(text):
     tokenizer = CharacterTokenizer("0123456789+-=")

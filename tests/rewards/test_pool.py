@@ -15,7 +15,7 @@ from miles_plan.rewards.worker_link import PoolLimits
 
 HERE = str(Path(__file__).parent)
 ROOT = Path(__file__).parents[2]
-LIMITS = PoolLimits(deadline_s=0.8, memory_bytes=1 << 28)
+LIMITS = PoolLimits(deadline_s=1.0)
 
 
 def item(response, group=0):
@@ -73,7 +73,14 @@ def settled(process, at_least):
 
 @pytest.fixture(scope="module")
 def pool():
-    with open_pool("trouble") as opened:
+    """Its deadline is for rewards that never end; others must not meet it on a busy machine."""
+    with open_pool("trouble", limits=PoolLimits(deadline_s=20, memory_bytes=1 << 28)) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def impatient():
+    with open_pool("trouble", limits=PoolLimits(deadline_s=1.0)) as opened:
         yield opened
 
 
@@ -97,10 +104,6 @@ def test_scores_come_back_in_order():
         ("_exit", "died", "ended with code 7"),
         ("segfault", "died", "killed by SIGSEGV"),
         ("kill", "died", "killed by SIGKILL (out of memory?)"),
-        ("spin", "deadline", "killed after 0."),
-        ("sleep", "deadline", "killed after 0."),
-        ("ignore signals", "deadline", "killed after 0."),
-        ("stop", "deadline", "killed after 0."),
         ("nan", "not_finite", "returned nan"),
         ("infinity", "not_finite", "returned -inf"),
         ("huge", "not_finite", "returned 1e+300"),
@@ -119,21 +122,29 @@ def test_scores_come_back_in_order():
         ("leave", "left_processes", "left 1 processes running"),
         ("leave in session", "left_processes", "left 1 processes running"),
         ("escape", "left_processes", "left 1 processes running"),
-        ("leave and hang", "deadline", "killed after 0."),
         ("close", "died", ""),
     ],
 )
 def test_trouble_is_named_and_costs_its_own_sample_only(pool, response, reason, detail):
-    before = descendants(os.getpid())
-    items = [item("1.5"), item("2"), item(response), item("-1"), item("0.5")]
-    outcomes = pool.outcomes(items)
+    assert_trouble(pool, response, reason, detail)
+
+
+@pytest.mark.parametrize("response", ["spin", "sleep", "ignore signals", "stop", "leave and hang"])
+def test_what_hangs_is_killed_at_its_deadline(impatient, response):
+    assert_trouble(impatient, response, "deadline", "killed after 1.")
+
+
+def assert_trouble(pool, response, reason, detail):
+    """One bad sample among good ones: it is named, they are scored, and nothing that it started is left."""
+    keeper = pool._keeper.process.pid
+    outcomes = pool.outcomes([item("1.5"), item("2"), item(response), item("-1"), item("0.5")])
     assert [outcome.score for outcome in outcomes] == [1.5, 2.0, outcomes[2].score, -1.0, 0.5]
     assert (outcomes[2].reason, detail in outcomes[2].detail) == (reason, True), outcomes[2]
     assert [outcome.score for outcome in pool.outcomes([item("7")] * 4)] == [7.0] * 4
-    deadline = time.monotonic() + 3
-    while len(descendants(os.getpid())) > max(len(before), 3) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 5
+    while len(descendants(keeper)) > 2 and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert len(descendants(os.getpid())) <= 3  # a keeper and two workers: nothing that the reward started is left
+    assert len(descendants(keeper)) <= 2  # the two workers
 
 
 @pytest.mark.parametrize(
@@ -151,11 +162,11 @@ def test_what_a_failing_reward_printed_is_kept(pool):
     assert outcome.output == "hello from the reward\n"
 
 
-def test_many_hangs_at_once_are_killed_in_parallel(pool):
+def test_many_hangs_at_once_are_killed_in_parallel(impatient):
     start = time.monotonic()
-    outcomes = pool.outcomes([item("sleep"), item("1")] * 4)
+    outcomes = impatient.outcomes([item("sleep"), item("1")] * 4)
     assert [outcome.reason for outcome in outcomes] == ["deadline", None] * 4
-    assert time.monotonic() - start < 4 * 0.8 / 2 + 1.4
+    assert time.monotonic() - start < 4  # seconds one after the other, half of it with two workers
 
 
 def test_every_item_may_end_its_process(pool):
@@ -165,10 +176,10 @@ def test_every_item_may_end_its_process(pool):
 def test_a_fork_bomb_is_gone_after_its_deadline():
     with open_pool("trouble", limits=PoolLimits(deadline_s=0.05)) as pool:
         assert [outcome.reason for outcome in pool.outcomes([item("fork bomb")])] == ["deadline"]
-        deadline = time.monotonic() + 10
-        while len(descendants(os.getpid())) > 3 and time.monotonic() < deadline:
+        keeper, deadline = pool._keeper.process.pid, time.monotonic() + 10
+        while len(descendants(keeper)) > 2 and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert len(descendants(os.getpid())) <= 3
+        assert len(descendants(keeper)) <= 2
 
 
 def test_a_group_reward_sees_all_samples_of_a_prompt():
