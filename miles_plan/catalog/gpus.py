@@ -283,8 +283,8 @@ _GPUS: tuple[Gpu, ...] = (
         host_memory_bytes=8 * _GIB,
         sms=1,
         launch_s=1.0e-4,
-        source="one process of the embedded engines on a laptop core, as the quickstart runs there; launch_s is Python and a few "
-        "small torch ops for what a GPU does in one kernel",
+        source="one process of the embedded engines on a laptop core, as the quickstart runs there; launch_s is Python and a "
+        "few small torch ops for what a GPU does in one kernel",
     ),
 )
 _ALIASES = {"h100-80gb": "h100", "h200-141gb": "h200", "a100-80gb": "a100", "h20-96gb": "h20"}
