@@ -105,8 +105,8 @@ class TrainEngine(Protocol):
     ) -> Mapping[str, float]:
         """One optimizer step over `batch` (gradient accumulation inside); metrics reduced over all ranks.
 
-        `temperature` is that at which the batch was sampled. The policy-gradient loss reads the columns `advantage`, `old_log_probs`, and where asked `reference_log_probs` and
-        `importance_weight`.
+        `temperature` is that at which the batch was sampled. The policy-gradient loss reads the columns
+        `advantage`, `old_log_probs`, and where asked `reference_log_probs` and `importance_weight`.
         """
         ...
 

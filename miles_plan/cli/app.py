@@ -7,7 +7,6 @@ it imports what is heavy inside the function. To add one, import it here and put
 from __future__ import annotations
 
 import io
-import os
 import sys
 from typing import Annotated
 
@@ -18,7 +17,6 @@ from miles_plan.cli.check import check
 from miles_plan.cli.compile import compile, estimate
 from miles_plan.cli.diff import diff
 from miles_plan.cli.doctor import doctor
-from miles_plan.cli.exit_code import ExitCode
 from miles_plan.cli.explain import explain
 from miles_plan.cli.findings import show_findings
 from miles_plan.cli.gpus import gpus
@@ -80,8 +78,5 @@ def main() -> None:
         app()
     except PlanError as problem:
         sys.exit(show_findings(problem.diagnostics, problem.sources))
-    except BrokenPipeError:  # the reader (`| head`) went away; what it wanted it has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(ExitCode.FINE)
     except Exception as problem:
         sys.exit(show_internal_error(problem))

@@ -40,7 +40,6 @@ def check(specs: SpecFiles, sets: Sets = None, format: FindingsFormat = OutputFo
 
 def findings_of(spec: str, sets: list[str]) -> tuple[list[Diagnostic], dict[str, str]]:
     """All findings about one spec, and the texts of the files they point into."""
-    from miles_plan.passes.compile import compile_job
     from miles_plan.spec import load_job
     from miles_plan.spec.named_things import named_things
 
@@ -51,6 +50,8 @@ def findings_of(spec: str, sets: list[str]) -> tuple[list[Diagnostic], dict[str,
     found = list(named_things(loaded))
     if any(each.severity == "error" for each in found):
         return found, dict(loaded.sources)  # the passes need models and GPUs that exist
+    from miles_plan.passes.compile import compile_job
+
     try:
         found += compile_job(loaded).diagnostics
     except PlanError as problem:

@@ -15,7 +15,7 @@ from miles_plan.catalog.ffns import DenseFfn, MoeFfn
 from miles_plan.catalog.mixers import CompressedLatent, GatedDelta, GroupedQuery, Mamba2, Mixer, MultiLatent
 
 Split = Literal["sequence", "tensor", "routed", "whole"]
-Module = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts", "mla_up_proj", "mixer"]
+Module = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts", "mla_up_proj", "mixer", "op"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -250,6 +250,8 @@ def layer_saved_bytes(
     kind: LayerKind, hidden: int, columns: LayoutColumns, options: TrainMemoryOptions, modules: frozenset[str]
 ) -> Floats:
     """Bytes a layer keeps of one token of this rank's sequence, shape [n]; `modules` are recomputed."""
+    if "op" in modules:
+        return _op_saved_bytes(kind, hidden, columns, options)
     total = np.zeros(len(columns))
     for saved in saved_tensors(kind, hidden, options.element_bytes):
         if not saved.modules & modules:
@@ -258,6 +260,17 @@ def layer_saved_bytes(
         # The checkpoint keeps the rotated query and key beside what the norms keep (measured, Megatron-core 0.19).
         total += (kind.mixer.query_dim + kind.mixer.kv_dim) * options.element_bytes / columns.tp
     return total
+
+
+def _op_saved_bytes(kind: LayerKind, hidden: int, columns: LayoutColumns, options: TrainMemoryOptions) -> Floats:
+    """Per-operator selective checkpointing (torchtitan): input, attention output, every second product's output."""
+    size = float(options.element_bytes)
+    attention = getattr(kind.mixer, "query_dim", 0) * size + 4.0 * getattr(kind.mixer, "heads", 0)
+    total = hidden * size / columns.sequence_split + attention / columns.tp
+    for gemm in layer_gemms(kind, hidden):
+        split = columns.tp if gemm.cut == "column" else columns.sequence_split
+        total = total + 0.5 * gemm.n * gemm.times * size / split
+    return np.asarray(total)
 
 
 def _saved_bytes(saved: Saved, columns: LayoutColumns, options: TrainMemoryOptions) -> Floats:

@@ -39,7 +39,7 @@ PAGES: tuple[Page, ...] = (
     ),
     Page(
         code="MP420",
-        title="GPUs that do not become free",
+        title="GPU that does not become free",
         what="The run asked Ray for the GPUs of its plan and did not get them within 30 seconds.",
         why="A run that waits for resources without a word looks like one that hangs.",
         example="error[MP420]: the GPUs of train+rollout are still not there after 30 s: wanted {'GPU': 2.0}, free {'GPU': "

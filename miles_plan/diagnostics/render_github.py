@@ -30,7 +30,6 @@ def _command(view: DiagnosticView) -> str:
 
 
 def _escaped(text: str, *, in_property: bool = False) -> str:
-    """A newline would start another command, so these escapes are what keeps file text from being run as one."""
-    escaped = text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-    escaped = "".join(each if each.isprintable() else " " for each in escaped)
+    """A newline would start another command, so control characters become spaces: text of a file is never run as one."""
+    escaped = "".join(each if each.isprintable() else " " for each in text).replace("%", "%25")
     return escaped.replace(":", "%3A").replace(",", "%2C") if in_property else escaped

@@ -35,7 +35,7 @@ from miles_plan.ir.tasks import (
 from miles_plan.passes.base import Outcome, Pass, PassContext
 from miles_plan.passes.joint_search import sleeping_trainer_bytes
 from miles_plan.passes.rollout_choices import embedded_pool_tokens, rollout_memory_options, with_pool
-from miles_plan.passes.train_choices import MARGIN_FRACTION, TrainChoice, memory_options, usable_bytes
+from miles_plan.passes.train_choices import MARGIN_FRACTION, chosen_train, memory_options, usable_bytes
 from miles_plan.passes.workload import StepWorkload, step_workload
 
 GIB = 1 << 30
@@ -98,22 +98,11 @@ class Residents:
 
 def _residents(graph: TaskGraph, ctx: PassContext) -> Residents:
     workload = step_workload(ctx)
+    choice = chosen_train(graph)
+    layout = choice.layout
     step = graph.task("train")
     assert isinstance(step, TrainStep)
     group = graph.group(step.group or "")
-    layout = group.train_layout
-    assert layout is not None
-    choice = TrainChoice(
-        layout=layout,
-        recompute=step.recompute,
-        tokens_per_gpu=step.tokens_per_gpu,
-        optimizer_offload=step.optimizer_offload,
-        step_s=0.0,
-        log_prob_s=0.0,
-        peak_bytes=0.0,
-        static_bytes=0.0,
-        host_bytes=0.0,
-    )
     per_rank = workload.total_tokens / step.updates / layout.dp
     microbatches = max(1, round(per_rank / (step.tokens_per_gpu * layout.cp)))
     options = memory_options(ctx, workload, choice, microbatches=microbatches)

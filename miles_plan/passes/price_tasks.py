@@ -31,11 +31,11 @@ from miles_plan.ir.tasks import (
 from miles_plan.passes.base import Outcome, Pass, PassContext
 from miles_plan.passes.rollout_choices import price_engines
 from miles_plan.passes.sync_weights import layouts_of, sync_price
-from miles_plan.passes.train_choices import TrainChoice, time_options, train_workload
+from miles_plan.passes.train_choices import chosen_train, time_options, train_workload
 from miles_plan.passes.workload import StepWorkload, step_workload
 
 # The driver's share of one task: submit, collect, journal, as the embedded quickstart shows it (planned against measured).
-DRIVER_S = 0.01
+DRIVER_S = 0.005
 # NumPy over flat columns on one core: group sums, ratios, packing.
 HOST_TOKENS_PER_S = 2.0e7
 # One math verification or exact match in a worker; user rewards are unknown and bounded by their timeout.
@@ -113,25 +113,8 @@ class _Prices:
         basis = "no data: the size of the evaluation set is unknown, a rollout's time stands in"
         return replace(once, low_s=0.0, high_s=4 * once.high_s, basis=basis)
 
-    def _choice(self) -> TrainChoice:
-        step = self.graph.task("train")
-        assert isinstance(step, TrainStep)
-        layout = self.graph.group(step.group or "").train_layout
-        assert layout is not None
-        return TrainChoice(
-            layout=layout,
-            recompute=step.recompute,
-            tokens_per_gpu=step.tokens_per_gpu,
-            optimizer_offload=step.optimizer_offload,
-            step_s=0.0,
-            log_prob_s=0.0,
-            peak_bytes=0.0,
-            static_bytes=0.0,
-            host_bytes=0.0,
-        )
-
     def _train(self, task: TrainStep | DraftStep) -> TimeEstimate:
-        choice = self._choice()
+        choice = chosen_train(self.graph)
         batch = train_workload(self.ctx, self.workload, choice.tokens_per_gpu)
         if task.loop == "warm_start":
             warm = next(each for each in self.graph.tasks if isinstance(each, Prompts) and each.loop == "warm_start")
@@ -142,7 +125,7 @@ class _Prices:
         return _estimate(seconds, share)
 
     def _forward(self, task: Logprobs | Values) -> TimeEstimate:
-        choice = self._choice()
+        choice = chosen_train(self.graph)
         batch = train_workload(self.ctx, self.workload, choice.tokens_per_gpu)
         model = self.ctx.model
         if isinstance(task, Logprobs) and task.model == "teacher" and self.ctx.teacher is not None:

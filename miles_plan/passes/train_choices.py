@@ -20,7 +20,9 @@ from miles_plan.cost.profile import profile_for
 from miles_plan.cost.train_memory import train_memory_columns
 from miles_plan.cost.train_options import OptimizerOptions, TrainMemoryOptions
 from miles_plan.cost.train_time import TrainTimeOptions, TrainWorkload, train_step_columns
+from miles_plan.ir.graph import TaskGraph
 from miles_plan.ir.layout import Recompute, TrainLayout
+from miles_plan.ir.tasks import TrainStep
 from miles_plan.passes.base import PassContext
 from miles_plan.passes.layout_space import Room, even_stages, train_layouts, train_obstacles
 from miles_plan.passes.workload import StepWorkload
@@ -54,6 +56,25 @@ class TrainChoice:
     peak_bytes: float
     static_bytes: float
     host_bytes: float
+
+
+def chosen_train(graph: TaskGraph) -> TrainChoice:
+    """The choice that placement wrote into the graph, its prices left out."""
+    step = graph.task("train")
+    assert isinstance(step, TrainStep)
+    layout = graph.group(step.group or "").train_layout
+    assert layout is not None
+    return TrainChoice(
+        layout=layout,
+        recompute=step.recompute,
+        tokens_per_gpu=step.tokens_per_gpu,
+        optimizer_offload=step.optimizer_offload,
+        step_s=0.0,
+        log_prob_s=0.0,
+        peak_bytes=0.0,
+        static_bytes=0.0,
+        host_bytes=0.0,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,8 +142,9 @@ def search_train(ctx: PassContext, cluster: Cluster, num_gpus: int, workload: St
 def price_layouts(ctx: PassContext, cluster: Cluster, layouts: Sequence[TrainLayout], workload: StepWorkload) -> TrainSearch:
     """Price `layouts` under every combination of options the spec leaves open, dominated ones left out.
 
-    Recomputing more, or keeping optimizer state on the host, never makes the same layout and budget faster. So what fits with
-    the lighter options is not priced again with the heavier ones, and the cheapest choice found is still the cheapest there is.
+    Recomputing more never makes the same layout, budget and offload faster. So what fits with less of it is not priced again
+    with more, and the cheapest choice found is still the cheapest there is. (Optimizer state on the host is not dominated:
+    the step is slower, but a colocated trainer then has less to put away.)
     """
     capacity = min(usable_bytes(group) for group in cluster.groups)
     found: list[TrainChoice] = []
@@ -157,9 +179,9 @@ class _Options:
     optimizer_offload: bool
 
     def dominates(self, other: _Options) -> bool:
-        """Whether this is at least as fast for every layout: it recomputes no more and offloads no more."""
+        """Whether this is at least as good for every layout: it recomputes no more, all else being equal."""
         lighter = RECOMPUTE_ORDER.index(self.recompute) <= RECOMPUTE_ORDER.index(other.recompute)
-        return lighter and self.optimizer_offload <= other.optimizer_offload
+        return lighter and self.optimizer_offload == other.optimizer_offload
 
 
 def _option_space(ctx: PassContext, budget: int) -> Iterator[_Options]:

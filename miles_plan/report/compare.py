@@ -92,7 +92,7 @@ class Comparison:
 
 def compare_plans(before: Plan, after: Plan) -> Comparison:
     """What changed from one plan to the other."""
-    old, new = plan_records(before), plan_records(after)
+    old, new = records_of(to_json(before)["plan"]), records_of(to_json(after)["plan"])
     changes = [change for section in SECTIONS for change in _section(section, old[section], new[section])]
     digests = plan_sha256(before), plan_sha256(after)
     if not changes and digests[0] != digests[1]:
@@ -121,9 +121,8 @@ def to_data(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def plan_records(plan: Plan) -> dict[str, Records]:
-    """A plan's JSON cut into sections, records and fields."""
-    body = to_json(plan)["plan"]
+def records_of(body: Mapping[str, Any]) -> dict[str, Records]:
+    """The JSON body of a plan cut into sections, records and fields."""
     graph, run = body["graph"], body["run"]
     job = {name: body[name] for name in ("name", "tool_version", "spec_sha256", "sources", "imports", "unread_fields")}
     return {

@@ -118,7 +118,7 @@ def _add_iteration(process: ProcessTrace, plan: Plan, iteration: int, runs: list
         _add_task(process, plan, run.task, Slice(run.task.name, now_s + run.start_s, now_s + run.end_s, "task", args, key))
         starts[run.task.name] = now_s + run.start_s
     for timeline in plan.graph.memory:
-        name = f"memory of {memory_place(timeline, plan.cluster)}, GiB"
+        name = f"memory of {memory_place(timeline, plan.cluster)}"
         for phase in timeline.phases:
             if phase.task in starts:
                 process.counters.append(Counter(name, starts[phase.task], {"GiB": round(phase.total_bytes / GIB, 4)}))
@@ -174,7 +174,7 @@ def _add_measured_loop(process: ProcessTrace, record: RunRecord, loop: str) -> N
         if row["loop"] == loop and row["iteration"] in spans:
             at_s = spans[row["iteration"]][1]
             values = {key: value for key, value in row.items() if key not in NOT_CURVES and is_number(value)}
-            process.counters += [Counter(f"{loop} {key}", at_s, {"value": value}) for key, value in values.items()]
+            process.counters.append(Counter(loop, at_s, values))
 
 
 def _estimate_args(task: AnyTask) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from miles_plan.report.printable import printable
 
+FIRST_TRACK = 100  # a track whose number is the process's own would be taken for its main thread
 Event = dict[str, Any]
 
 
@@ -75,7 +76,7 @@ def events_of(process: ProcessTrace) -> list[Event]:
     """All events of a process, its metadata first."""
     events = [_named(process.pid, "process_name", process.name), _sorted(process.pid, "process_sort_index", process.pid)]
     placed: dict[Hashable, tuple[Event, int]] = {}
-    tid = 0  # belongs to the process itself, whose marks lie there
+    tid = FIRST_TRACK
     for track, slices in process.tracks.items():
         for lane, pieces in enumerate(lanes_of(slices)):
             tid += 1

@@ -41,9 +41,8 @@ class _Pieces:
 
     def __call__(self, path: str) -> object:
         node = find(self._root, tuple(path.split(".")))
-        entry = all_fields()[path]
         if node is None:
-            return UNKNOWN if entry.required else entry.default
+            return UNKNOWN
         try:
             return _adapter(path).validate_python(to_data(node))
         except ValidationError:

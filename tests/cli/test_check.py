@@ -64,11 +64,11 @@ def test_wrong_usage(args: list[str]) -> None:
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     spec = write(tmp_path, VALID + "".join(f"key_{index}: 1\n" for index in range(90)))
-    command = f"{sys.executable} -m miles_plan check {spec} | head -1"
+    command = f"{sys.executable} -m miles_plan check {spec} --format sarif | head -1"  # more than a pipe holds
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, shell=True, capture_output=True, text=True, env=env, timeout=60, check=False)
     assert done.stderr == ""
-    assert done.stdout.startswith("error[MP120]")
+    assert done.stdout == "{\n"
 
 
 def test_an_ascii_locale_prints_any_name(tmp_path: Path) -> None:

@@ -85,7 +85,20 @@ def test_hostile_bases_are_findings(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["rollout.temperature", "=1", "a..b=1", ".a=1", "a b=1", "a\n=1", "a\udc80=1", "", "base=x.yaml"]
+    "text",
+    [
+        "seed=\udc80",
+        "name=a\nb",
+        "rollout.temperature",
+        "=1",
+        "a..b=1",
+        ".a=1",
+        "a b=1",
+        "a\n=1",
+        "a\udc80=1",
+        "",
+        "base=x.yaml",
+    ],
 )
 def test_overrides_of_another_form_are_refused(tmp_path: Path, text: str) -> None:
     assert codes(write(tmp_path), text) == {"MP105"}

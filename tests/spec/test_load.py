@@ -36,6 +36,8 @@ def test_a_whole_job_fits_in_thirty_lines(tmp_path: Path) -> None:
 def test_a_mapping_is_the_same_job_as_the_file(tmp_path: Path) -> None:
     loaded = job_from_mapping(mapping())
     assert loaded.spec == load_job(write(tmp_path)).spec
+    assert loaded.spec != load_job(write(tmp_path), ["seed=1"]).spec
+    assert loaded.spec.rollout != load_job(write(tmp_path), ["rollout.top_p=0.9"]).spec.rollout
     assert loaded.origins.of("seed").kind == "default"
     assert loaded.origins.of("name").kind == "file"
 
@@ -100,6 +102,12 @@ def test_all_mistakes_at_once_sorted_by_place(tmp_path: Path) -> None:
     assert [each.code for each in found] == ["MP123", "MP120", "MP122", "MP122", "MP124", "MP111", "MP131"]
     places = [each.location for each in found]
     assert places == sorted(places)  # type: ignore[type-var]
+
+
+def test_what_only_follows_from_a_mistake_in_the_yaml_is_not_told(tmp_path: Path) -> None:
+    with pytest.raises(PlanError) as caught:
+        load_job(write(tmp_path, VALID + "seed: !!int 3\n"))
+    assert [each.code for each in caught.value.diagnostics] == ["MP112"]
 
 
 def test_rules_run_although_other_sections_are_wrong(tmp_path: Path) -> None:

@@ -130,6 +130,7 @@ BOMBS = {
     "deep block lists": "- " * 100_000,
     "deep block maps": "? " * 100_000,
     "a million keys": "\n".join(f"k{i}: 1" for i in range(100_000)),
+    "unknown keys": "".join(f"key_{i}: 1\n" for i in range(45_000)),
     "duplicate keys": "a: 1\n" * 200_000,
     "flow list": "[" + "1," * 500_000 + "]",
     "empty lists": "[" + "[]," * 300_000 + "]",

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from miles_plan.backends.engine import EngineError, WeightBucket
+from miles_plan.backends.torch_engine.agreement import raise_together
 from miles_plan.backends.torch_engine.config import DecoderConfig
 from miles_plan.backends.torch_engine.mesh import Mesh, stage_layers
 from miles_plan.backends.torch_engine.shard_files import write_model, write_text
@@ -58,7 +59,7 @@ class ExportedWeights:
 
     def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The full tensors that this rank's tensor-parallel group owns, in model order, on all its ranks."""
-        if self.mesh.expert_dp.rank:
+        if self.mesh.expert_dp.rank:  # another replica owns what this rank holds: spare its group the gathering
             return
         owners, first = self.owners(), self.mesh.tp.global_ranks[0]
         for name, tensor in gather_full_tensors(self.weights, self.config, self.shard, self.mesh):
@@ -71,7 +72,7 @@ class ExportedWeights:
         sizes = {name: torch.Size(shape).numel() * element_bytes for name, shape in full_names(self.config).items()}
         tensors = self.own_tensors()
         for plan in plan_buckets(sizes, self.owners(), bucket_bytes):
-            if plan.owner != self.mesh.tp.global_ranks[0] or self.mesh.expert_dp.rank:
+            if plan.owner != self.mesh.tp.global_ranks[0]:
                 continue
             content = [next(tensors) for _ in plan.names]
             if self.mesh.tp.rank == 0:
@@ -98,19 +99,31 @@ class ExportedWeights:
         Rank 0 writes, one tensor in memory at a time, into a directory that must not exist yet and appears when it is whole.
         Returns the file names on rank 0, nothing on others. EngineError names a path that cannot be written.
         """
-        if self.mesh.world.rank:
-            for _, tensor in self.own_tensors():
-                if self.mesh.tp.rank == 0:
-                    self.mesh.world.send(tensor.cpu(), 0)
-            return []
-        aside = _make_aside(directory)
+        aside, error = None, None
+        if self.mesh.world.rank == 0:
+            try:
+                aside = _make_aside(directory)
+            except EngineError as caught:
+                error = caught
+        raise_together(error, self.mesh.world, f"writing the checkpoint {directory}")
+        if aside is not None:
+            return self._write_aside(aside, directory, source)
+        for _, tensor in self.own_tensors():
+            if self.mesh.tp.rank == 0:
+                self.mesh.world.send(tensor.cpu(), 0)
+        return []
+
+    def _write_aside(self, aside: Path, directory: Path, source: Path) -> list[str]:
+        tensors = self._all_tensors()
         try:
-            files = write_model(aside, self._all_tensors())
+            files = write_model(aside, tensors)
             files += _copy_companions(source, aside, str(self.dtype).removeprefix("torch."))
             os.rename(aside, directory)
         except OSError as error:
             raise EngineError(f"cannot write the checkpoint {directory}: {error}") from error
         finally:
+            for _ in tensors:  # what was not written: the ranks that send it must not wait for ever
+                pass
             shutil.rmtree(aside, ignore_errors=True)
         return files
 

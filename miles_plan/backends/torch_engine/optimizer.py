@@ -44,9 +44,9 @@ class ShardedAdamW:
         """
         chunks = [buffer.reduce_gradients() for buffer in self.buffers]
         norm = self._global_norm(chunks)
-        rate = learning_rate(options, self.steps_taken)
         if not math.isfinite(norm):
-            return {"grad_norm": norm, "learning_rate": rate, "skipped_steps": 1.0}
+            return self.skip(options, norm)
+        rate = learning_rate(options, self.steps_taken)
         self.steps_taken += 1
         scale = min(1.0, options.clip_grad_norm / (norm + 1e-6)) if options.clip_grad_norm else 1.0
         for buffer, gradients, state in zip(self.buffers, chunks, self.states, strict=True):
@@ -55,6 +55,10 @@ class ShardedAdamW:
             _update(state, gradients, buffer.own_spans("decayed"), options, rate=rate, step=self.steps_taken)
         self.publish()
         return {"grad_norm": norm, "learning_rate": rate, "skipped_steps": 0.0}
+
+    def skip(self, options: OptimizerOptions, norm: float = 0.0) -> dict[str, float]:
+        """The metrics of a step that changes nothing."""
+        return {"grad_norm": norm, "learning_rate": learning_rate(options, self.steps_taken), "skipped_steps": 1.0}
 
     def publish(self) -> None:
         """Set the weights of all replicas from everyone's masters."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from miles_plan.backends.engine import EngineError, MemoryReport, Part, RankLogProbs, WeightBucket, WhichModel
+from miles_plan.backends.torch_engine.agreement import raise_together
 from miles_plan.backends.torch_engine.batch_loss import BatchLoss, missing_columns
 from miles_plan.backends.torch_engine.config import DecoderConfig, read_config
 from miles_plan.backends.torch_engine.decoder import Decoder
@@ -135,9 +136,9 @@ class TorchTrainEngine:
         self._need_resident("weights", "gradients", "optimizer")
         parts = self._pack(batch, self.config, replay_routing)
         batch_loss = BatchLoss(batch, loss)
-        if not batch_loss.num_tokens:
-            return {"tokens": 0.0, "skipped_steps": 1.0}
         sums, routing = batch_loss.metrics_of_nothing(), _RoutingCount()
+        if not batch_loss.num_tokens:
+            return {**sums, "tokens": 0.0, **self._optimizer.skip(optimizer)}
         policy = self._policy
 
         def forward(index: int, hidden: Tensor | None) -> Tensor:
@@ -199,15 +200,19 @@ class TorchTrainEngine:
     def save(self, directory: Path) -> Sequence[str]:
         """Write this rank's masters, moments, step count and reference; the weights are the masters, rounded."""
         self._need_resident("optimizer", "reference")
-        name = f"rank_{self._mesh.rank:05d}.safetensors"
+        name = _shard_name(self._mesh.rank)
         write_tensors(directory / name, self._state(), self._identity())
         return [name]
 
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote for the same model, dtype, layout and rank, bit for bit. EngineError names what differs."""
         self._need_resident("weights", "optimizer", "reference")
-        state = self._state()
-        found = read_tensors(directory / f"rank_{self._mesh.rank:05d}.safetensors", state, self._identity())
+        found, error = {}, None
+        try:
+            found = read_tensors(directory / _shard_name(self._mesh.rank), self._state(), self._identity())
+        except EngineError as caught:
+            error = caught
+        raise_together(error, self._mesh.world, f"train engine: loading {directory}")
         for name, tensor in self._optimizer.tensors().items():
             tensor.copy_(found[name])
         self._optimizer.steps_taken = int(found["steps_taken"])
@@ -369,6 +374,10 @@ def _buffered(parameter: Parameter, mesh: Mesh) -> BufferedParameter:
         counted=sharded or mesh.tp.rank == 0,
         decayed=len(parameter.shape) > 1,
     )
+
+
+def _shard_name(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
 
 
 def _merged(parts: Iterator[dict[str, Tensor]]) -> Weights:

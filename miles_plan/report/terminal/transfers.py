@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from miles_plan.ir.plan import Plan
+from miles_plan.ir.plan import Plan, TensorTransfer
 from miles_plan.ir.tasks import WeightSync
-from miles_plan.report.terminal.page import Page, grid, text
+from miles_plan.report.terminal.page import Page, text
 from miles_plan.report.units import bytes_text, plural
 from miles_plan.report.wording import split_text
 
@@ -19,13 +19,16 @@ def draw_transfers(page: Page, plan: Plan) -> None:
         assert isinstance(task, WeightSync)
         size = f"{bytes_text(task.total_bytes)} in buckets of {bytes_text(task.bucket_bytes)}"
         page.note(text(f"{task.name}: {task.transport}, {size}"), indent=0)
-    table = grid(
-        "pattern", "tensors", "shape", "dtype", "size", "trainer", "engine", "buckets", right=("tensors", "size"), indent=0
-    )
     for each in plan.transfers:
-        buckets = f"{each.first_bucket}..{each.last_bucket}" if each.last_bucket > each.first_bucket else str(each.first_bucket)
-        sides = (split_text(each.train_axis, each.train_parts), split_text(each.rollout_axis, each.rollout_parts))
-        shape = "x".join(str(size) for size in each.shape)
-        cells = (each.pattern, f"{each.count:,}", shape, each.dtype, bytes_text(each.size_bytes), *sides, buckets)
-        table.add_row(*(text(cell) for cell in cells))
-    page.show(table)
+        page.note(text(each.pattern), indent=0)
+        page.note(text(_how(each), "dim"))
+
+
+def _how(transfer: TensorTransfer) -> str:
+    """How many tensors of which shape, how each side holds them, and when they travel."""
+    shape = "x".join(str(size) for size in transfer.shape)
+    size = f"{transfer.count:,} of {shape} {transfer.dtype}, {bytes_text(transfer.size_bytes)}"
+    train = split_text(transfer.train_axis, transfer.train_parts)
+    rollout = split_text(transfer.rollout_axis, transfer.rollout_parts)
+    last = f"..{transfer.last_bucket}" if transfer.last_bucket > transfer.first_bucket else ""
+    return f"{size}; {train} → {rollout}; bucket {transfer.first_bucket}{last}"

@@ -101,6 +101,38 @@ def test_the_reference_does_not_learn(engines, batch):
     assert (score(engine, batch) != before).any()
 
 
+def test_a_snapshot_makes_the_policy_the_reference(engines, batch):
+    engine = engines.trainer()
+    train(engine, batch)
+    engine.snapshot_reference()
+    learned = score(engine, batch)
+    train(engine, batch)
+    assert (score(engine, batch, model="reference") == learned).all()
+
+
+def test_the_hash_tells_weights_apart_and_nothing_else(engines, batch):
+    engine, other = engines.trainer(), engines.trainer()
+    initial = engine.weights_sha256()
+    assert len(initial) == 64
+    score(engine, batch)
+    assert engine.weights_sha256() == other.weights_sha256() == initial
+    train(engine, batch)
+    assert engine.weights_sha256() != initial
+
+
+def test_an_exported_checkpoint_is_a_model_to_start_from(engines, batch, tmp_path):
+    engine = engines.trainer()
+    train(engine, batch)
+    files = engine.export_checkpoint(tmp_path / "model")
+    assert {"config.json", "model.safetensors"} <= set(files)
+    assert all((tmp_path / "model" / file).is_file() for file in files)
+    with pytest.raises(EngineError, match="exists already"):
+        engine.export_checkpoint(tmp_path / "model")
+    restarted = engines.make_trainer(tmp_path / "model", tmp_path / "host")
+    assert restarted.weights_sha256() == engine.weights_sha256()
+    restarted.close()
+
+
 def test_a_model_that_is_not_held_is_refused(engines, batch):
     with pytest.raises(EngineError, match="teacher"):
         score(engines.trainer(), batch, model="teacher")

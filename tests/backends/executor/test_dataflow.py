@@ -1,4 +1,4 @@
-"""The scheduler never breaks an edge, never books a GPU twice, always finishes, and gives GPUs their work in one fixed order."""
+"""The scheduler breaks no edge, books no GPU twice, always finishes, and gives GPUs their work in one fixed order."""
 
 from __future__ import annotations
 
