@@ -143,8 +143,9 @@ class _Prices:
         return _estimate(price)
 
     def _move(self, task: Offload | Onload) -> TimeEstimate:
-        direction = "out" if isinstance(task, Offload) else "in"
-        return _estimate(offload_time(float(task.bytes_per_gpu), self.ctx.cluster, "out" if direction == "out" else "in"))
+        if self.graph.group(task.group or "").engine == "torch":  # copies to memory-mapped files, nothing to unmap
+            return self._host(task.bytes_per_gpu / self.ctx.cluster.groups[0].gpu.pcie_bytes_per_s)
+        return _estimate(offload_time(float(task.bytes_per_gpu), self.ctx.cluster, "out" if isinstance(task, Offload) else "in"))
 
     def _save(self, task: Checkpoint) -> TimeEstimate:
         return _estimate(checkpoint_time(float(task.total_bytes), self.ctx.cluster))
