@@ -104,7 +104,7 @@ def _model(
         config = _hf_config(loaded, spec)
         name = str(config.get("_name_or_path") or loaded.spec.name)
         model = architecture_from_hf_config(config, name)
-    except (OSError, ValueError) as unreadable:
+    except (OSError, ValueError, TypeError, AttributeError) as unreadable:  # a config is somebody's JSON
         where = loaded.at(f"{place}.{field}")
         found.append(error("MP143", f"the model's configuration cannot be used: {unreadable}", where, field=f"{place}.{field}"))
         return None, None
