@@ -169,14 +169,19 @@ def _best_of_split(
         together, pairs = best_pair(ctx, split, train, rollout, sleeping=False)
         if together is not None:
             return together, pairs
-    residue = sleeping_trainer_bytes(train.choices[0])
+    residue = sleeping_trainer_bytes(ctx, train.choices[0])
     rollout = search_rollout(ctx, ctx.cluster, split.rollout_gpus, workload, resident_bytes=residue)
     left_out.update(rollout.left_out)
     return best_pair(ctx, split, train, rollout, sleeping=True)
 
 
-def sleeping_trainer_bytes(choice: TrainChoice) -> float:
-    """What a trainer that has offloaded everything keeps on a GPU: context, communicators, and what is not static in them."""
+def sleeping_trainer_bytes(ctx: PassContext, choice: TrainChoice) -> float:
+    """What a trainer that has offloaded everything keeps on a GPU: context, communicators, and what is not static in them.
+
+    Nothing, for the embedded engine: it has neither.
+    """
+    if ctx.job.train.engine == "torch":
+        return 0.0
     return max(0.0, min(choice.peak_bytes - choice.static_bytes, 4.0 * (1 << 30)))
 
 

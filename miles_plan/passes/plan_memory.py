@@ -34,7 +34,7 @@ from miles_plan.ir.tasks import (
 )
 from miles_plan.passes.base import Outcome, Pass, PassContext
 from miles_plan.passes.joint_search import sleeping_trainer_bytes
-from miles_plan.passes.rollout_choices import embedded_pool_tokens, rollout_memory_options, with_pool
+from miles_plan.passes.rollout_choices import embedded_memory, rollout_memory_options
 from miles_plan.passes.train_choices import MARGIN_FRACTION, chosen_train, memory_options, usable_bytes
 from miles_plan.passes.workload import StepWorkload, step_workload
 
@@ -109,7 +109,7 @@ def _residents(graph: TaskGraph, ctx: PassContext) -> Residents:
     train = train_memory(ctx.model, layout, options)
     teacher = train_memory(ctx.teacher, layout, replace(options, forward_only=True, reference="none")) if ctx.teacher else None
     sized = replace(choice, peak_bytes=train.device_bytes.mid, static_bytes=train.static_bytes)
-    residue = int(sleeping_trainer_bytes(sized))
+    residue = int(sleeping_trainer_bytes(ctx, sized))
     rollout_group = next((each for each in graph.groups if each.role == "rollout"), None)
     colocated = rollout_group is not None and rollout_group.shares_gpus_with(group)
     rollout = _rollout_memory(ctx, rollout_group, workload, residue if colocated else 0)
@@ -138,7 +138,7 @@ def _rollout_memory(
     options = rollout_memory_options(ctx, gpu, group.rollout_layout, workload, resident_bytes=float(resident_bytes))
     memory = rollout_memory(ctx.model, group.rollout_layout, options, gpu)
     if ctx.job.rollout.engine == "torch":
-        return with_pool(memory, min(memory.pool_tokens, embedded_pool_tokens(workload, group.rollout_layout)))
+        return embedded_memory(ctx, memory, group.rollout_layout, workload)
     return memory
 
 
@@ -159,6 +159,8 @@ def _with_offloads(graph: TaskGraph, residents: Residents) -> TaskGraph:
     assert rollout is not None
     trainer_bytes = max(0, int(residents.train.static_bytes))
     sleeping_parts: tuple[EnginePart, ...] = ("weights", "gradients", "optimizer")
+    if residents.embedded and any(task.name == "reference_log_probs" for task in graph.tasks):
+        sleeping_parts = (*sleeping_parts, "reference")  # cluster engines swap theirs in for the pass that needs it
     tasks: list[AnyTask] = [
         Onload(name="wake_weights", loop="rl", group="rollout", parts=("weights",), bytes_per_gpu=int(rollout.weight_bytes)),
         Offload(name="offload_train", loop="rl", group="train", parts=sleeping_parts, bytes_per_gpu=trainer_bytes),

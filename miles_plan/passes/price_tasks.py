@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from miles_plan.cost.interval import Interval
 from miles_plan.cost.train_time import log_prob_time, train_step_time, workload_of_lengths
@@ -143,8 +143,10 @@ class _Prices:
         return _estimate(price)
 
     def _move(self, task: Offload | Onload) -> TimeEstimate:
-        direction = "out" if isinstance(task, Offload) else "in"
-        return _estimate(offload_time(float(task.bytes_per_gpu), self.ctx.cluster, "out" if direction == "out" else "in"))
+        if self.graph.group(task.group or "").engine == "torch":  # copies to memory-mapped files, nothing to unmap
+            return self._host(task.bytes_per_gpu / self.ctx.cluster.groups[0].gpu.pcie_bytes_per_s)
+        direction: Literal["out", "in"] = "out" if isinstance(task, Offload) else "in"
+        return _estimate(offload_time(float(task.bytes_per_gpu), self.ctx.cluster, direction))
 
     def _save(self, task: Checkpoint) -> TimeEstimate:
         return _estimate(checkpoint_time(float(task.total_bytes), self.ctx.cluster))

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from miles_plan.catalog.gpus import Cluster, Gpu
+from miles_plan.catalog.mixers import GroupedQuery
 from miles_plan.cost.decode_time import Speculation
 from miles_plan.cost.rollout_memory import RolloutMemory, RolloutMemoryOptions, rollout_memory
 from miles_plan.cost.rollout_time import RolloutWorkload, simulate_rollout
@@ -109,8 +110,8 @@ def price_engines(
         return "CUDA graphs and activations do not fit beside the static share"
     pool_tokens = memory.pool_tokens
     if ctx.job.rollout.engine == "torch":
-        pool_tokens = min(pool_tokens, embedded_pool_tokens(workload, layout))
-        memory = with_pool(memory, pool_tokens)
+        memory = embedded_memory(ctx, memory, layout, workload)
+        pool_tokens = memory.pool_tokens
     max_running = running_limit(ctx, workload, layout)
     work = rollout_workload(ctx, workload, options)
     time = simulate_rollout(ctx.model, layout, work, gpu, pool_tokens=pool_tokens, max_running=max_running)
@@ -161,16 +162,27 @@ def embedded_pool_tokens(workload: StepWorkload, layout: RolloutLayout) -> int:
     return max(workload.longest_tokens * 2, min(EMBEDDED_POOL_TOKENS, share * workload.longest_tokens))
 
 
-def with_pool(memory: RolloutMemory, pool_tokens: int) -> RolloutMemory:
-    """The same engine with a cache of exactly `pool_tokens`: embedded engines take what they need, not a share of the GPU."""
-    pool_bytes = pool_tokens * memory.kv_bytes_per_token
-    saved = memory.pool_bytes - pool_bytes
+def embedded_memory(ctx: PassContext, memory: RolloutMemory, layout: RolloutLayout, workload: StepWorkload) -> RolloutMemory:
+    """What an embedded engine holds: a cache of what its batch needs, and weights a second time, prepared for exact products.
+
+    Keys, values and prepared weights are float64 integers with a float64 scale a row (`miles_plan.kernels.exact`).
+    """
+    pool_tokens = min(memory.pool_tokens, embedded_pool_tokens(workload, layout))
+    head_dims = [kind.mixer.head_dim for kind in ctx.model.kinds if isinstance(kind.mixer, GroupedQuery)]
+    scales = 1.0 + 1.0 / (2 * min(head_dims, default=64))
+    bytes_per_token = memory.kv_bytes_per_token * scales
+    weight_bytes = memory.weight_bytes + 8.0 * ctx.model.params_total / layout.tp
+    pool_bytes = pool_tokens * bytes_per_token
+    change = pool_bytes - memory.pool_bytes + weight_bytes - memory.weight_bytes
     awake = memory.awake_bytes
     return replace(
         memory,
+        weight_bytes=weight_bytes,
+        kv_bytes_per_token=bytes_per_token,
         pool_bytes=pool_bytes,
         pool_tokens=pool_tokens,
-        awake_bytes=replace(awake, low=awake.low - saved, mid=awake.mid - saved, high=awake.high - saved),
+        awake_bytes=replace(awake, low=awake.low + change, mid=awake.mid + change, high=awake.high + change),
+        asleep_bytes=0.0,
     )
 
 
@@ -181,6 +193,8 @@ def rollout_memory_options(
     embedded = ctx.job.rollout.engine == "torch"
     kv_cache = ctx.job.precision.kv_cache
     kv_bytes = KV_BYTES.get(ctx.job.precision.rollout, 2.0) if kv_cache == "auto" else KV_BYTES[kv_cache]
+    if embedded:
+        kv_bytes = 8.0
 
     def options(fraction: float) -> RolloutMemoryOptions:
         return RolloutMemoryOptions(

@@ -19,7 +19,7 @@ from miles_plan.report.cluster_map import gpu_blocks
 from miles_plan.report.metrics import NOT_CURVES
 from miles_plan.report.run_facts import event_text
 from miles_plan.report.run_files import RunRecord, is_number, read_run
-from miles_plan.report.schedule import PlannedRun, iteration_runs, runs_in
+from miles_plan.report.schedule import PlannedRun, iteration_runs, loop_schedules, runs_in
 from miles_plan.report.task_times import iteration_spans
 from miles_plan.report.trace_events import Arrow, Counter, Mark, ProcessTrace, Slice, events_of
 from miles_plan.report.units import GIB, estimate_text
@@ -90,11 +90,11 @@ def _add_task(process: ProcessTrace, plan: Plan, task: AnyTask, piece: Slice) ->
 
 
 def _planned(plan: Plan, counts: dict[str, int]) -> ProcessTrace:
-    """Iteration after iteration from second 0, each with the tasks that run in it."""
+    """Iterations from second 0, each with the tasks that run in it, as far apart as the plan has them."""
     process = _process(plan, PLANNED, "planned")
     now_s = 0.0
-    for loop in plan.graph.loops:
-        began_s = now_s
+    for loop, schedule in zip(plan.graph.loops, loop_schedules(plan), strict=True):
+        began_s = end_s = now_s
         tasks = sorted(plan.graph.topological(loop.name), key=lambda task: task.start_s or 0.0)
         for iteration in range(counts[loop.name]):
             active = [task for task in tasks if runs_in(task, iteration, loop.iterations)]
@@ -102,7 +102,8 @@ def _planned(plan: Plan, counts: dict[str, int]) -> ProcessTrace:
             _add_iteration(process, plan, iteration, runs, now_s)
             end_s = now_s + max((run.end_s for run in runs), default=0.0)
             process.add("iterations", _iteration_slice(loop.name, iteration, now_s, end_s))
-            now_s = end_s
+            now_s = now_s + schedule.iteration_s if schedule.overlaps else end_s
+        now_s = end_s
         if counts[loop.name]:
             args = {"iterations": counts[loop.name], "of": loop.iterations}
             process.add("loops", Slice(loop.name, began_s, now_s, "loop", args))

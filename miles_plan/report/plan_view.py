@@ -27,6 +27,7 @@ from miles_plan.report.wording import (
     group_nodes,
     memory_place,
     model_text,
+    overlap_text,
     routing_sentences,
     tightest,
 )
@@ -145,6 +146,8 @@ def _loop_view(plan: Plan, schedule: LoopSchedule) -> dict[str, Any]:
     rare = [run.task.name for run in schedule.runs if run.task.every > 1]
     if rare:
         lead += f" With {', '.join(rare)}: {seconds_text(schedule.full_s)}."
+    if schedule.overlaps:
+        lead += f" Iterations overlap: {overlap_text(schedule)}."
     name = f"Step chart of loop {schedule.loop.name}"
     return {
         "schedule": schedule,

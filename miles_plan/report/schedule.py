@@ -26,9 +26,9 @@ class PlannedRun:
 class LoopSchedule:
     """One loop as planned.
 
-    runs: every task once, by start. iteration_s: from one iteration's start to the next, on average; full_s: an iteration
-    with all tasks, from end to end; total_s: all iterations. low_s and high_s: iteration_s with the estimates' low or high
-    ends. critical: names on the critical path of the usual iteration, in time order.
+    runs: every task once, by start. iteration_s: from one iteration's start to the next, on average; usual_s: the usual
+    iteration from end to end, without rare tasks; full_s: one with all tasks; total_s: all iterations. low_s and high_s:
+    iteration_s with the estimates' low or high ends. critical: names on the usual iteration's critical path, in time order.
     """
 
     loop: Loop
@@ -36,9 +36,15 @@ class LoopSchedule:
     iteration_s: float
     low_s: float
     high_s: float
+    usual_s: float
     full_s: float
     total_s: float
     critical: tuple[str, ...]
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether iterations begin before the one before them has ended."""
+        return self.iteration_s < 0.98 * self.usual_s
 
 
 def start_s(task: AnyTask) -> float:
@@ -62,10 +68,12 @@ def loop_schedule(graph: TaskGraph, loop: Loop) -> LoopSchedule:
     always = [task for task in tasks if task.every == 1] or tasks
     typical = critical_path(graph, always)
     estimates = [task.estimate for task in typical if task.estimate]
+    usual_s = _span_s(iteration_runs(tasks, always))
     return LoopSchedule(
         loop=loop,
         runs=tuple(PlannedRun(task, start_s(task), end_s(task)) for task in tasks),
-        iteration_s=_span_s(iteration_runs(tasks, always)),
+        iteration_s=usual_s,
+        usual_s=usual_s,
         low_s=sum(estimate.low_s for estimate in estimates),
         high_s=sum(estimate.high_s for estimate in estimates),
         full_s=max((end_s(task) for task in tasks), default=0.0),

@@ -7,7 +7,8 @@ from miles_plan.ir.memory import MemoryTimeline
 from miles_plan.ir.plan import ClusterSummary, Plan
 from miles_plan.ir.tasks import AnyTask, RecordRouting, ReplayRouting
 from miles_plan.report.cluster_map import node_of
-from miles_plan.report.units import bytes_text, count_text, plural, quantity_text
+from miles_plan.report.schedule import LoopSchedule
+from miles_plan.report.units import bytes_text, count_text, plural, quantity_text, seconds_text
 
 SMALL_PART = 5  # a need below 1/5 of the capacity gets a scale of its own
 
@@ -74,6 +75,12 @@ def group_nodes(group: DeviceGroup, cluster: ClusterSummary) -> str:
 def how_often(task: AnyTask) -> str:
     """`1 in 20` for a task that does not run in every iteration, else ``."""
     return f"1 in {task.every}" if task.every > 1 else ""
+
+
+def overlap_text(schedule: LoopSchedule) -> str:
+    """How iterations that overlap follow each other."""
+    whole, distance = seconds_text(schedule.usual_s), seconds_text(schedule.iteration_s)
+    return f"one takes {whole} from end to end, a new one begins every {distance}"
 
 
 def colocation_text(plan: Plan) -> str:

@@ -150,8 +150,10 @@ class RewardPool:
         elif "unloadable" in message:
             link.read_output(self._selector)
             yield from self._lose(link, Outcome(reason="raised", detail=message["unloadable"]))
-        else:
+        elif link.run and message.get("index") in link.run[0]:
             yield from self._take_score(link, message)
+        else:
+            yield from self._kill(link, Outcome(reason="died", detail="its messages make no sense"))
 
     def _take_score(self, link: WorkerLink, message: dict[str, Any]) -> Iterator[Decision]:
         link.read_output(self._selector)

@@ -122,7 +122,7 @@ class WorkerLink:
                 self.leave()
                 return
             *lines, self.received = (self.received + data).split(b"\n")
-            yield from map(json.loads, lines)
+            yield from map(_message, lines)
 
     def read_output(self, selector: selectors.BaseSelector) -> None:
         """Count what the worker has printed by now and keep the end of it."""
@@ -148,6 +148,15 @@ class WorkerLink:
         _unregister(selector, self.output)
         self.channel.close()
         os.close(self.output)
+
+
+def _message(line: bytes) -> dict[str, Any]:
+    """A message; empty when the reward wrote something of its own to the socket."""
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return {}
+    return message if isinstance(message, dict) else {}
 
 
 def _unregister(selector: selectors.BaseSelector, channel: socket.socket | int) -> None:

@@ -42,7 +42,3 @@ class Ledger:
     def unread(self) -> tuple[str, ...]:
         """Leaf paths, in spec order, that nobody read and that are not declared inert."""
         return tuple(path for path, readers in self._readers.items() if not readers and path not in self._inert)
-
-    def inert(self) -> Mapping[str, str]:
-        """Leaf paths declared inert, each with the reason."""
-        return dict(self._inert)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from miles_plan.diagnostics import Location
 from miles_plan.spec.layers import SET_FILE
-from miles_plan.spec.tree import MapNode, Node, find, key_location, value_location
+from miles_plan.spec.tree import MapNode, find, key_location, value_location
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,6 @@ class Origins:
     def key(self, path: str) -> Location:
         """As `at`, but the key instead of the value."""
         return key_location(self.root, _steps(path)) or self.at(path)
-
-    def node(self, path: str) -> Node | None:
-        """What was written at `path`, or None."""
-        return find(self.root, _steps(path))
 
 
 def _steps(path: str) -> tuple[str, ...]:

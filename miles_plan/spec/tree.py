@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from miles_plan.diagnostics import Location
@@ -113,14 +113,3 @@ def value_location(node: Node, path: Path) -> Location | None:
         return None
     spans_one_line = value.location.line == value.location.end_line and value.location.end_column > value.location.column
     return value.location if spans_one_line or not path else key_location(node, path)
-
-
-def walk(node: Node, path: Path = ()) -> Iterator[tuple[Path, Node]]:
-    """Every value below `node` with its path, parents first."""
-    yield path, node
-    if isinstance(node, MapNode):
-        for key, entry in node.entries.items():
-            yield from walk(entry.value, (*path, key))
-    elif isinstance(node, ListNode):
-        for index, item in enumerate(node.items):
-            yield from walk(item, (*path, str(index)))

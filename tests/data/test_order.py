@@ -22,6 +22,12 @@ def test_any_window_is_the_same_cut_of_one_stream(rows, seed, start, count, shuf
     assert (rows_at(start, count, rows=rows, seed=seed, shuffle=shuffle) == whole[start:]).all()
 
 
+@settings(deadline=None)
+@given(sizes, seeds, st.integers(0, 5), st.booleans())
+def test_each_epoch_of_the_stream_has_every_row_once(rows, seed, epoch, shuffle):
+    assert sorted(rows_at(epoch * rows, rows, rows=rows, seed=seed, shuffle=shuffle)) == list(range(rows))
+
+
 def test_seeds_and_epochs_give_different_orders():
     orders = {tuple(epoch_order(100, seed=seed, epoch=epoch)) for seed in range(20) for epoch in range(20)}
     assert len(orders) == 400

@@ -41,7 +41,7 @@ def brute_force_s(ctx: PassContext, workload: StepWorkload) -> float:
         cheapest = min(
             trainers, key=lambda choice: (choice.step_s + choice.log_prob_s, choice.optimizer_offload, choice.peak_bytes)
         )
-        residue = joint_search.sleeping_trainer_bytes(cheapest) if sleeping else 0.0
+        residue = joint_search.sleeping_trainer_bytes(ctx, cheapest) if sleeping else 0.0
         engines = search_rollout(ctx, ctx.cluster, split.rollout_gpus, workload, resident_bytes=residue)
         price = joint_search._pricer(ctx, split, sleeping)
         for trainer, engine in itertools.product(trainers, engines.choices):

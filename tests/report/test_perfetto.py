@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -131,3 +132,11 @@ def test_lanes_hold_every_slice_and_no_overlap(times: list[tuple[float, float]])
     assert sorted(piece.name for lane in lanes for piece in lane) == sorted(piece.name for piece in slices)
     for lane in lanes:
         assert all(nanoseconds(one.end_s) <= nanoseconds(two.start_s) for one, two in pairwise(lane))
+
+
+def test_iterations_that_overlap_begin_at_the_planned_distance(disaggregated_plan: Plan) -> None:
+    step = replace(disaggregated_plan.estimates[0], name="step time (rl)", unit="s", low=30.0, mid=40.0, high=50.0)
+    trace = plan_trace(replace(disaggregated_plan, estimates=(step,)), iterations=4)
+    assert_chrome_trace(trace)
+    starts = sorted(e["ts"] for e in trace["traceEvents"] if e.get("cat") == "iteration")
+    assert starts == pytest.approx([0, 40e6, 80e6, 120e6])

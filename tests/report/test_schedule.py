@@ -65,3 +65,10 @@ def test_leaving_tasks_out_never_reorders_or_stretches_the_rest(skipped: set[int
         assert run.end_s >= run.start_s >= -1e-9
     starts = [run.start_s for run in moved]
     assert starts == sorted(starts)
+
+
+def test_iterations_that_overlap_are_said_to(embedded_plan: Plan) -> None:
+    step = replace(embedded_plan.estimates[0], name="step time (rl)", low=0.5, mid=0.9, high=1.2)
+    warm_start, rl = loop_schedules(replace(embedded_plan, estimates=(step,)))
+    assert (warm_start.overlaps, rl.overlaps) == (False, True)
+    assert rl.usual_s == pytest.approx(1.643)

@@ -102,6 +102,15 @@ def close_everything():
     return 1.0
 
 
+def write_everywhere():
+    for descriptor in range(3, 20):
+        try:
+            os.write(descriptor, b"[nonsense\n")
+        except OSError:
+            continue
+    return 1.0
+
+
 def tool():
     done = subprocess.run([sys.executable, "-c", "print(0.75)"], capture_output=True, text=True, check=True)
     return float(done.stdout)
@@ -143,6 +152,7 @@ TROUBLE = {
     "leave and hang": leave_and_hang,
     "fork bomb": fork_bomb,
     "close": close_everything,
+    "write": write_everywhere,
     "tool": tool,
     "many parts": lambda: {"reward": 1.0} | {f"part{i}": 1.0 for i in range(70_000)},
     "exhaust": lambda: [bytearray(1 << 26) for _ in range(1 << 20)],

@@ -123,6 +123,7 @@ def test_scores_come_back_in_order():
         ("leave in session", "left_processes", "left 1 processes running"),
         ("escape", "left_processes", "left 1 processes running"),
         ("close", "died", ""),
+        ("write", "died", "its messages make no sense"),
     ],
 )
 def test_trouble_is_named_and_costs_its_own_sample_only(pool, response, reason, detail):
@@ -154,6 +155,14 @@ def assert_trouble(pool, response, reason, detail):
 def test_what_is_allowed(pool, response, score, parts):
     (outcome,) = pool.outcomes([item(response)])
     assert (outcome.score, outcome.parts, outcome.reason) == (score, parts, None)
+
+
+def test_a_copy_of_the_worker_ends_before_it_can_answer():
+    with open_pool("trouble", workers=1, limits=PoolLimits(deadline_s=20)) as pool:
+        for _ in range(3):
+            outcomes = pool.outcomes([item("fork"), *(item(str(i)) for i in range(20))])
+            assert [outcome.score for outcome in outcomes] == [1.0, *range(20)]
+            assert len(descendants(pool._keeper.process.pid)) == 1
 
 
 def test_what_a_failing_reward_printed_is_kept(pool):

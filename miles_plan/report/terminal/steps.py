@@ -9,7 +9,7 @@ from miles_plan.report.palette import TERMINAL_ACTIVITY, activity
 from miles_plan.report.schedule import LoopSchedule, PlannedRun, loop_schedules
 from miles_plan.report.terminal.page import Page, bar, grid, text, widest
 from miles_plan.report.units import estimate_text, number_text, plural, seconds_text
-from miles_plan.report.wording import how_often
+from miles_plan.report.wording import how_often, overlap_text
 
 SHORTEST_BAR = 10
 
@@ -20,6 +20,8 @@ def draw_steps(page: Page, plan: Plan) -> None:
         page.heading(f"Step of loop '{schedule.loop.name}'", _summary(schedule))
         _draw_tasks(page, schedule)
         page.note(Text("● critical path: ", style="dim"), Text(_shares(schedule), style="dim"))
+        if schedule.overlaps:
+            page.note(text(f"iterations overlap: {overlap_text(schedule)}", "dim"))
 
 
 def _summary(schedule: LoopSchedule) -> str:

@@ -26,26 +26,31 @@ def text_of(plan: Plan, width: int, *, full: bool = False, sections: tuple[str, 
     return file.getvalue()
 
 
+def without_digest(shown: str) -> str:
+    """A plan's digest changes with every field that the IR gains; a page does not."""
+    return re.sub(r"plan [0-9a-f]{12}", "plan ############", shown)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_page_of_a_plan(name: str, width: int, golden: Golden) -> None:
-    golden.check(f"report/{name}_{width}.txt", text_of(load_plan(name), width))
+    golden.check(f"report/{name}_{width}.txt", without_digest(text_of(load_plan(name), width)))
 
 
 def test_everything_of_a_plan(golden: Golden) -> None:
-    golden.check("report/moe_1024_all.txt", text_of(load_plan("moe_1024"), 120, full=True))
+    golden.check("report/moe_1024_all.txt", without_digest(text_of(load_plan("moe_1024"), 120, full=True)))
 
 
 def test_the_page_of_a_run(run_dir: Path, golden: Golden) -> None:
     file = io.StringIO()
     render_run(replace(read_run(run_dir), path=Path("runs/a")), Console(file=file, width=80))
-    golden.check("report/run_80.txt", file.getvalue())
+    golden.check("report/run_80.txt", without_digest(file.getvalue()))
 
 
 def test_the_difference_of_two_plans(golden: Golden) -> None:
     file = io.StringIO()
     render_difference(compare_plans(load_plan("moe_1024"), load_plan("disaggregated")), Console(file=file, width=100))
-    golden.check("report/difference_100.txt", file.getvalue())
+    golden.check("report/difference_100.txt", without_digest(file.getvalue()))
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 97, 120, 200])

@@ -45,7 +45,8 @@ def scored(context: Context, task: Reward | Evaluate, drawn: Any, samples: Any) 
     calls = context.host.produce(score_samples, task, drawn, samples)
     (report,) = yield Wait(f"host: score samples with {task.reward}", calls)
     if report["failures"]:
-        context.event("warning", f"reward {task.reward}", failures=report["failures"])
+        failed = int(report["figures"]["reward_failures"])
+        context.event("warning", f"reward {task.reward}", failed_samples=failed, first=report["failures"][:3])
         if report["must_stop"]:
             raise RunError(
                 "MP510",
