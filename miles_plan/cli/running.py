@@ -36,10 +36,8 @@ def carry_out(work: Callable[[], Result], root: Path) -> None:
 
     try:
         result = work()
-    except InterruptedRunError:
-        sys.stderr.write(f"stopped; continue with: miles-plan resume {root}\n")
-        raise typer.Exit(ExitCode.INTERRUPTED) from None
-    except KeyboardInterrupt:
+    except (InterruptedRunError, KeyboardInterrupt):
+        sys.stderr.write("stopped" + _how_to_continue(root))
         raise typer.Exit(ExitCode.INTERRUPTED) from None
     except RunDirectoryError as problem:
         raise PlanError((error("MP506", str(problem)),)) from None
@@ -85,4 +83,8 @@ def _figures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _show_failure(diagnostic: Diagnostic, resumable: Path | None) -> None:
     show_findings([diagnostic], {})
     if resumable is not None and (resumable / "run.json").exists():
-        sys.stderr.write(f"continue with: miles-plan resume {resumable}\n")
+        sys.stderr.write("the run can go on" + _how_to_continue(resumable))
+
+
+def _how_to_continue(root: Path) -> str:
+    return f"; continue with: miles-plan resume {root}\n" if (root / "run.json").exists() else "\n"

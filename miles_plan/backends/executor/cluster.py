@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -81,36 +82,41 @@ class Session:
 
     def close(self) -> list[str]:
         """Stop Ray and everything that carries the session's marker; returns what had to be killed."""
-        import ray
+        with contextlib.suppress(
+            Exception
+        ):  # a start that was cut short leaves Ray half there; what it started is killed below
+            import ray
 
-        ray.shutdown()
+            ray.shutdown()
         found = clean_up(self.belongings, spare=frozenset({os.getpid()}))
         self.janitor.dismiss()
         os.environ.pop(MARKER, None)
         return [each for each in found if each.startswith("process")]
 
 
-def start_session(plan: Plan, *, on_belongings: Callable[[Belongings], None]) -> Session:
+def start_session(plan: Plan, while_ray_starts: Callable[[Belongings], None]) -> Session:
     """Start Ray with what the plan needs and check that the machine has it. RunError says what does not match.
 
-    `on_belongings` is told what there will be to clean up before there is anything.
+    `while_ray_starts` runs before Ray does, and is told what there will be to clean up; what it starts belongs to the session.
     """
     began = time.monotonic()
     marker = secrets.token_hex(6)
     temporary = Path(tempfile.mkdtemp(prefix="mplan-", dir=_short_temporary()))  # 0700; Unix sockets allow 107 characters
     belongings = Belongings(marker=marker, temporary=str(temporary), segment_prefix=f"{SEGMENT_PREFIX}-{marker}")
-    on_belongings(belongings)
     os.environ.update(RAY_ENVIRONMENT)
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token_file(temporary))
     os.environ["PYTHONPATH"] = import_path()
     os.environ[MARKER] = marker
     janitor = Janitor(belongings)
     try:
+        while_ray_starts(belongings)
         _init_ray(plan, temporary)
         session = Session(belongings=belongings, janitor=janitor, started_s=time.monotonic() - began)
         check_cluster(plan.cluster, plan.graph, _nodes())
-    except BaseException:
+    except BaseException as error:
         Session(belongings=belongings, janitor=janitor, started_s=0.0).close()
+        if isinstance(error, SystemExit):  # how Ray's own handler answers SIGTERM
+            raise KeyboardInterrupt from error
         raise
     return session
 

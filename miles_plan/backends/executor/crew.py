@@ -10,8 +10,9 @@ from typing import Any
 
 from miles_plan.backends.executor.actors import Calls, Members, start_actor
 from miles_plan.backends.executor.cluster import Session, bundle
-from miles_plan.backends.executor.engine_factories import FACTORIES, Places, make_initial_model
+from miles_plan.backends.executor.engine_factories import FACTORIES, Places
 from miles_plan.backends.executor.host import open_host
+from miles_plan.backends.executor.initial_model import finish_initial_model
 from miles_plan.backends.executor.operations.operation import Wait, Waiting
 from miles_plan.ir.graph import TaskGraph
 from miles_plan.ir.group import DeviceGroup
@@ -22,7 +23,7 @@ HOST = "host"
 
 @dataclass
 class Crew:
-    """Handles on all actors, and their process ids by place.
+    """Handles on all actors, and their process ids by place. model_process makes the initial weights meanwhile.
 
     generation counts how often engines were built, so that ranks of two builds never meet.
     """
@@ -30,6 +31,7 @@ class Crew:
     plan: Plan
     session: Session
     model_folder: Path
+    model_process: int | None
     data_folder: Path
     threads: int
     config: Mapping[str, Any]
@@ -70,14 +72,13 @@ class Crew:
     def build(self, version: int) -> Waiting[None]:
         """Build the host and every engine; they hold the initial weights, labelled as `version` until a load says otherwise."""
         host = self._open_host()
-        first = next(iter(self.gpus.values()))
-        model = Members("model", [first], ["the first rank"])
-        others = Members("torch", [actor for actor in self.gpus.values() if actor is not first], [])
-        warming = others.make(import_torch, lambda _: ())
-        initial = model.make(make_initial_model, lambda _: (self.plan, self.model_folder))
+        everyone = Members("torch", list(self.gpus.values()), [])
+        warming = everyone.make(import_torch, lambda _: ())
+        first = Members("model", [next(iter(self.gpus.values()))], ["the first rank"])
+        initial = first.make(finish_initial_model, lambda _: (self.plan, self.model_folder, self.model_process))
         (self.pids[HOST],) = yield Wait("data sets, tokenizer and rewards", host)
-        yield Wait("initial weights", initial)
         yield Wait("processes", warming)
+        yield Wait("initial weights", initial)
         yield from self._build_engines([group.name for group in self.plan.graph.groups], version)
 
     def replace_engines(self, groups: Sequence[str]) -> Waiting[None]:

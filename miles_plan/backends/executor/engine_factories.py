@@ -86,14 +86,6 @@ def make_rollout_rank(plan: Plan, group: DeviceGroup, places: Places, rank: int,
 FACTORIES: dict[str, Callable[..., Any]] = {"train": make_train_rank, "rollout": make_rollout_rank}
 
 
-def make_initial_model(plan: Plan, folder: Path) -> None:
-    """Random weights of the plan's configuration, where it names no checkpoint and the run has none yet."""
-    if plan.run.model.checkpoint is None and not folder.exists():
-        from miles_plan.backends.torch_engine.weights import initialise_checkpoint
-
-        initialise_checkpoint(dict(plan.run.model.hf_config or {}), folder, plan.run.seed)
-
-
 def micro_batch_tokens(graph: TaskGraph) -> int:
     """The tightest token budget that a task of the trainer states."""
     stated = [each.tokens_per_gpu for each in tasks_of(graph, TrainStep)] + [

@@ -22,6 +22,7 @@ from miles_plan.backends.executor.durable_files import write_json
 from miles_plan.backends.executor.execution import Execution
 from miles_plan.backends.executor.failures import Ending, InterruptedRunError, RunError
 from miles_plan.backends.executor.host import model_config
+from miles_plan.backends.executor.initial_model import begin_initial_model
 from miles_plan.backends.executor.janitor import Belongings, clean_up
 from miles_plan.backends.executor.metrics import read_metrics
 from miles_plan.backends.executor.operations.operation import Services
@@ -113,7 +114,7 @@ def _carry_out(
         exported = _in_session(plan, directory, settings, flow, log)
         ending = "finished"
         return Result(plan.name, directory, _finish(plan, directory, log, exported))
-    except InterruptedRunError:
+    except (InterruptedRunError, KeyboardInterrupt):
         ending = "interrupted"
         raise
     except RunError as error:
@@ -127,12 +128,14 @@ def _carry_out(
 
 
 def _in_session(plan: Plan, directory: RunDirectory, settings: Settings, flow: Dataflow, log: RunLog) -> Exported:
-    with _session(plan, directory, log) as session:
-        stop = StopRequest(lambda: _end_at_once(session.belongings))
+    stop, model_folder = StopRequest(), directory.root / "initial"
+    with stop.installed(), _session(plan, directory, log, model_folder) as (session, model_process):
+        stop.count_from_now(lambda: _end_at_once(session.belongings))
         crew = Crew(
             plan=plan,
             session=session,
-            model_folder=directory.root / "initial",
+            model_folder=model_folder,
+            model_process=model_process,
             data_folder=directory.data,
             threads=settings.threads,
             config=model_config(plan),
@@ -148,17 +151,26 @@ def _in_session(plan: Plan, directory: RunDirectory, settings: Settings, flow: D
             event=log.event,
             journal_row=log.journal.position,
         )
-        with stop.installed():
-            return Execution(services, crew, log, stop, plan.run.max_restarts).run()
+        return Execution(services, crew, log, stop, plan.run.max_restarts).run()
 
 
 @contextlib.contextmanager
-def _session(plan: Plan, directory: RunDirectory, log: RunLog) -> Iterator[Session]:
-    """Ray for as long as the block runs; the lock file says what to clean up if this process dies in it."""
-    session = start_session(plan, on_belongings=lambda belongings: directory.write_owner({"belongings": asdict(belongings)}))
+def _session(plan: Plan, directory: RunDirectory, log: RunLog, model_folder: Path) -> Iterator[tuple[Session, int | None]]:
+    """Ray for as long as the block runs, and the process that makes the initial weights meanwhile.
+
+    The lock file says what to clean up if this process dies in it.
+    """
+    model_process = None
+
+    def while_ray_starts(belongings: Belongings) -> None:
+        nonlocal model_process
+        directory.write_owner({"belongings": asdict(belongings)})
+        model_process = begin_initial_model(plan, directory.plan, model_folder)
+
+    session = start_session(plan, while_ray_starts)
     log.event("cluster_started", "run", "ray", seconds=round(session.started_s, 2))
     try:
-        yield session
+        yield session, model_process
     except RunError:
         _keep_logs(session, directory)
         raise

@@ -28,8 +28,9 @@ def score_samples(
         "reward_std": float(kept.std()) if len(kept) else 0.0,
         "reward_failures": len(found.failures),
     }
-    scored_parts = {name: part for name, part in found.parts.items() if not np.isnan(part).all()}
-    figures |= {f"reward_{name}_mean": float(np.nanmean(part)) for name, part in scored_parts.items()}
+    figures |= {
+        f"reward_{name}_mean": float(np.nanmean(part)) for name, part in found.parts.items() if not np.isnan(part).all()
+    }
     report = {
         "digest": digest_of_arrays({"rewards": found.scores}),
         "figures": figures,
