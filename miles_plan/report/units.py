@@ -109,8 +109,9 @@ def estimate_text(low: float, mid: float, high: float, unit: str) -> str:
 
 
 def interval_text(low: float, high: float, scale: Scale) -> str:
-    """`402–811`, both in `scale`, without the unit."""
-    return f"{number_text(low / scale.divisor)}{EN_DASH}{number_text(high / scale.divisor)}"
+    """`402–811`, both in `scale`, without the unit; `-3 to -1` where a dash would look like a sign."""
+    between = EN_DASH if low >= 0 else " to "
+    return f"{number_text(low / scale.divisor)}{between}{number_text(high / scale.divisor)}"
 
 
 def change_text(before: float, after: float) -> str:
