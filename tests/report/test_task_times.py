@@ -36,7 +36,7 @@ def _run(tmp_path: Path, plan: Plan, rows: list[tuple[str, int, float, float, in
         )
         for task, at, start, end, attempt in rows
     ]
-    (tmp_path / "timeline.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (tmp_path / "timeline.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return read_run(tmp_path)
 
 
