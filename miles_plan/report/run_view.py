@@ -11,6 +11,7 @@ from miles_plan.report.metrics import (
     COMPARED,
     LOG_PROB_DIFF,
     REWARD,
+    ROUTING,
     Series,
     log_prob_verdict,
     loops_of,
@@ -27,6 +28,7 @@ from miles_plan.report.units import number_text, plural, quantity_text, scale_fo
 
 SECTIONS = (("results", "Results"), ("curves", "Curves"), ("measured", "Measured"), ("events", "Events"), ("files", "Files"))
 LOG_AXIS = frozenset({LOG_PROB_DIFF, "mean_abs_log_prob_diff"})
+BEST_AT_ZERO = LOG_AXIS | {ROUTING, "train_routing_mismatches", "log_prob_mismatches", "reward_failures", "skipped_steps"}
 MOST_EVENTS = 300
 
 
@@ -107,6 +109,7 @@ def _panel(record: RunRecord, curve: Series) -> dict[str, Any]:
         "note": note,
         "chart": curve_chart(curve, band, log=log) if drawn else None,
         "flat": _flat(record, curve) if still else "no finite value",
+        "good": still and curve.metric.key in BEST_AT_ZERO,
         "odd": odd,
     }
 

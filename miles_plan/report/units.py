@@ -62,14 +62,15 @@ def scale_for(unit: str, value: float) -> Scale:
 
 
 def number_text(value: float, digits: int = 3) -> str:
-    """`value` with about `digits` significant figures, thousands separated, no trailing zeros, E notation only below 1e-3."""
+    """`value` with about `digits` significant figures, thousands separated, no trailing zeros, E notation only below 1e-4."""
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("∞" if value > 0 else "-∞")
     if value == 0:
         return "0"
     magnitude = math.floor(math.log10(abs(value)))
-    if magnitude < -3:
-        return f"{value:.{max(0, digits - 2)}e}".replace("e-0", "e-")
+    if magnitude < -4:
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
     decimals = max(0, digits - 1 - magnitude)
     text = f"{value:,.{decimals}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
