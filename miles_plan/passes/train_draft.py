@@ -14,7 +14,7 @@ from typing import ClassVar
 from miles_plan.diagnostics import Diagnostic
 from miles_plan.ir.graph import Fact, TaskGraph
 from miles_plan.ir.plan import Decision, Estimate
-from miles_plan.ir.tasks import DraftStep, Edge, Rollout, Speculation, TrainStep, WeightSync
+from miles_plan.ir.tasks import Checkpoint, DraftStep, Edge, Rollout, Speculation, TrainStep, WeightSync
 from miles_plan.passes.base import Outcome, Pass, PassContext
 from miles_plan.spec.rollout import SpeculativeSpec
 
@@ -98,6 +98,9 @@ def _with_draft_step(graph: TaskGraph) -> TaskGraph:
         Edge(src="train", dst="train_draft", carries="weights"),
         Edge(src="train_draft", dst="weight_sync", carries="draft_weights", distance=1),
     ]
+    # what a checkpoint saves of the draft belongs to the policy it saves
+    saves = [task.name for task in graph.of_kind(Checkpoint) if task.loop == "rl"]
+    edges += [Edge(src="train_draft", dst=name, carries="order") for name in saves]
     return graph.with_replaced(*syncs).with_tasks([step], edges)
 
 
