@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,8 +26,11 @@ def generate_share(
     """This engine's share of the prompts. Every rank of an engine generates; the first one hands the samples on."""
     requests = share_of_engine(drawn.requests, rank.index, rank.engines)
     engine = rank.serving(version)
+    before = engine.health()
     batch = engine.generate(requests, sampling, min_version=version) if requests else None
+    after = engine.health()
     report = {"tokens": 0 if batch is None else int(batch.response_length.sum())}
+    report |= {name: after.get(name, 0) - before.get(name, 0) for name in ("verifications", "verified_tokens")}
     return report, batch if rank.rank == 0 else None
 
 
@@ -68,14 +71,22 @@ def sampled(
     engines = context.members[group]
     for attempt in (0, 1):
         calls = engines.produce(generate_share, drawn, sampling, version)
-        yield Wait(f"{places(engines)}: generate with weights version {version}", calls)
+        made = yield Wait(f"{places(engines)}: generate with weights version {version}", calls)
         shares = [value for value, place in zip(calls.values, first_ranks(context, group), strict=True) if place]
         accepted = context.host.produce(accept_samples, drawn, sampling, version, routed, *shares)
         (report,) = yield Wait("host: accept samples", accepted)
         if not report["problems"]:
+            report["figures"] |= accept_length(made)
             return accepted.values[0], report
         context.event("warning", f"{places(engines)}: samples refused", problems=report["problems"], attempt=attempt)
     raise EngineError(f"{places(engines)} returned samples that cannot be used, twice: " + "; ".join(report["problems"]))
+
+
+def accept_length(reports: Sequence[Mapping[str, int]]) -> dict[str, float]:
+    """Tokens that one verification of a draft's proposal gave on average; nothing where none was verified."""
+    verifications = sum(report["verifications"] for report in reports)
+    tokens = sum(report["verified_tokens"] for report in reports)
+    return {"accept_length": tokens / verifications} if verifications else {}
 
 
 def first_ranks(context: Context, group: str) -> Sequence[bool]:
