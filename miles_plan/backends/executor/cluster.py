@@ -23,7 +23,6 @@ from miles_plan.ir.plan import ClusterSummary, Plan
 
 PLANNED_GPU = "planned_gpu"
 PLACEMENT_WAIT_S = 30.0
-SEGMENT_PREFIX = "mplan"
 TOKEN_NAME = "token"
 
 # Ray reads these when it is imported or when it starts its processes.
@@ -102,7 +101,7 @@ def start_session(plan: Plan, while_ray_starts: Callable[[Belongings], None]) ->
     began = time.monotonic()
     marker = secrets.token_hex(6)
     temporary = Path(tempfile.mkdtemp(prefix="mplan-", dir=_short_temporary()))  # 0700; Unix sockets allow 107 characters
-    belongings = Belongings(marker=marker, temporary=str(temporary), segment_prefix=f"{SEGMENT_PREFIX}-{marker}")
+    belongings = Belongings(marker=marker, temporary=str(temporary))
     os.environ.update(RAY_ENVIRONMENT)
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token_file(temporary))
     os.environ["PYTHONPATH"] = import_path()

@@ -8,6 +8,7 @@ found: by a mark of ours, never by a name.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -22,16 +23,16 @@ from typing import IO
 
 MARKER = "MILES_PLAN_SESSION"
 SHARED_MEMORY = Path("/dev/shm")
+SEGMENT_PREFIX = "miles-plan-weights-"  # of `torch_engine.weight_exchange`, which this process does not import: it loads torch
 DISMISSED = b"done\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Belongings:
-    """What a session leaves if it dies: processes with its marker, a temporary folder, shared-memory segments by prefix."""
+    """What a session leaves if it dies, besides weights in shared memory: processes with its marker, a temporary folder."""
 
     marker: str
     temporary: str
-    segment_prefix: str
 
 
 def processes_of(marker: str) -> Iterator[int]:
@@ -62,21 +63,32 @@ def clean_up(belongings: Belongings, *, spare: frozenset[int] = frozenset()) -> 
             except ProcessLookupError:
                 continue
         time.sleep(0.05)
-    found += [f"shared memory {name}" for name in remove_segments(belongings.segment_prefix)]
+    found += [f"shared memory {name}" for name in remove_orphaned_segments()]
     if Path(belongings.temporary).exists():
         found.append(f"folder {belongings.temporary}")
         shutil.rmtree(belongings.temporary, ignore_errors=True)
     return found
 
 
-def remove_segments(prefix: str) -> list[str]:
-    """Unlink shared-memory segments whose name starts with a session's prefix."""
-    if not prefix or not SHARED_MEMORY.is_dir():
-        return []
-    found = sorted(path.name for path in SHARED_MEMORY.glob(f"{prefix}*"))
-    for name in found:
-        (SHARED_MEMORY / name).unlink(missing_ok=True)
-    return found
+def remove_orphaned_segments() -> list[str]:
+    """Unlink weights in shared memory whose writer is dead: a segment's name holds its writer's process, which holds its lock."""
+    removed = []
+    for path in SHARED_MEMORY.glob(f"{SEGMENT_PREFIX}*"):
+        writer = path.name.removeprefix(SEGMENT_PREFIX).partition("-")[0]
+        if writer.isdigit() and not Path(f"/proc/{writer}").exists() and _unlocked(path):
+            path.unlink(missing_ok=True)
+            removed.append(path.name)
+    return sorted(removed)
+
+
+def _unlocked(path: Path) -> bool:
+    """Whether nobody holds the file's lock; a writer in another container can, though its process is not to be seen here."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 class Janitor:
