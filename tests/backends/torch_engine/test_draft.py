@@ -110,6 +110,7 @@ def test_a_draft_changes_no_bit_of_what_is_sampled(
     finally:
         engine.close()
     assert health["free_pages"] == health["pages"]
+    assert health["right_guesses"] <= health["guesses"] <= steps * health["verifications"]
     assert health["verifications"] <= health["verified_tokens"] <= (steps + 1) * health["verifications"]
 
 
@@ -155,10 +156,14 @@ def test_what_the_trainer_learnt_speeds_up_the_rollout(checkpoint, plain, engine
         np.testing.assert_array_equal(found.rollout_log_probs, batch.rollout_log_probs)
         return (server.num_verified_tokens - tokens) / (server.num_verifications - verifications)
 
-    untrained = tokens_per_verification(1)
+    def right() -> int:
+        return server.num_right_guesses
+
+    untrained, guessed = tokens_per_verification(1), right()
     for _ in range(40):
         learner.draft_step(batch, optimizer=ADAM)
     assert tokens_per_verification(2) > untrained + 0.5
+    assert right() - guessed > guessed
 
 
 def give(learner: TorchTrainEngine, server: RolloutEngine, version: int) -> None:
