@@ -48,7 +48,7 @@ def test_a_run_with_a_draft_ends_with_the_weights_of_a_run_without(tmp_path: Pat
         assert [line[name] for line in found] == [line[name] for line in expected]
     assert all(1.0 <= line["accept_length"] <= 3.0 for line in found)
     assert all(0.0 <= line["accept_rate"] <= 1.0 for line in found)
-    assert found[-1]["draft_loss"] < found[0]["draft_loss"]
+    assert all(line["draft_grad_norm"] > 0 and not line["draft_skipped_steps"] for line in found)
     assert all(0.0 <= line["draft_accuracy"] <= 1.0 for line in found)
     assert "accept_length" not in expected[0]
     assert "draft_loss" not in expected[0]
