@@ -58,11 +58,10 @@ class DraftTrainer:
         self.optimizer.steps_taken = int(found[f"{PREFIX}steps_taken"])
         self.optimizer.publish()
 
-    def learn(
-        self, decoder: Decoder, policy: Weights, prepared: PreparedWeights, part: PackedSamples, states: Tensor, rows: Tensor
-    ) -> tuple[Tensor, int]:
-        """Summed negative log-prob of the targets after the packed tokens where `rows`, bool [r] over the responses' tokens,
-        is set, and for how many of them the likeliest token is right.
+    def forward(
+        self, decoder: Decoder, policy: Weights, prepared: PreparedWeights, part: PackedSamples, states: Tensor
+    ) -> Tensor:
+        """The draft's outputs [M, H] over a micro-batch, to be read by the policy's output layer.
 
         decoder, policy: the policy's, its weights detached; states [M, H]: its hidden states. `prepared` holds forms of the
         policy's and the draft's weights and is good for one step.
@@ -70,7 +69,14 @@ class DraftTrainer:
         starts = torch.from_numpy(np.cumsum([0, *part.sequences.lengths[:-1]])).to(states.device)
         before = states_before(states, starts, torch.zeros_like(states[:1]))
         embedded = decoder.embed(policy, part.tokens)
-        hidden = self.draft.forward_packed(self.buffer.parameters, prepared, before, embedded, part.sequences)
+        return self.draft.forward_packed(self.buffer.parameters, prepared, before, embedded, part.sequences)
+
+    def learn(
+        self, decoder: Decoder, policy: Weights, prepared: PreparedWeights, part: PackedSamples, states: Tensor, rows: Tensor
+    ) -> tuple[Tensor, int]:
+        """As `forward`, then the summed negative log-prob of the response tokens where `rows`, bool [r], is set, and how many
+        of them are the draft's likeliest token."""
+        hidden = self.forward(decoder, policy, prepared, part, states)
         hidden, targets = hidden.index_select(0, part.predicting[rows]), part.targets[rows]
         log_probs, _ = decoder.log_probs(policy, prepared, hidden, targets, temperature=1.0)
         right = int((decoder.likeliest(policy, prepared, hidden.detach()) == targets).sum())

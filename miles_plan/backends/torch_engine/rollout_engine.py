@@ -111,6 +111,8 @@ class TorchRolloutEngine:
         self.num_retracted = 0
         self.num_verifications = 0
         self.num_verified_tokens = 0
+        self.num_guesses = 0
+        self.num_right_guesses = 0
 
     @property
     def max_context_tokens(self) -> int:
@@ -206,7 +208,8 @@ class TorchRolloutEngine:
 
     def health(self) -> Mapping[str, Any]:
         """Version held, what sleeps, samples running, retractions so far, free pages, bytes by part; with a draft, how often
-        its proposals were verified so far, and the tokens that this gave, each verification's own included."""
+        its proposals were verified so far and the tokens that this gave, each verification's own included; and how many of its
+        guesses were put to the test (none after a wrong one, none beyond a sample's end), and how many of them were right."""
         return {
             "weight_version": self._version,
             "asleep": sorted(self._asleep),
@@ -216,6 +219,8 @@ class TorchRolloutEngine:
             "pages": self._pages.num_pages,
             "verifications": self.num_verifications,
             "verified_tokens": self.num_verified_tokens,
+            "guesses": self.num_guesses,
+            "right_guesses": self.num_right_guesses,
             "device_bytes": dict(self._memory().device_bytes),
         }
 
@@ -379,11 +384,14 @@ class TorchRolloutEngine:
         drawn, scored, end, kept = tokens.tolist(), log_probs.tolist(), 0, []
         for sample, proposal, count in zip(samples, proposals, counts, strict=True):
             start, end = end, end + count
-            standing = start + accepted(proposal, drawn[start:end])
-            kept.append(self._append(generation, sample, drawn[start:standing], scored[start:standing]))
+            standing = accepted(proposal, drawn[start:end])
+            taken = slice(start, start + standing)
+            kept.append(self._append(generation, sample, drawn[taken], scored[taken]))
             if proposal:
                 self.num_verifications += 1
                 self.num_verified_tokens += kept[-1]
+                self.num_guesses += min(kept[-1], len(proposal))
+                self.num_right_guesses += min(kept[-1], standing - 1)
         return kept
 
     def _choose(self, generation: _Generation, samples: Sequence[Sample], positions: Sequence[int], logits: Tensor) -> Tensor:

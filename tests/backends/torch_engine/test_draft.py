@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from miles_plan.backends.engine import EngineError, Request, RolloutEngine
 from miles_plan.backends.torch_engine.draft_decoder import accepted
 from miles_plan.backends.torch_engine.options import RolloutEngineOptions, TrainEngineOptions
+from miles_plan.backends.torch_engine.prepared import PreparedWeights
 from miles_plan.backends.torch_engine.rollout_engine import TorchRolloutEngine
-from miles_plan.backends.torch_engine.train_engine import TorchTrainEngine
+from miles_plan.backends.torch_engine.train_engine import TorchTrainEngine, _RoutingCount
 from miles_plan.data.batch import SampleBatch
 from miles_plan.ir.layout import RolloutLayout, TrainLayout
 from miles_plan.ir.options import LossOptions, OptimizerOptions, SamplingOptions
@@ -110,7 +111,46 @@ def test_a_draft_changes_no_bit_of_what_is_sampled(
     finally:
         engine.close()
     assert health["free_pages"] == health["pages"]
+    assert health["right_guesses"] <= health["guesses"] <= steps * health["verifications"]
     assert health["verifications"] <= health["verified_tokens"] <= (steps + 1) * health["verifications"]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe_mixed"])
+def test_what_the_rollout_guesses_is_what_the_trainers_draft_says_at_that_position(
+    checkpoint, plain, engines, tmp_path, family, monkeypatch
+):
+    greedy = sampling(temperature=0.0, stop_token_ids=())
+    engines.append(server := rollout(checkpoint(family), draft_steps=1, seed=3, page_tokens=4, kv_pool_tokens=160))
+    guesses: dict[tuple[int, int], int] = {}
+    propose = server._draft.propose
+
+    def noted(samples, counts, choose):
+        found = propose(samples, counts, choose)
+        guesses.update({(s.index, len(s.tokens)): tokens[0] for s, tokens in zip(samples, found, strict=True) if tokens})
+        return found
+
+    monkeypatch.setattr(server._draft, "propose", noted)
+    batch = server.generate(requests(), greedy, min_version=0)
+    assert_same(batch, plain(family, greedy))
+    assert server.num_retracted > 0
+    engines.append(learner := trainer(checkpoint(family), tmp_path))
+    said = likeliest_by_position(learner, batch)
+    assert len(guesses) > 30
+    assert guesses == {place: said[place] for place in guesses}
+
+
+def likeliest_by_position(learner: TorchTrainEngine, batch: SampleBatch) -> dict[tuple[int, int], int]:
+    """By sample and position, the draft's likeliest token there, from the trainer's packed forward."""
+    found = {}
+    policy, prepared = learner._policy, PreparedWeights()
+    for part in learner._pack(batch, learner.config, batch.routing is not None):
+        with torch.no_grad():
+            states = learner._run_stage(policy, part, None, _RoutingCount())
+            hidden = learner._draft.forward(policy.decoder, policy.weights, prepared, part, states)
+        tokens = iter(policy.decoder.likeliest(policy.weights, prepared, hidden).tolist())
+        for sample, length in zip(part.samples.tolist(), part.sequences.lengths, strict=True):
+            found.update({(sample, position + 1): next(tokens) for position in range(length)})
+    return found
 
 
 def test_tensor_parallel_ranks_draft_alike(checkpoint, plain, run_ranks):
@@ -155,10 +195,14 @@ def test_what_the_trainer_learnt_speeds_up_the_rollout(checkpoint, plain, engine
         np.testing.assert_array_equal(found.rollout_log_probs, batch.rollout_log_probs)
         return (server.num_verified_tokens - tokens) / (server.num_verifications - verifications)
 
-    untrained = tokens_per_verification(1)
+    def right() -> int:
+        return server.num_right_guesses
+
+    untrained, guessed = tokens_per_verification(1), right()
     for _ in range(40):
         learner.draft_step(batch, optimizer=ADAM)
     assert tokens_per_verification(2) > untrained + 0.5
+    assert right() - guessed > guessed
 
 
 def give(learner: TorchTrainEngine, server: RolloutEngine, version: int) -> None:

@@ -19,6 +19,8 @@ from miles_plan.data.batch import SampleBatch
 from miles_plan.ir.options import SamplingOptions
 from miles_plan.ir.tasks import Rollout
 
+DRAFT_COUNTS = ("verifications", "verified_tokens", "guesses", "right_guesses")  # of an engine's health
+
 
 def generate_share(
     rank: RolloutRank, drawn: DrawnPrompts, sampling: SamplingOptions, version: int
@@ -30,7 +32,7 @@ def generate_share(
     batch = engine.generate(requests, sampling, min_version=version) if requests else None
     after = engine.health()
     report = {"tokens": 0 if batch is None else int(batch.response_length.sum())}
-    report |= {name: after.get(name, 0) - before.get(name, 0) for name in ("verifications", "verified_tokens")}
+    report |= {name: after.get(name, 0) - before.get(name, 0) for name in DRAFT_COUNTS}
     return report, batch if rank.rank == 0 else None
 
 
@@ -76,17 +78,19 @@ def sampled(
         accepted = context.host.produce(accept_samples, drawn, sampling, version, routed, *shares)
         (report,) = yield Wait("host: accept samples", accepted)
         if not report["problems"]:
-            report["figures"] |= accept_length(made)
+            report["figures"] |= draft_figures(made)
             return accepted.values[0], report
         context.event("warning", f"{places(engines)}: samples refused", problems=report["problems"], attempt=attempt)
     raise EngineError(f"{places(engines)} returned samples that cannot be used, twice: " + "; ".join(report["problems"]))
 
 
-def accept_length(reports: Sequence[Mapping[str, int]]) -> dict[str, float]:
-    """Tokens that one verification of a draft's proposal gave on average; nothing where none was verified."""
-    verifications = sum(report["verifications"] for report in reports)
-    tokens = sum(report["verified_tokens"] for report in reports)
-    return {"accept_length": tokens / verifications} if verifications else {}
+def draft_figures(reports: Sequence[Mapping[str, int]]) -> dict[str, float]:
+    """How good the draft was, over all ranks; nothing where it proposed nothing.
+
+    accept_length: tokens that one verification gave; accept_rate: share of right ones among the guesses put to the test.
+    """
+    verifications, tokens, guesses, right = (sum(report[name] for report in reports) for name in DRAFT_COUNTS)
+    return {"accept_length": tokens / verifications, "accept_rate": right / guesses} if verifications else {}
 
 
 def first_ranks(context: Context, group: str) -> Sequence[bool]:
