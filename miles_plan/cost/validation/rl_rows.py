@@ -22,7 +22,14 @@ from miles_plan.cost.train_time import (
     workload_of_lengths,
 )
 from miles_plan.cost.validation.recipes import NATURAL_IMBALANCE
-from miles_plan.cost.validation.row_fields import Row, UnmappedRowError, row_gpu, row_model, row_precision, size_of
+from miles_plan.cost.validation.row_fields import (
+    IncompleteRowError,
+    Row,
+    row_gpu,
+    row_model,
+    row_precision,
+    size_of,
+)
 from miles_plan.cost.validation.sync_rows import VLLM_LOAD_BYTES_PER_S
 from miles_plan.cost.weight_sync import SyncOptions, offload_time, weight_sync_time
 from miles_plan.ir.layout import Recompute, RolloutLayout, TrainLayout
@@ -68,7 +75,7 @@ def rl_step_seconds(row: Row) -> tuple[Interval, float]:
         UnmappedRowError: engines, batch or lengths are not stated.
     """
     if row["metric"] != "step_time" or row.get("unit", "s") != "s":
-        raise UnmappedRowError(f"{row['metric']} is not the time of one step")
+        raise IncompleteRowError(f"{row['metric']} is not the time of one step")
     job = rl_job(row)
     return rl_step_time(rl_parts(job), job.schedule), float(row["value"])
 
@@ -78,7 +85,7 @@ def rl_job(row: Row) -> RlJob:
     model, gpu, gpus = row_model(row), row_gpu(row), size_of(row, "num_gpus", 0)
     for name in ("num_gpus", "gen_parallel", "train_parallel", "seq_len", "avg_seq_len", "gen_batch", "global_batch"):
         if not row.get(name):
-            raise UnmappedRowError(f"{name} is not stated")
+            raise IncompleteRowError(f"{name} is not stated")
     mode = str(row.get("policy_mode") or "").lower()
     schedule: Schedule = "overlapped" if "off" in mode or "async" in mode else "colocated"
     rollout_gpus = train_gpus = gpus
@@ -108,7 +115,7 @@ def _bracketed(text: str) -> list[int]:
     """The numbers of `TP,PP=[2,1]`; `n/a` counts as 1."""
     inside = re.search(r"\[(.*?)\]", text)
     if not inside:
-        raise UnmappedRowError(f"parallel sizes are not readable: {text}")
+        raise IncompleteRowError(f"parallel sizes are not readable: {text}")
     return [int(each) if each.strip().isdigit() else 1 for each in inside.group(1).split(",")]
 
 
@@ -119,12 +126,12 @@ def _train_layout(text: str, gpus: int, model: ModelArchitecture) -> TrainLayout
     if "EP" not in text.split("=")[0] or len(sizes) == 4:
         cp, ep = 1, 1
     if gpus % (tp * pp * cp):
-        raise UnmappedRowError(f"tp x pp x cp = {tp * pp * cp} does not divide {gpus} trainer GPUs")
+        raise IncompleteRowError(f"tp x pp x cp = {tp * pp * cp} does not divide {gpus} trainer GPUs")
     dp = gpus // (tp * pp * cp)
     ep = ep if model.moe else 1
     layout = TrainLayout(tp=tp, pp=pp, vpp=vpp, cp=cp, dp=dp, ep=ep, sequence_parallel=tp > 1)
     if problem := next(layout.problems(), None):
-        raise UnmappedRowError(problem)
+        raise IncompleteRowError(problem)
     return layout
 
 

@@ -6,7 +6,7 @@ import re
 
 from miles_plan.catalog.gpus import cluster_of
 from miles_plan.cost.interval import Interval
-from miles_plan.cost.validation.row_fields import Row, UnmappedRowError, row_gpu, row_model, size_of
+from miles_plan.cost.validation.row_fields import IncompleteRowError, Row, row_gpu, row_model, size_of
 from miles_plan.cost.weight_sync import SyncOptions, Transport, weight_sync_time
 from miles_plan.ir.layout import RolloutLayout, TrainLayout
 
@@ -25,15 +25,15 @@ def sync_seconds(row: Row) -> tuple[Interval, float]:
         UnmappedRowError: the row states no layout, or measures part of a synchronisation only.
     """
     if row["metric"] not in _METRICS:
-        raise UnmappedRowError(f"{row['metric']} is part of a synchronisation")
+        raise IncompleteRowError(f"{row['metric']} is part of a synchronisation")
     if "before fix" in str(row.get("method")):
-        raise UnmappedRowError("measured before a fix")
+        raise IncompleteRowError("measured before a fix")
     unit = _UNITS.get(str(row.get("unit") or "s"))
     if unit is None:
-        raise UnmappedRowError("the unit is not a time")
+        raise IncompleteRowError("the unit is not a time")
     model, gpu, gpus = row_model(row), row_gpu(row), size_of(row, "num_gpus", 0)
     if not gpus:
-        raise UnmappedRowError("num_gpus is not stated")
+        raise IncompleteRowError("num_gpus is not stated")
     train, rollout = _layouts(row, gpus)
     nodes = max(1, -(-gpus // gpu.gpus_per_node))
     cluster = cluster_of(gpu, nodes, min(gpus, gpu.gpus_per_node))
@@ -54,7 +54,7 @@ def _transport(row: Row) -> Transport:
         return "p2p"
     if "broadcast" in method or "nccl" in method:
         return "nccl_broadcast"
-    raise UnmappedRowError("the transport is not stated")
+    raise IncompleteRowError("the transport is not stated")
 
 
 def _options(row: Row, rollout: RolloutLayout) -> SyncOptions:
@@ -81,7 +81,7 @@ def _row_share(row: Row, rollout: RolloutLayout, per_rank: float) -> float:
 def _layouts(row: Row, gpus: int) -> tuple[TrainLayout, RolloutLayout]:
     stated = row.get("train_parallel") or row.get("gen_parallel")
     if not stated and _transport(row) != "cuda_ipc":
-        raise UnmappedRowError("no parallel size is stated")
+        raise IncompleteRowError("no parallel size is stated")
     there = sizes_in(str(row.get("gen_parallel") or ""))
     here = sizes_in(str(row.get("train_parallel") or ""))
     colocated = _transport(row) == "cuda_ipc"
@@ -89,7 +89,7 @@ def _layouts(row: Row, gpus: int) -> tuple[TrainLayout, RolloutLayout]:
     rollout_gpus = gpus if colocated else there.get("nodes", 0) * 8 or gpus - train_gpus
     tp, pp, cp = here.get("tp", 1), here.get("pp", 1), here.get("cp", 1)
     if train_gpus % (tp * pp * cp):
-        raise UnmappedRowError(f"tp x pp x cp = {tp * pp * cp} does not divide {train_gpus} trainer GPUs")
+        raise IncompleteRowError(f"tp x pp x cp = {tp * pp * cp} does not divide {train_gpus} trainer GPUs")
     train = TrainLayout(tp=tp, pp=pp, cp=cp, dp=train_gpus // (tp * pp * cp), ep=here.get("ep", 1))
     engine_tp = there.get("tp", min(8, rollout_gpus))
     rollout = RolloutLayout(engines=max(1, rollout_gpus // engine_tp), tp=engine_tp, ep=there.get("ep", 1))
