@@ -11,7 +11,7 @@ from miles_plan.cost.interval import Interval, around
 from miles_plan.cost.train_memory import PEAK_ERROR, MemoryBreakdown, train_memory
 from miles_plan.cost.train_options import OptimizerOptions, TrainMemoryOptions, TrainPrecision
 from miles_plan.cost.validation.recipes import RecipeFacts, recipe_facts
-from miles_plan.cost.validation.row_fields import Row, UnmappedRowError, row_precision
+from miles_plan.cost.validation.row_fields import IncompleteRowError, Row, row_precision
 from miles_plan.cost.validation.software import TORCHTITAN, is_frozen, recomputation
 from miles_plan.cost.validation.train_rows import TrainJob, train_job
 from miles_plan.ir.layout import Recompute
@@ -29,13 +29,13 @@ def peak_bytes(row: Row) -> tuple[Interval, float]:
         UnmappedRowError: the row cannot become a job, or measures something else.
     """
     if not _METRICS.search(str(row["metric"])):
-        raise UnmappedRowError(f"{row['metric']} is not a peak of training")
+        raise IncompleteRowError(f"{row['metric']} is not a peak of training")
     unit = _UNITS.get(str(row.get("unit")))
     if unit is None:
-        raise UnmappedRowError("the unit is not bytes")
+        raise IncompleteRowError("the unit is not bytes")
     between_steps = str(row["metric"]) == "allocated"
     if not between_steps and not (row.get("micro_batch") and (row.get("seq_len") or row.get("recipe") or _titan(row))):
-        raise UnmappedRowError("the tokens of a microbatch are not stated")
+        raise IncompleteRowError("the tokens of a microbatch are not stated")
     job = train_job(row, needs_batch=False)
     options = memory_options(row, job)
     if "after_iter1" in str(row["metric"]):  # the first backward comes before the first moments

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import cast
 
 from miles_plan.catalog.architecture import ModelArchitecture
-from miles_plan.catalog.gpus import Cluster, Gpu, cluster_of
+from miles_plan.catalog.gpus import Cluster, Gpu, cluster_of, find_gpu
 from miles_plan.cost.interval import Interval
 from miles_plan.cost.train_options import OptimizerOptions
 from miles_plan.cost.train_time import TrainTimeOptions, TrainWorkload, train_step_time
 from miles_plan.cost.validation.recipes import recipe_facts
-from miles_plan.cost.validation.row_fields import Row, UnmappedRowError, row_gpu, row_model, size_of
+from miles_plan.cost.validation.row_fields import IncompleteRowError, Row, UnmappedRowError, row_gpu, row_model, size_of
 from miles_plan.cost.validation.software import (
     TORCHTITAN,
     Software,
@@ -58,12 +58,13 @@ def train_job(row: Row, needs_batch: bool = True) -> TrainJob:
     Raises:
         UnmappedRowError: a size the estimate needs is not stated, or the sizes contradict each other.
     """
-    model, gpu, software = row_model(row), row_gpu(row), software_of(row)
+    model, software = row_model(row), software_of(row)
+    gpu = row_gpu(row) if needs_batch else _any_gpu(row)
     gpus = size_of(row, "num_gpus", 0) or (0 if needs_batch else _fewest_gpus(row))
     if not gpus:
-        raise UnmappedRowError("num_gpus is not stated")
+        raise IncompleteRowError("num_gpus is not stated")
     if all(row.get(name) is None for name in ("tp", "pp", "ep", "cp", "fsdp", "dp", "zero")):
-        raise UnmappedRowError("no parallel size is stated")
+        raise IncompleteRowError("no parallel size is stated")
     seq_len, global_batch = _batch(row, software, needs_batch)
     layout = train_layout(row, model, gpus)
     micro_batch = size_of(row, "micro_batch")
@@ -79,6 +80,14 @@ def train_job(row: Row, needs_batch: bool = True) -> TrainJob:
         micro_batch=micro_batch,
         global_batch=global_batch,
     )
+
+
+def _any_gpu(row: Row) -> Gpu:
+    """The GPU of a memory row; bookkeeping of bytes is the same on a GPU that the catalog lacks."""
+    try:
+        return row_gpu(row)
+    except UnmappedRowError:
+        return find_gpu("h100")
 
 
 def _fewest_gpus(row: Row) -> int:
@@ -100,9 +109,9 @@ def _batch(row: Row, software: Software, needs_batch: bool) -> tuple[int, int]:
     if not seq_len and "Megatron-Bridge" in str(row.get("source")):
         seq_len = BRIDGE_FINETUNE_TOKENS if is_adapter(row) or "sft" in str(row).lower() else BRIDGE_PRETRAIN_TOKENS
     if not seq_len:
-        raise UnmappedRowError("seq_len is not stated")
+        raise IncompleteRowError("seq_len is not stated")
     if not batch and needs_batch:
-        raise UnmappedRowError("global_batch is not stated")
+        raise IncompleteRowError("global_batch is not stated")
     return seq_len, batch
 
 
@@ -110,7 +119,7 @@ def train_layout(row: Row, model: ModelArchitecture, gpus: int) -> TrainLayout:
     """The parallel sizes a row states, data parallelism taking what is left of its GPUs."""
     tp, pp, cp, ep, vpp, etp = (size_of(row, name) for name in ("tp", "pp", "cp", "ep", "vpp", "etp"))
     if gpus % (tp * pp * cp):
-        raise UnmappedRowError(f"tp x pp x cp = {tp * pp * cp} does not divide num_gpus = {gpus}")
+        raise IncompleteRowError(f"tp x pp x cp = {tp * pp * cp} does not divide num_gpus = {gpus}")
     if model.num_layers + 2 < pp * vpp:
         vpp = 1
     layout = TrainLayout(
@@ -124,7 +133,7 @@ def train_layout(row: Row, model: ModelArchitecture, gpus: int) -> TrainLayout:
         sequence_parallel=tp > 1 and "qwen35_vl_27b" not in str(row.get("recipe")),
     )
     if problem := next(layout.problems(), None):
-        raise UnmappedRowError(problem)
+        raise IncompleteRowError(problem)
     return layout
 
 
@@ -168,5 +177,5 @@ def step_seconds(row: Row) -> tuple[Interval, float]:
     elif metric in ("iteration_time", "step_time"):
         measured = value / (1e3 if row.get("unit") == "ms" else 1.0)
     else:
-        raise UnmappedRowError(f"{metric} is not a time or a rate")
+        raise IncompleteRowError(f"{metric} is not a time or a rate")
     return train_step_time(job.model, job.layout, train_workload(job), job.cluster, train_time_options(row, job)), measured
