@@ -171,6 +171,7 @@ def run_options(loaded: LoadedJob, model: ModelSource, teacher: ModelSource | No
         rollout_dtype=job.precision.rollout,
         max_restarts=job.failures.max_restarts,
         tensorboard=job.tracking.tensorboard,
+        code_directory=str(loaded.directory.resolve()),
     )
 
 
