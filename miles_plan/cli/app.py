@@ -28,6 +28,7 @@ from miles_plan.cli.run import run
 from miles_plan.cli.schema import schema
 from miles_plan.cli.show import show
 from miles_plan.cli.status import status
+from miles_plan.cli.validate import validate
 from miles_plan.diagnostics import PlanError
 
 COMMANDS = (
@@ -42,6 +43,7 @@ COMMANDS = (
     status,
     report,
     explain,
+    validate,
     schema,
     models,
     gpus,

@@ -169,4 +169,12 @@ PAGES: tuple[Page, ...] = (
         example="data: {reward: my_rewards:score}",
         fix="Check the entry point `package.module:function`; modules are looked up in the working directory too.",
     ),
+    Page(
+        code="MP443",
+        title="file of figures that cannot be read",
+        what="A file given to `validate` is missing, is not UTF-8, or has a line that is not one JSON object.",
+        why="An accuracy figure over half a file would be a wrong figure.",
+        example="miles-plan validate rows.json      # one JSON list instead of one object a line",
+        fix="Give files of JSON lines; the message names the line.",
+    ),
 )
