@@ -110,12 +110,21 @@ class TrainEngine(Protocol):
         """
         ...
 
+    def draft_step(self, batch: SampleBatch, *, optimizer: OptimizerOptions) -> Mapping[str, float]:
+        """One optimizer step of the speculative draft over `batch`; the policy is only read. EngineError without a draft.
+
+        Metrics reduced over all ranks: draft_loss (mean negative log-prob, at temperature 1, of the response tokens that a
+        rollout drafts: all but the first of each response), draft_accuracy (share of them that are the draft's likeliest
+        token), draft_tokens, draft_grad_norm, draft_skipped_steps. A batch without such a token skips the step.
+        """
+        ...
+
     def snapshot_reference(self) -> None:
         """From now on the reference model is the policy as it is."""
         ...
 
     def export_weights(self, version: int, *, bucket_bytes: int) -> Iterator[WeightBucket]:
-        """Publish the policy's weights as full tensors; a rank yields the buckets it owns, in one global order."""
+        """Publish the weights, a draft's too, as full tensors; a rank yields the buckets it owns, in one global order."""
         ...
 
     def release_weights(self, version: int) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miles_plan.catalog.architecture import ModelArchitecture
+from miles_plan.catalog.mixers import GroupedQuery, MultiLatent
 from miles_plan.ir.layout import TrainLayout
 
 Floats = NDArray[np.float64]
@@ -17,7 +18,10 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class LayoutColumns:
-    """Sizes of n layouts that share pp, vpp and the split of layers into chunks; every array has shape [n]."""
+    """Sizes of n layouts that share pp, vpp and the split of layers into chunks; every array has shape [n].
+
+    mtp_layers: prediction layers the last chunk holds besides.
+    """
 
     pp: int
     vpp: int
@@ -28,6 +32,7 @@ class LayoutColumns:
     ep: Floats
     etp: Floats
     sequence_parallel: NDArray[np.bool_]
+    mtp_layers: int = 0
 
     @property
     def expert_dp(self) -> Floats:
@@ -43,15 +48,15 @@ class LayoutColumns:
         return len(self.tp)
 
 
-def group_layouts(layouts: Sequence[TrainLayout]) -> list[tuple[NDArray[np.intp], LayoutColumns]]:
+def group_layouts(layouts: Sequence[TrainLayout], mtp_layers: int = 0) -> list[tuple[NDArray[np.intp], LayoutColumns]]:
     """Split layouts by (pp, vpp, stage_layers); each part keeps the positions its rows came from."""
     parts: dict[tuple[int, int, tuple[int, ...]], list[int]] = {}
     for at, layout in enumerate(layouts):
         parts.setdefault((layout.pp, layout.vpp, layout.stage_layers), []).append(at)
-    return [(np.array(rows), _columns([layouts[at] for at in rows])) for rows in parts.values()]
+    return [(np.array(rows), _columns([layouts[at] for at in rows], mtp_layers)) for rows in parts.values()]
 
 
-def _columns(layouts: list[TrainLayout]) -> LayoutColumns:
+def _columns(layouts: list[TrainLayout], mtp_layers: int) -> LayoutColumns:
     first = layouts[0]
     sizes = np.array([(each.tp, each.cp, each.dp, each.ep, each.etp) for each in layouts], dtype=np.float64).T
     return LayoutColumns(
@@ -64,6 +69,7 @@ def _columns(layouts: list[TrainLayout]) -> LayoutColumns:
         sizes[3],
         sizes[4],
         np.array([each.sequence_parallel for each in layouts]),
+        mtp_layers,
     )
 
 
@@ -95,17 +101,39 @@ def chunk_layers(num_layers: int, pp: int, vpp: int, stage_layers: tuple[int, ..
     return tuple(sizes)
 
 
-@lru_cache(maxsize=4096)
-def stage_kinds(model: ModelArchitecture, pp: int, vpp: int, stage_layers: tuple[int, ...] = ()) -> Floats:
+def stage_kinds(model: ModelArchitecture, columns: LayoutColumns) -> Floats:
     """Layers of each kind on each pipeline rank, shape [pp, kinds]; chunk c of rank r is virtual stage c * pp + r."""
+    return _stage_kinds(model, columns.pp, columns.vpp, columns.stage_layers, columns.mtp_layers)
+
+
+@lru_cache(maxsize=4096)
+def _stage_kinds(model: ModelArchitecture, pp: int, vpp: int, stage_layers: tuple[int, ...], mtp_layers: int) -> Floats:
     kinds = np.array(model.layer_kinds())
     counts = np.zeros((pp, len(model.kinds)))
     begin = 0
     for chunk, layers in enumerate(chunk_layers(model.num_layers, pp, vpp, stage_layers)):
         counts[chunk % pp] += np.bincount(kinds[begin : begin + layers], minlength=len(model.kinds))
         begin += layers
+    counts[-1] += mtp_layers * mtp_kinds(model)
     counts.setflags(write=False)
     return counts
+
+
+def mtp_kinds(model: ModelArchitecture) -> Floats:
+    """Layers of each kind in one multi-token-prediction block, shape [kinds].
+
+    One of the last kind, or where mixers and feed-forward parts are layers of their own (Nemotron-H), one of each.
+    """
+    out = np.zeros(len(model.kinds))
+    last = model.kinds[model.runs[-1][0]]
+    if last.mixer and last.ffn:
+        out[model.runs[-1][0]] = 1.0
+        return out
+    attention = [at for at, kind in enumerate(model.kinds) if isinstance(kind.mixer, GroupedQuery | MultiLatent)]
+    feed_forward = [at for at, kind in enumerate(model.kinds) if kind.ffn]
+    for at in attention[:1] + feed_forward[:1]:
+        out[at] = 1.0
+    return out
 
 
 @lru_cache(maxsize=65536)

@@ -45,9 +45,7 @@ def links_of(cluster: Cluster, profile: HardwareProfile | None = None) -> Links:
     """The links of a cluster: domain is the NVLink domain, never smaller than reaching a node's GPUs allows."""
     slowest = min(cluster.groups, key=lambda group: group.gpu.nvlink_bytes_per_s)
     gpu = slowest.gpu
-    domain = (
-        gpu.nvlink_domain if gpu.nvlink_domain > gpu.gpus_per_node else min(gpu.nvlink_domain, cluster.gpus_per_node)
-    )
+    domain = gpu.nvlink_domain if gpu.nvlink_domain > gpu.gpus_per_node else min(gpu.nvlink_domain, cluster.gpus_per_node)
     rdma = all(group.rdma for group in cluster.groups)
     return Links(gpu, profile or profile_for(gpu), max(1, domain), rdma)
 

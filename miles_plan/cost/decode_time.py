@@ -200,9 +200,7 @@ class DecodeModel:
         if mixer.indexer is None:
             return self._streamed(self._op("latent"), each * cached * share)
         chosen = np.minimum(cached, running * mixer.indexer.topk_tokens)
-        return self._indexer_s(mixer.indexer, cached * share) + self._streamed(
-            self._op("latent"), each * chosen * share
-        )
+        return self._indexer_s(mixer.indexer, cached * share) + self._streamed(self._op("latent"), each * chosen * share)
 
     def _indexer_s(self, indexer: Indexer, entries: Floats) -> Floats:
         """The indexer's keys, one byte an element, read whole; its products are in the floor."""
@@ -266,9 +264,7 @@ def decode_time_per_token(
     return _figure(engine, {name: float(value) for name, value in terms.items()})
 
 
-def serving_time_per_token(
-    engine: DecodeModel, concurrency: float, input_tokens: float, output_tokens: float
-) -> Interval:
+def serving_time_per_token(engine: DecodeModel, concurrency: float, input_tokens: float, output_tokens: float) -> Interval:
     """Seconds between two tokens under a closed loop of `concurrency` requests.
 
     While one request decodes, each of the others finishes once and prefills its successor, which stalls it.

@@ -266,9 +266,7 @@ def _moe_moved(ffn: MoeFfn, hidden: int, columns: LayoutColumns, options: Comput
     return np.asarray((routed + 24.0 * ffn.experts) / columns.sequence_split + beside)
 
 
-def _tp_seconds(
-    kind: LayerKind, hidden: int, tokens: Floats, columns: LayoutColumns, links: Links
-) -> tuple[Floats, Floats]:
+def _tp_seconds(kind: LayerKind, hidden: int, tokens: Floats, columns: LayoutColumns, links: Links) -> tuple[Floats, Floats]:
     """Tensor-parallel exchanges: two a part with sequence parallelism (gather and scatter), one sum without.
 
     Backward gathers the input once more for the weight gradient. Expert parts exchange by `ep` instead.

@@ -19,6 +19,8 @@ class OptimizerOptions:
     """Bytes the optimizer keeps a parameter: a master copy and its moments.
 
     distributed: sharded over data parallel ranks. offload_fraction: share of the state that lives in host memory.
+    precision_aware: the update reads 16-bit gradients as they are (Megatron's precision-aware optimizer).
+    offload_master: the master copy moves with the moments, as it does in that optimizer; Megatron's default keeps it.
     """
 
     kind: Literal["adam", "sgd", "muon", "none"] = "adam"
@@ -26,6 +28,8 @@ class OptimizerOptions:
     moment_bytes: float = 8.0
     distributed: bool = True
     offload_fraction: float = 0.0
+    precision_aware: bool = False
+    offload_master: bool = True
 
     @property
     def bytes_per_param(self) -> float:
@@ -34,6 +38,12 @@ class OptimizerOptions:
             return 0.0
         moments = {"adam": 1.0, "muon": 0.5, "sgd": 0.0}[self.kind]
         return self.master_bytes + moments * self.moment_bytes
+
+    @property
+    def offloaded_bytes_per_param(self) -> float:
+        """State of one parameter that lives in host memory, before sharding."""
+        kept = 0.0 if self.offload_master or self.kind == "none" else self.master_bytes
+        return self.offload_fraction * (self.bytes_per_param - kept)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +56,9 @@ class TrainMemoryOptions:
     expert-parallel rank over the mean. logits_chunk_tokens: head and loss in chunks of that many tokens; 0 = at once.
     logits_bytes: bytes an element of the logits holds at the peak; 0 takes what the engine is known to hold. entropy:
     the loss has an entropy term. reference: a frozen copy of the weights for a KL term, resident on the GPU or swapped
-    through host memory. trainable_fraction: below 1 for adapters. forward_only: a log-prob pass.
+    through host memory. trainable_fraction: below 1 for adapters. forward_only: a log-prob pass. primary_fp8: fp8
+    weights are the only ones (fp8 parameter gathering). mtp_layers: multi-token-prediction layers that train along.
+    merged_outputs: the last stage keeps every microbatch's logits and joins them (torch.distributed.pipelining).
     """
 
     engine: Engine = "megatron"
@@ -67,6 +79,9 @@ class TrainMemoryOptions:
     reference: Literal["none", "resident", "swapped"] = "none"
     trainable_fraction: float = 1.0
     forward_only: bool = False
+    primary_fp8: bool = False
+    mtp_layers: int = 0
+    merged_outputs: bool = False
 
     def __post_init__(self) -> None:
         if self.tokens_per_gpu < 1 or self.seq_len < 1 or self.num_microbatches < 1:

@@ -16,7 +16,8 @@ from miles_plan.cost.gemms import Gemm
 from miles_plan.cost.interval import Basis, Interval, Term
 from miles_plan.cost.layer_time import TERMS, ComputeOptions, Microbatch, gemm_seconds, layer_seconds
 from miles_plan.cost.profile import HardwareProfile
-from miles_plan.cost.train_memory import rank_params, train_memory_columns
+from miles_plan.cost.rank_params import rank_params
+from miles_plan.cost.train_memory import train_memory_columns
 from miles_plan.cost.train_options import Engine, OptimizerOptions, TrainMemoryOptions
 from miles_plan.ir.layout import Recompute, TrainLayout
 
@@ -71,7 +72,8 @@ def workload_of_lengths(lengths: Iterable[float], tokens_per_gpu: float, gradien
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainTimeOptions:
     """How a step runs. grad_bytes: bytes a gradient element has on the wire; overlap_dp: reduction and gathering run
-    behind the last backward and first forward."""
+    behind the last backward and first forward. mtp_layers: multi-token-prediction layers that train along, each with a
+    pass of its own through the head."""
 
     compute: ComputeOptions = field(default_factory=ComputeOptions)
     recompute: Recompute = "none"
@@ -81,6 +83,7 @@ class TrainTimeOptions:
     engine: Engine = "megatron"
     grad_bytes: float = 4.0
     overlap_dp: bool = True
+    mtp_layers: int = 0
 
 
 def train_step_time(
@@ -128,7 +131,7 @@ def train_step_columns(
 ) -> dict[str, Floats]:
     """Seconds of a step by term for many layouts, each of shape [n]."""
     out: dict[str, Floats] = {}
-    for rows, columns in group_layouts(layouts):
+    for rows, columns in group_layouts(layouts, 0 if forward_only else options.mtp_layers):
         terms = _group_seconds(model, columns, workload, links, options, forward_only)
         for name, values in terms.items():
             out.setdefault(name, np.zeros(len(layouts)))[rows] = values
@@ -145,9 +148,7 @@ def _group_seconds(
 ) -> dict[str, Floats]:
     tokens_per_replica = workload.total_tokens / columns.dp
     room = np.maximum(workload.tokens_per_gpu * columns.cp, workload.longest)
-    microbatches = (
-        np.maximum(1.0, np.ceil(tokens_per_replica / workload.gradient_steps / room)) * workload.gradient_steps
-    )
+    microbatches = np.maximum(1.0, np.ceil(tokens_per_replica / workload.gradient_steps / room)) * workload.gradient_steps
     batch = Microbatch(
         tokens=tokens_per_replica / microbatches,
         sum_squares=workload.sum_squares / columns.dp / microbatches,
@@ -198,7 +199,7 @@ def _stage_seconds(
     model: ModelArchitecture, columns: LayoutColumns, batch: Microbatch, links: Links, options: TrainTimeOptions
 ) -> tuple[dict[str, Floats], dict[str, Floats]]:
     """Forward and backward of one microbatch on every stage, shape [n, pp], recomputation in the backward."""
-    counts = stage_kinds(model, columns.pp, columns.vpp, columns.stage_layers)
+    counts = stage_kinds(model, columns)
     shape = (len(columns), columns.pp)
     forward = {name: np.zeros(shape) for name in (*TERMS, "head", "recompute")}
     backward = {name: np.zeros(shape) for name in forward}
@@ -215,8 +216,9 @@ def _stage_seconds(
     product = gemm_seconds(head, tokens, columns, links, ComputeOptions())
     reached = links.gpu.hbm_bytes_per_s * links.profile.hbm_fraction
     element = tokens * model.vocab_size / columns.tp / reached
-    forward["head"][:, -1] = product + element * LOSS_FORWARD_BYTES
-    backward["head"][:, -1] = 2.0 * product + element * LOSS_BACKWARD_BYTES
+    heads = 1.0 + columns.mtp_layers
+    forward["head"][:, -1] = heads * (product + element * LOSS_FORWARD_BYTES)
+    backward["head"][:, -1] = heads * (2.0 * product + element * LOSS_BACKWARD_BYTES)
     return forward, backward
 
 
@@ -276,9 +278,7 @@ def _update_seconds(
     if options.engine == "fsdp2":
         exposed = np.zeros_like(exposed)
     elif options.overlap_dp:  # the last backward hides most of the reduction, the first forward most of the gathering
-        exposed = np.maximum(0.1 * reduce, reduce - 0.6 * microbatch) + np.maximum(
-            0.1 * gather, gather - 0.3 * microbatch
-        )
+        exposed = np.maximum(0.1 * reduce, reduce - 0.6 * microbatch) + np.maximum(0.1 * gather, gather - 0.3 * microbatch)
     shard = dense / replicas + expert / expert_replicas
     shard = shard if options.optimizer.distributed else dense + expert
     return {"dp": exposed, "optimizer": _optimizer_seconds(shard, links, options.optimizer)}
@@ -289,9 +289,7 @@ def _optimizer_seconds(shard: Floats, links: Links, optimizer: OptimizerOptions)
         return np.zeros_like(shard)
     moved = shard * optimizer.offload_fraction
     on_gpu = (shard - moved) * OPTIMIZER_BYTES / (links.gpu.hbm_bytes_per_s * links.profile.hbm_fraction)
-    over_link = moved * (
-        4.0 / links.profile.device_to_host_bytes_per_s + 2.0 / links.profile.host_to_device_bytes_per_s
-    )
+    over_link = moved * (4.0 / links.profile.device_to_host_bytes_per_s + 2.0 / links.profile.host_to_device_bytes_per_s)
     on_host = moved * OPTIMIZER_BYTES / CPU_ADAM_BYTES_PER_S
     return np.asarray(on_gpu + over_link + on_host)
 

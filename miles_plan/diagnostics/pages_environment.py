@@ -31,11 +31,13 @@ PAGES: tuple[Page, ...] = (
     ),
     Page(
         code="MP410",
-        title="engine without speculative decoding",
-        what="The embedded torch rollout engine was asked to decode speculatively.",
-        why="It decodes one token at a time; drafts and their verification come with SGLang.",
-        example="rollout: {engine: torch, speculative: {method: eagle}}",
-        fix="Leave `rollout.speculative` out, or use `rollout.engine: sglang`.",
+        title="draft that the torch engines do not have",
+        what="Speculative decoding on the embedded torch engines was asked for in a form that they lack: `method: mtp`, "
+        "`topk` above 1, a draft without `train: true`, or one beside pipeline stages.",
+        why="Their draft is one decoder layer beside the policy, drawn at random and trained on the rollout's samples; it "
+        "proposes one branch, and its trainer needs embedding and hidden states on one rank.",
+        example="rollout: {engine: torch, speculative: {method: eagle, topk: 4, train: true}}",
+        fix="Use `speculative: {method: eagle, train: true}` with `pp: 1`, or `rollout.engine: sglang`.",
     ),
     Page(
         code="MP420",

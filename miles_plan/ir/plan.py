@@ -175,6 +175,7 @@ class RunOptions:
     rollout_dtype: str
     max_restarts: int
     tensorboard: bool = True
+    code_directory: str | None = None  # where entry points are looked up first: beside the spec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

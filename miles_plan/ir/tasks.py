@@ -295,7 +295,6 @@ class DraftStep(Task):
 
     kind: Literal["draft_step"] = "draft_step"
     optimizer: OptimizerOptions
-    loss_scale: float = 1.0
 
     takes: ClassVar[frozenset[Payload]] = frozenset({"samples", "routing", "weights", "order"})
     needs: ClassVar[frozenset[Payload]] = frozenset({"samples"})

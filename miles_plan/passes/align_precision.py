@@ -1,8 +1,8 @@
 """Precision alignment: for every op that touches a log-prob, what trainer and rollout each run, and what is done about it.
 
 A difference is removed (the same batch-invariant kernel on both sides), replayed (routing), corrected (importance weights from
-the rollout's log-probs: TIS or MIS), or accepted with a stated threshold that the run guards. Which pairs of number formats may
-meet, and on which chips, is the table `PAIRS` (Miles, docs/advanced/low-precision.md).
+the rollout's log-probs: TIS or MIS), or accepted with a stated threshold that the run guards. Which number formats may meet at
+all is `number_formats`.
 """
 
 from __future__ import annotations
@@ -16,25 +16,10 @@ from miles_plan.ir.graph import Fact, TaskGraph
 from miles_plan.ir.plan import Decision, NumericsRow
 from miles_plan.ir.tasks import Correct, Edge, Logprobs, Quantize, Rollout
 from miles_plan.passes.base import Outcome, Pass, PassContext
+from miles_plan.passes.number_formats import ANY_CHIP, HOPPER
 from miles_plan.spec.job import JobSpec
 
 Alignment = Literal["exact", "replay", "corrected", "off"]
-
-HOPPER = frozenset({"h100", "h200", "h20"})
-BLACKWELL = frozenset({"b200", "b300", "gb200", "gb300"})
-ANY_CHIP: frozenset[str] = frozenset()
-
-# (rollout, train) -> chips that have it; ANY_CHIP = all.
-PAIRS: dict[tuple[str, str], frozenset[str]] = {
-    ("fp32", "fp32"): ANY_CHIP,
-    ("bf16", "bf16"): ANY_CHIP,
-    ("fp8_blockwise", "bf16"): HOPPER | BLACKWELL,
-    ("fp8_blockwise", "fp8_blockwise"): HOPPER | BLACKWELL,
-    ("mxfp8", "bf16"): BLACKWELL,
-    ("mxfp8", "mxfp8"): BLACKWELL,
-    ("nvfp4", "nvfp4"): BLACKWELL,
-    ("int4", "int4_qat"): ANY_CHIP,
-}
 
 # Engine pairs whose every op can run on one set of kernels, and the chips those kernels are made for.
 SHARED_KERNELS: dict[tuple[str, str], frozenset[str]] = {
@@ -123,32 +108,6 @@ def _exact_obstacles(ctx: PassContext) -> Iterator[tuple[str, str, str]]:
 
 def _misfits(ctx: PassContext) -> Iterator[Diagnostic]:
     job = ctx.job
-    chips = PAIRS.get((job.precision.rollout, job.precision.train))
-    used = {group.gpu.name for group in ctx.cluster.groups}
-    if chips is None:
-        allowed = sorted(train for rollout, train in PAIRS if rollout == job.precision.rollout)
-        yield ctx.error(
-            "MP301",
-            f"a {job.precision.rollout} rollout cannot be paired with {job.precision.train} training",
-            "precision.rollout",
-            help=f"with rollout: {job.precision.rollout}, train may be {' or '.join(allowed)}",
-        )
-    elif chips and not used <= chips:
-        yield ctx.error(
-            "MP302",
-            f"{', '.join(sorted(used - chips))} cannot compute in {job.precision.rollout}",
-            "precision.rollout",
-            help=f"{job.precision.rollout} needs {', '.join(sorted(chips))}; bf16 runs everywhere",
-        )
-    if "torch" in (job.train.engine, job.rollout.engine):
-        for field_name in ("train", "rollout"):
-            if (dtype := getattr(job.precision, field_name)) not in ("bf16", "fp32"):
-                yield ctx.error(
-                    "MP303",
-                    f"the torch engine computes in bf16 or fp32, not {dtype}",
-                    f"precision.{field_name}",
-                    help="use bf16 or fp32, or the megatron and sglang engines",
-                )
     if job.precision.alignment == "exact":
         for where, problem, remedy in _exact_obstacles(ctx):
             yield ctx.error("MP304", f"alignment: exact cannot be kept: {problem}", where, help=remedy)

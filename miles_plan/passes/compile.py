@@ -104,7 +104,7 @@ def _model(
         config = _hf_config(loaded, spec)
         name = str(config.get("_name_or_path") or loaded.spec.name)
         model = architecture_from_hf_config(config, name)
-    except (OSError, ValueError) as unreadable:
+    except (OSError, ValueError, TypeError, AttributeError) as unreadable:  # a config is somebody's JSON
         where = loaded.at(f"{place}.{field}")
         found.append(error("MP143", f"the model's configuration cannot be used: {unreadable}", where, field=f"{place}.{field}"))
         return None, None
@@ -171,6 +171,7 @@ def run_options(loaded: LoadedJob, model: ModelSource, teacher: ModelSource | No
         rollout_dtype=job.precision.rollout,
         max_restarts=job.failures.max_restarts,
         tensorboard=job.tracking.tensorboard,
+        code_directory=str(loaded.directory.resolve()),
     )
 
 

@@ -19,10 +19,11 @@ from miles_plan.cost.weight_sync import offload_time
 from miles_plan.ir.layout import RolloutLayout, TrainLayout
 from miles_plan.ir.tasks import Transport
 from miles_plan.passes.base import PassContext
-from miles_plan.passes.overlap_rollout import staleness_of
+from miles_plan.passes.number_formats import COST_PRECISION
 from miles_plan.passes.rollout_choices import RolloutChoice, RolloutSearch, search_rollout
-from miles_plan.passes.sync_weights import bucket_size_bytes, sync_price
-from miles_plan.passes.train_choices import COST_PRECISION, TrainChoice, TrainSearch, search_train, usable_bytes
+from miles_plan.passes.staleness import staleness_of
+from miles_plan.passes.sync_price import bucket_size_bytes, sync_price
+from miles_plan.passes.train_choices import TrainChoice, TrainSearch, search_train, usable_bytes
 from miles_plan.passes.workload import StepWorkload
 from miles_plan.spec.execution import SplitPlacement
 

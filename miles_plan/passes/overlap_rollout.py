@@ -17,8 +17,7 @@ from miles_plan.ir.graph import Fact, TaskGraph
 from miles_plan.ir.plan import Decision
 from miles_plan.ir.tasks import Buffer, Edge, Quantize, Rollout, WeightSync
 from miles_plan.passes.base import Outcome, Pass, PassContext
-
-DEFAULT_STALENESS = {"synchronous": 0, "one_step_off": 1, "asynchronous": 2}
+from miles_plan.passes.staleness import staleness_of
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,6 @@ class OverlapRollout(Pass):
         if mode == "asynchronous":
             graph = _with_buffer(graph, ctx, staleness)
         return Outcome(graph=graph, diagnostics=diagnostics, decisions=(decision,))
-
-
-def staleness_of(ctx: PassContext) -> tuple[str, int]:
-    """The schedule's mode with `auto` settled, and how many versions samples may lag."""
-    mode = "synchronous" if ctx.job.schedule.mode == "auto" else ctx.job.schedule.mode
-    asked = ctx.job.schedule.max_staleness
-    return mode, DEFAULT_STALENESS[mode] if asked == "auto" else asked
 
 
 def _reason(mode: str) -> str:

@@ -18,8 +18,9 @@ from miles_plan.ir.tasks import AnyTask, Logprobs, Rollout, TrainStep, Values
 from miles_plan.passes.base import Outcome, Pass, PassContext
 from miles_plan.passes.joint_search import JointChoice, JointSearch, search_jointly
 from miles_plan.passes.layout_space import rollout_obstacles, train_obstacles
-from miles_plan.passes.overlap_rollout import staleness_of
+from miles_plan.passes.number_formats import format_misfits
 from miles_plan.passes.rollout_choices import RolloutChoice, asked_engines, rollout_room
+from miles_plan.passes.staleness import staleness_of
 from miles_plan.passes.train_choices import TrainChoice, asked_layout, search_train, train_room, usable_bytes
 from miles_plan.passes.workload import StepWorkload, step_workload
 from miles_plan.spec.execution import SplitPlacement
@@ -147,6 +148,7 @@ def _misfits(ctx: PassContext, workload: StepWorkload, *, generates: bool) -> It
             help="use schedule.mode: synchronous, or more GPUs",
         )
     yield from _engine_misfits(ctx)
+    yield from format_misfits(ctx, generates=generates)
     apart = asked in ("auto", "disaggregate")
     layout = asked_layout(ctx, train_gpus)
     if layout is not None:

@@ -30,7 +30,7 @@ from miles_plan.ir.tasks import (
 )
 from miles_plan.passes.base import Outcome, Pass, PassContext
 from miles_plan.passes.rollout_choices import price_engines
-from miles_plan.passes.sync_weights import layouts_of, sync_price
+from miles_plan.passes.sync_price import layouts_of, sync_price
 from miles_plan.passes.train_choices import chosen_train, time_options, train_workload
 from miles_plan.passes.workload import StepWorkload, step_workload
 

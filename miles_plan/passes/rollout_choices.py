@@ -13,13 +13,12 @@ from miles_plan.cost.rollout_time import RolloutWorkload, simulate_rollout
 from miles_plan.ir.layout import RolloutLayout
 from miles_plan.passes.base import PassContext
 from miles_plan.passes.layout_space import Room, rollout_layouts, rollout_obstacles
-from miles_plan.passes.sync_weights import ROLLOUT_PRECISION
+from miles_plan.passes.number_formats import KV_BYTES, ROLLOUT_PRECISION
 from miles_plan.passes.train_choices import MARGIN_FRACTION
 from miles_plan.passes.train_draft import ACCEPTANCE_FROZEN, ACCEPTANCE_TRAINED, accept_length, draft_tokens
 from miles_plan.passes.workload import StepWorkload
 from miles_plan.spec.rollout import RolloutLayoutSpec
 
-KV_BYTES = {"bf16": 2.0, "fp32": 4.0, "fp8": 1.0}
 MAX_RUNNING = 512  # requests of one engine; beyond it SGLang's scheduler and CUDA graphs stop paying
 GRAPH_BATCH = 256
 PREFILL_TOKENS = 8192  # SGLang's chunked_prefill_size on an 80 GB GPU and up

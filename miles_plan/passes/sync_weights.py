@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from miles_plan.catalog.tensors import weight_tensors
-from miles_plan.cost.interval import Interval
-from miles_plan.cost.weight_sync import SyncOptions, weight_sync_time
 from miles_plan.diagnostics import Diagnostic
 from miles_plan.ir.graph import Fact, TaskGraph
 from miles_plan.ir.group import DeviceGroup
@@ -20,21 +18,8 @@ from miles_plan.ir.layout import RolloutLayout, TrainLayout
 from miles_plan.ir.plan import Alternative, Decision, TensorTransfer
 from miles_plan.ir.tasks import Transport, WeightSync
 from miles_plan.passes.base import Outcome, Pass, PassContext
-
-MIB = 1 << 20
-# Miles' --update-weight-buffer-size default; the embedded engines' models are small, so that several buckets are exercised.
-BUCKET_BYTES = {"torch": 4 * MIB, "megatron": 512 * MIB, "fsdp2": 512 * MIB}
-# Number formats in the spec and in the cost models.
-ROLLOUT_PRECISION = {"bf16": "bf16", "fp32": "fp32", "fp8_blockwise": "fp8", "mxfp8": "mxfp8", "nvfp4": "nvfp4", "int4": "int4"}
-# Bytes of an element with its scales: fp32 a 128 x 128 block; a byte a block of 32; a byte a block of 16; bf16 a group of 32.
-DTYPE_BYTES = {
-    "fp32": 4.0,
-    "bf16": 2.0,
-    "fp8_blockwise": 1.0 + 4.0 / (128 * 128),
-    "mxfp8": 1.0 + 1.0 / 32,
-    "nvfp4": 0.5 + 1.0 / 16,
-    "int4": 0.5 + 2.0 / 32,
-}
+from miles_plan.passes.number_formats import DTYPE_BYTES
+from miles_plan.passes.sync_price import bucket_size_bytes, layouts_of, sync_price
 
 
 @dataclass(frozen=True)
@@ -53,7 +38,7 @@ class SyncWeights(Pass):
         train, rollout = graph.group(graph.task("train").group or ""), graph.group(syncs[0].group or "")
         allowed = list(allowed_transports(train, rollout, ctx))
         asked = ctx.job.weight_sync.transport
-        if asked != "auto" and asked not in allowed:
+        if not allowed or (asked != "auto" and asked not in allowed):
             return Outcome(graph=graph, diagnostics=(_refusal(ctx, asked, allowed, train, rollout),))
         bucket_bytes = bucket_size_bytes(ctx)
         layouts = layouts_of(train, rollout)
@@ -65,12 +50,6 @@ class SyncWeights(Pass):
             *(replace(sync, transport=chosen, bucket_bytes=bucket_bytes, total_bytes=total_bytes) for sync in syncs)
         )
         return Outcome(graph=graph, decisions=(_decision(ctx, chosen, prices),), transfers=transfers)
-
-
-def bucket_size_bytes(ctx: PassContext) -> int:
-    """The spec's bucket, or the trainer engine's usual one."""
-    asked = ctx.job.weight_sync.bucket_mib
-    return BUCKET_BYTES[ctx.job.train.engine] if asked == "auto" else asked * MIB
 
 
 def allowed_transports(train: DeviceGroup, rollout: DeviceGroup, ctx: PassContext) -> Iterator[Transport]:
@@ -93,21 +72,6 @@ def _one_host(ctx: PassContext, *groups: DeviceGroup) -> bool:
     per_node = ctx.cluster.gpus_per_node
     spans = [group.gpus for group in groups if group.gpus is not None]
     return len({gpu // per_node for span in spans for gpu in (span.first, span.end - 1)}) <= 1
-
-
-def sync_price(
-    ctx: PassContext, train: TrainLayout, rollout: RolloutLayout, transport: Transport, bucket_bytes: int
-) -> Interval:
-    """Seconds of one sync by `transport`."""
-    options = SyncOptions(bucket_bytes=bucket_bytes, rollout_precision=ROLLOUT_PRECISION[ctx.job.precision.rollout])
-    return weight_sync_time(ctx.model, train, rollout, transport, ctx.cluster, options)
-
-
-def layouts_of(train: DeviceGroup, rollout: DeviceGroup) -> tuple[TrainLayout, RolloutLayout]:
-    """The two groups' layouts, which placement has set."""
-    assert train.train_layout is not None
-    assert rollout.rollout_layout is not None
-    return train.train_layout, rollout.rollout_layout
 
 
 def transfer_list(ctx: PassContext, train: DeviceGroup, rollout: DeviceGroup, bucket_bytes: int) -> Iterator[TensorTransfer]:
@@ -161,13 +125,14 @@ def _decision(ctx: PassContext, chosen: Transport, prices: dict[Transport, float
     )
 
 
-def _refusal(
-    ctx: PassContext, asked: Transport, allowed: list[Transport], train: DeviceGroup, rollout: DeviceGroup
-) -> Diagnostic:
+def _refusal(ctx: PassContext, asked: str, allowed: list[Transport], train: DeviceGroup, rollout: DeviceGroup) -> Diagnostic:
     together = "share GPUs" if train.shares_gpus_with(rollout) else "are on different GPUs"
+    if not allowed:
+        together = "span several nodes, and the torch engine's weights travel in shared memory"
+    what = f"{asked} cannot carry weights" if asked != "auto" else "no transport carries weights"
     return ctx.error(
         "MP220",
-        f"{asked} cannot carry weights from {train.engine} to {rollout.engine}: the engines {together}",
+        f"{what} from {train.engine} to {rollout.engine}: the engines {together}",
         "weight_sync.transport",
-        help=f"use {' or '.join(allowed)}" if allowed else "put both engines on one node, or use megatron and sglang",
+        help=f"use {' or '.join(allowed)}" if allowed else "use one node, or train.engine: megatron and rollout.engine: sglang",
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -25,18 +24,10 @@ from miles_plan.ir.layout import Recompute, TrainLayout
 from miles_plan.ir.tasks import TrainStep
 from miles_plan.passes.base import PassContext
 from miles_plan.passes.layout_space import Room, even_stages, train_layouts, train_obstacles
+from miles_plan.passes.number_formats import COST_PRECISION
 from miles_plan.passes.workload import StepWorkload
 from miles_plan.spec.train import TrainLayoutSpec
 
-# Names of number formats in the spec and in the cost models.
-COST_PRECISION: dict[str, Literal["bf16", "fp32", "fp8", "mxfp8", "nvfp4"]] = {
-    "bf16": "bf16",
-    "fp32": "fp32",
-    "fp8_blockwise": "fp8",
-    "mxfp8": "mxfp8",
-    "nvfp4": "nvfp4",
-    "int4_qat": "bf16",
-}
 SMALLEST_BUDGET_TOKENS = 1024
 LARGEST_BUDGET_TOKENS = 65_536
 # NCCL channels opened late, fragmentation of long runs and what the driver keeps: the share of a GPU that no plan may count on.

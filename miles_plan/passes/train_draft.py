@@ -14,7 +14,7 @@ from typing import ClassVar
 from miles_plan.diagnostics import Diagnostic
 from miles_plan.ir.graph import Fact, TaskGraph
 from miles_plan.ir.plan import Decision, Estimate
-from miles_plan.ir.tasks import DraftStep, Edge, Rollout, Speculation, TrainStep, WeightSync
+from miles_plan.ir.tasks import Checkpoint, DraftStep, Edge, Rollout, Speculation, TrainStep, WeightSync
 from miles_plan.passes.base import Outcome, Pass, PassContext
 from miles_plan.spec.rollout import SpeculativeSpec
 
@@ -36,7 +36,7 @@ class TrainDraft(Pass):
         speculative = ctx.job.rollout.speculative
         if speculative == "off" or not graph.of_kind(Rollout):
             return Outcome(graph=graph)
-        diagnostics = tuple(_misfits(ctx, speculative))
+        diagnostics = tuple(_misfits(graph, ctx, speculative))
         low, mid, high = ACCEPTANCE_TRAINED if speculative.train else ACCEPTANCE_FROZEN
         speculation = Speculation(
             method=speculative.method,
@@ -98,17 +98,42 @@ def _with_draft_step(graph: TaskGraph) -> TaskGraph:
         Edge(src="train", dst="train_draft", carries="weights"),
         Edge(src="train_draft", dst="weight_sync", carries="draft_weights", distance=1),
     ]
+    # what a checkpoint saves of the draft belongs to the policy it saves
+    saves = [task.name for task in graph.of_kind(Checkpoint) if task.loop == "rl"]
+    edges += [Edge(src="train_draft", dst=name, carries="order") for name in saves]
     return graph.with_replaced(*syncs).with_tasks([step], edges)
 
 
-def _misfits(ctx: PassContext, speculative: SpeculativeSpec) -> Iterator[Diagnostic]:
-    if ctx.job.rollout.engine == "torch":
-        yield ctx.error(
-            "MP410",
-            "the torch rollout engine does not decode speculatively",
-            "rollout.speculative",
-            help="leave rollout.speculative out, or use rollout.engine: sglang",
+def _torch_misfits(graph: TaskGraph, ctx: PassContext, speculative: SpeculativeSpec) -> Iterator[tuple[str, str, str]]:
+    """What the embedded engines cannot do for a draft: the message, the field, the way out."""
+    if speculative.method == "mtp":
+        yield "a draft of the torch engines is not a layer of the model", "rollout.speculative.method", "use method: eagle"
+    if speculative.topk > 1:
+        yield (
+            f"the torch rollout engine verifies one branch, not {speculative.topk}",
+            "rollout.speculative.topk",
+            "leave topk out, or use rollout.engine: sglang",
         )
+    if not speculative.train:
+        yield (
+            "a draft of the torch engines begins with random weights and would keep them",
+            "rollout.speculative",
+            "add train: true",
+        )
+    layout = next((group.train_layout for group in graph.groups if group.role == "train"), None)
+    if layout is not None and layout.pp > 1:
+        yield (
+            f"the torch trainer trains a draft without pipeline stages, the plan has {layout.pp}",
+            "rollout.speculative",
+            "set train.layout.pp: 1",
+        )
+
+
+def _misfits(graph: TaskGraph, ctx: PassContext, speculative: SpeculativeSpec) -> Iterator[Diagnostic]:
+    if ctx.job.rollout.engine == "torch":
+        for message, field, help_text in _torch_misfits(graph, ctx, speculative):
+            yield ctx.error("MP410", message, field, help=help_text)
+        return
     if speculative.method == "mtp" and not ctx.model.mtp_layers:
         yield ctx.error(
             "MP310",

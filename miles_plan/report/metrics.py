@@ -15,17 +15,19 @@ NOT_CURVES = frozenset({"loop", "iteration", "step", "task_s", "reward_std", COM
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A key of metrics.jsonl, its title and unit."""
+    """A key of metrics.jsonl, its title and unit. chief: it is looked at first."""
 
     key: str
     title: str
     unit: str = ""
+    chief: bool = True
 
 
-KNOWN = (
+CHIEF = (
     Metric(REWARD, "reward"),
     Metric("loss", "loss"),
     Metric("kl", "KL"),
+    Metric("reference_kl", "KL to the reference", "nats"),
     Metric("entropy", "entropy", "nats"),
     Metric("grad_norm", "gradient norm"),
     Metric("response_tokens_mean", "response length", "tokens"),
@@ -34,6 +36,7 @@ KNOWN = (
     Metric("tokens_per_s", "throughput", "tokens/s"),
     Metric("step_s", "iteration time", "s"),
 )
+UNIT_OF_SUFFIX = {"_bytes": "bytes", "_s": "s", "_fraction": "fraction", "_tokens": "tokens", "_diff": "nats"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +56,15 @@ def loops_of(record: RunRecord) -> list[str]:
 
 
 def metrics_of(record: RunRecord, loop: str) -> list[Metric]:
-    """The metrics a loop reported: the known ones first, then any other number it wrote."""
+    """The metrics a loop reported: the chief ones first, then any other number it wrote, its unit read from its name."""
     keys = {key for row in record.metrics if row["loop"] == loop for key, value in row.items() if _numeric(value)}
-    known = [metric for metric in KNOWN if metric.key in keys]
-    others = sorted(keys - {metric.key for metric in KNOWN} - NOT_CURVES)
-    return known + [Metric(key, key.replace("_", " ")) for key in others]
+    chief = [metric for metric in CHIEF if metric.key in keys]
+    others = sorted(keys - {metric.key for metric in CHIEF} - NOT_CURVES)
+    return chief + [Metric(key, key.replace("_", " "), _unit_of(key), chief=False) for key in others]
+
+
+def _unit_of(key: str) -> str:
+    return next((unit for suffix, unit in UNIT_OF_SUFFIX.items() if key.endswith(suffix)), "")
 
 
 def series(record: RunRecord, loop: str, metric: Metric) -> Series:

@@ -17,7 +17,7 @@ from miles_plan.ir.tasks import AnyTask
 from miles_plan.report.atomic_file import write_whole
 from miles_plan.report.cluster_map import gpu_blocks
 from miles_plan.report.metrics import NOT_CURVES
-from miles_plan.report.run_facts import event_text
+from miles_plan.report.run_facts import SHOWN_AS_SLICES, event_text
 from miles_plan.report.run_files import RunRecord, is_number, read_run
 from miles_plan.report.schedule import PlannedRun, iteration_runs, loop_schedules, runs_in
 from miles_plan.report.task_times import iteration_spans
@@ -29,7 +29,6 @@ PLANNED, MEASURED = 1, 2
 MOST_GPU_TRACKS = 16
 ITERATIONS_OF_A_PLAN = 20
 ITERATIONS_WITH_ARROWS = 20
-SHOWN_AS_SLICES = frozenset({"task_started", "task_completed"})
 
 
 def write_trace(source: Path | Plan, path: Path) -> None:

@@ -26,6 +26,7 @@ QUIET_EVENTS = frozenset(
         "checkpoint_written",
     }
 )
+SHOWN_AS_SLICES = frozenset({"task_started", "task_completed"})  # a timeline says the same
 EDGE_ITERATIONS = 3  # as in summary.json: one iteration's mean reward is too noisy to begin or end with
 
 
@@ -45,15 +46,21 @@ def run_facts(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def _state(record: RunRecord) -> str:
-    """Finished or not, after how long, against what was planned."""
+    """Finished or not, after how long; the time of the tasks against what was planned for them."""
+    if not is_number(record.summary.get("wall_s")):
+        seen_s = max([run.end_s for run in record.runs] + [float(event["time_s"]) for event in record.events], default=0.0)
+        last = f", last event: {event_text(record.events[-1])}" if record.events else ""
+        return f"not finished; last seen {seconds_text(seen_s)} after its start{last}"
+    words = f"finished in {seconds_text(float(record.summary['wall_s']))}"
+    if not record.runs:
+        return words
+    first_s, last_s = record.runs[0].start_s, max(run.end_s for run in record.runs)
+    words += f", {seconds_text(first_s)} of it before the first task; the loops took {seconds_text(last_s - first_s)}"
     planned_s = sum(schedule.total_s for schedule in loop_schedules(record.plan))
-    if is_number(record.summary.get("wall_s")):
-        wall_s = float(record.summary["wall_s"])
-        change = change_text(planned_s, wall_s)
-        return f"finished in {seconds_text(wall_s)}; planned {seconds_text(planned_s)}{f' ({change})' if change else ''}"
-    seen_s = max([run.end_s for run in record.runs] + [float(event["time_s"]) for event in record.events], default=0.0)
-    last = f", last event: {event_text(record.events[-1])}" if record.events else ""
-    return f"not finished; last seen {seconds_text(seen_s)} after its start{last}"
+    if planned_s <= 0:
+        return words
+    change = change_text(planned_s, last_s - first_s)
+    return f"{words}, planned {seconds_text(planned_s)}{f' ({change})' if change else ''}"
 
 
 def reward_ends(record: RunRecord, loop: str) -> tuple[float, float] | None:

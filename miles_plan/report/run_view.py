@@ -11,6 +11,7 @@ from miles_plan.report.metrics import (
     COMPARED,
     LOG_PROB_DIFF,
     REWARD,
+    ROUTING,
     Series,
     log_prob_verdict,
     loops_of,
@@ -19,15 +20,16 @@ from miles_plan.report.metrics import (
     total,
 )
 from miles_plan.report.plan_view import Figure, activity_keys, plan_view
-from miles_plan.report.run_facts import event_text, is_quiet, reward_ends, run_facts
+from miles_plan.report.run_facts import SHOWN_AS_SLICES, event_text, is_quiet, reward_ends, run_facts
 from miles_plan.report.run_files import RunRecord, is_number
 from miles_plan.report.schedule import critical_path, iteration_runs
-from miles_plan.report.task_times import coverage, iteration_spans, task_times, typical_iteration
+from miles_plan.report.task_times import coverage, iteration_begin, iteration_times, task_times, typical_iteration
 from miles_plan.report.units import number_text, plural, quantity_text, scale_for, seconds_text
 
 SECTIONS = (("results", "Results"), ("curves", "Curves"), ("measured", "Measured"), ("events", "Events"), ("files", "Files"))
-LOG_AXIS = frozenset({LOG_PROB_DIFF})
-MOST_EVENTS = 1000
+LOG_AXIS = frozenset({LOG_PROB_DIFF, "mean_abs_log_prob_diff"})
+BEST_AT_ZERO = LOG_AXIS | {ROUTING, "train_routing_mismatches", "log_prob_mismatches", "reward_failures", "skipped_steps"}
+MOST_EVENTS = 300
 
 
 def run_view(record: RunRecord) -> dict[str, Any]:
@@ -81,9 +83,15 @@ def _exactness(record: RunRecord) -> list[Figure]:
 
 
 def _curves_of(record: RunRecord, loop: str) -> dict[str, Any]:
-    curves = [series(record, loop, metric) for metric in metrics_of(record, loop)]
-    count = sum(row["loop"] == loop for row in record.metrics)
-    return {"loop": loop, "lead": f"{plural(count, 'iteration')}.", "panels": [_panel(record, curve) for curve in curves]}
+    """The chief metrics of a loop, and the rest apart."""
+    metrics = metrics_of(record, loop)
+    panels = [(metric.chief, _panel(record, series(record, loop, metric))) for metric in metrics]
+    return {
+        "loop": loop,
+        "lead": f"{plural(sum(row['loop'] == loop for row in record.metrics), 'iteration')}.",
+        "panels": [panel for chief, panel in panels if chief],
+        "more": [panel for chief, panel in panels if not chief],
+    }
 
 
 def _panel(record: RunRecord, curve: Series) -> dict[str, Any]:
@@ -101,6 +109,7 @@ def _panel(record: RunRecord, curve: Series) -> dict[str, Any]:
         "note": note,
         "chart": curve_chart(curve, band, log=log) if drawn else None,
         "flat": _flat(record, curve) if still else "no finite value",
+        "good": still and curve.metric.key in BEST_AT_ZERO,
         "odd": odd,
     }
 
@@ -124,9 +133,8 @@ def _times_of(record: RunRecord, loop: str) -> dict[str, Any] | None:
     if not times:
         return None
     inside, runs = coverage(times)
-    spans = iteration_spans(record, loop)
-    took = sorted(end - begin for begin, end in spans.values())
-    lead = f"{plural(len(spans), 'iteration')}, {seconds_text(took[len(took) // 2])} each in the middle, "
+    took = sorted(iteration_times(record, loop).values())
+    lead = f"{plural(len(took), 'iteration')}, {seconds_text(took[len(took) // 2])} each in the middle, "
     lead += f"{seconds_text(took[0])} to {seconds_text(took[-1])}. "
     lead += f"{inside:,} of {runs:,} task runs took a time inside the planned interval."
     if again := sum(each.again for each in times):
@@ -140,7 +148,7 @@ def _typical_iteration(record: RunRecord, loop: str) -> dict[str, Any]:
     iteration = typical_iteration(record, loop)
     if iteration is None:
         return {"gantt": None}
-    begin = iteration_spans(record, loop)[iteration][0]
+    begin = iteration_begin(record, loop, iteration)
     own = [run for run in record.runs if run.loop == loop and run.iteration == iteration]
     measured: Measured = {run.task: (run.start_s - begin, run.end_s - begin) for run in own}
     graph = record.plan.graph
@@ -155,10 +163,9 @@ def _typical_iteration(record: RunRecord, loop: str) -> dict[str, Any]:
 def _events(record: RunRecord) -> dict[str, Any]:
     """Events out of the ordinary apart; of very many, the last."""
     loud = [event for event in record.events if not is_quiet(event)]
-    kept = record.events[-MOST_EVENTS:]
-    title = f"All {plural(len(record.events), 'event')}"
-    if len(kept) < len(record.events):
-        title = f"The last {len(kept):,} of {len(record.events):,} events; events.jsonl has all"
+    told = [event for event in record.events if event["kind"] not in SHOWN_AS_SLICES]
+    kept = told[-MOST_EVENTS:]
+    title = f"The last {plural(len(kept), 'event')} that are no task's start or end; events.jsonl has all"
     return {
         "events_lead": f"{plural(len(record.events), 'event')}, {len(loud):,} out of the ordinary.",
         "loud_events": [(float(event["time_s"]), event_text(event)) for event in loud[-MOST_EVENTS:]],

@@ -75,8 +75,30 @@ def iteration_spans(record: RunRecord, loop: str) -> dict[int, tuple[float, floa
     return spans
 
 
+def iteration_begin(record: RunRecord, loop: str, iteration: int) -> float:
+    """When an iteration began in earnest: with its first task on GPUs. Host tasks may run ahead of it, as a prefetch."""
+    own = [run for run in record.runs if run.loop == loop and run.iteration == iteration]
+    on_gpus = {group.name for group in record.plan.graph.groups if group.gpus is not None}
+    return min(run.start_s for run in [run for run in own if run.group in on_gpus] or own)
+
+
+def iteration_times(record: RunRecord, loop: str) -> dict[int, float]:
+    """Seconds from the end of the iteration before to an iteration's own end; the first is timed from its begin.
+
+    So the times of a loop add up to the loop's time, also where iterations overlap.
+    """
+    spans = iteration_spans(record, loop)
+    times: dict[int, float] = {}
+    ended_s: float | None = None
+    for iteration in sorted(spans):
+        end_s = spans[iteration][1]
+        times[iteration] = max(0.0, end_s - (iteration_begin(record, loop, iteration) if ended_s is None else ended_s))
+        ended_s = end_s
+    return times
+
+
 def typical_iteration(record: RunRecord, loop: str) -> int | None:
     """The iteration of median duration, the lower of two in the middle; None if none ran."""
-    spans = iteration_spans(record, loop)
-    ranked = sorted(spans, key=lambda iteration: (spans[iteration][1] - spans[iteration][0], iteration))
+    times = iteration_times(record, loop)
+    ranked = sorted(times, key=lambda iteration: (times[iteration], iteration))
     return ranked[(len(ranked) - 1) // 2] if ranked else None

@@ -62,14 +62,15 @@ def scale_for(unit: str, value: float) -> Scale:
 
 
 def number_text(value: float, digits: int = 3) -> str:
-    """`value` with about `digits` significant figures, thousands separated, no trailing zeros, E notation only below 1e-3."""
+    """`value` with about `digits` significant figures, thousands separated, no trailing zeros, E notation only below 1e-4."""
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("∞" if value > 0 else "-∞")
     if value == 0:
         return "0"
     magnitude = math.floor(math.log10(abs(value)))
-    if magnitude < -3:
-        return f"{value:.{max(0, digits - 2)}e}".replace("e-0", "e-")
+    if magnitude < -4:
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(exponent)}"
     decimals = max(0, digits - 1 - magnitude)
     text = f"{value:,.{decimals}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
@@ -109,8 +110,9 @@ def estimate_text(low: float, mid: float, high: float, unit: str) -> str:
 
 
 def interval_text(low: float, high: float, scale: Scale) -> str:
-    """`402–811`, both in `scale`, without the unit."""
-    return f"{number_text(low / scale.divisor)}{EN_DASH}{number_text(high / scale.divisor)}"
+    """`402–811`, both in `scale`, without the unit; `-3 to -1` where a dash would look like a sign."""
+    between = EN_DASH if low >= 0 else " to "
+    return f"{number_text(low / scale.divisor)}{between}{number_text(high / scale.divisor)}"
 
 
 def change_text(before: float, after: float) -> str:

@@ -39,7 +39,7 @@ def memory_place(timeline: MemoryTimeline, cluster: ClusterSummary) -> str:
 def bar_bytes(timeline: MemoryTimeline) -> int:
     """What a full bar stands for: the usable capacity, or the largest need where that is a small part of it."""
     need = max((max(phase.high_bytes, phase.total_bytes) for phase in timeline.phases), default=0)
-    return timeline.capacity_bytes if need * SMALL_PART >= timeline.capacity_bytes or not need else need
+    return max(1, timeline.capacity_bytes if need * SMALL_PART >= timeline.capacity_bytes or not need else need)
 
 
 def nodes_text(cluster: ClusterSummary, first_gpu: int, last_gpu: int) -> str:

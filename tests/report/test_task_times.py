@@ -7,7 +7,16 @@ import pytest
 
 from miles_plan.ir.plan import Plan, write_plan
 from miles_plan.report.run_files import RunRecord, read_run
-from miles_plan.report.task_times import coverage, iteration_spans, task_times, typical_iteration
+from miles_plan.report.task_times import (
+    coverage,
+    iteration_begin,
+    iteration_spans,
+    iteration_times,
+    task_times,
+    typical_iteration,
+)
+
+GROUPS = {"prompts": "host", "rollout": "rollout", "train": "train"}
 
 
 def _run(tmp_path: Path, plan: Plan, rows: list[tuple[str, int, float, float, int]]) -> RunRecord:
@@ -15,7 +24,15 @@ def _run(tmp_path: Path, plan: Plan, rows: list[tuple[str, int, float, float, in
     write_plan(plan, tmp_path / "plan.json")
     lines = [
         json.dumps(
-            {"task": task, "loop": "rl", "iteration": at, "group": "x", "start_s": start, "end_s": end, "attempt": attempt}
+            {
+                "task": task,
+                "loop": "rl",
+                "iteration": at,
+                "group": GROUPS[task],
+                "start_s": start,
+                "end_s": end,
+                "attempt": attempt,
+            }
         )
         for task, at, start, end, attempt in rows
     ]
@@ -47,3 +64,15 @@ def test_iterations(tmp_path: Path, embedded_plan: Plan) -> None:
     assert typical_iteration(record, "rl") == 1
     assert typical_iteration(record, "warm_start") is None
     assert task_times(record, "warm_start") == []
+
+
+def test_times_of_iterations_that_overlap_add_up_to_the_loops_time(tmp_path: Path, embedded_plan: Plan) -> None:
+    rows = [("rollout", 0, 1.0, 3.0, 0), ("rollout", 1, 3.0, 5.0, 0), ("train", 0, 3.0, 4.0, 0), ("train", 1, 5.0, 7.0, 0)]
+    record = _run(tmp_path, embedded_plan, rows)
+    assert iteration_times(record, "rl") == {0: 3.0, 1: 3.0}
+
+
+def test_a_prefetched_host_task_does_not_begin_an_iteration(tmp_path: Path, embedded_plan: Plan) -> None:
+    record = _run(tmp_path, embedded_plan, [("prompts", 0, 0.0, 0.1, 0), ("rollout", 0, 5.0, 6.0, 0)])
+    assert iteration_spans(record, "rl") == {0: (0.0, 6.0)}
+    assert iteration_begin(record, "rl", 0) == 5.0

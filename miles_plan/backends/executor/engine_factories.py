@@ -13,7 +13,7 @@ from miles_plan.ir.graph import TaskGraph
 from miles_plan.ir.group import DeviceGroup
 from miles_plan.ir.layout import Recompute
 from miles_plan.ir.plan import Plan
-from miles_plan.ir.tasks import Logprobs, Rollout, TrainStep
+from miles_plan.ir.tasks import DraftStep, Logprobs, Rollout, TrainStep
 
 DTYPES: dict[str, Literal["float32", "bfloat16"]] = {"fp32": "float32", "bf16": "bfloat16"}
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -47,6 +47,7 @@ def make_train_rank(plan: Plan, group: DeviceGroup, places: Places, rank: int, t
         micro_batch_tokens=micro_batch_tokens(plan.graph),
         recompute=strongest_recompute(plan.graph),
         keep_reference="reference" in models,
+        draft=bool(tasks_of(plan.graph, DraftStep)),
         device=_device(plan),
         seed=plan.run.seed,
     )
@@ -70,11 +71,13 @@ def make_rollout_rank(plan: Plan, group: DeviceGroup, places: Places, rank: int,
     if task is not None:
         given = {"page_tokens": task.page_tokens, "prefix_sharing": task.prefix_sharing, "return_routing": task.record_routing}
         given |= {name: size for name in ("kv_pool_tokens", "max_running") if (size := getattr(task, name))}
+        given["draft_steps"] = task.speculation.steps if task.speculation is not None else 0
     options = RolloutEngineOptions(
         model_directory=places.model,
         layout=layout,
         dtype=DTYPES[plan.run.rollout_dtype],
         device=_device(plan),
+        seed=plan.run.seed,
         **given,
     )
     rendezvous = _rendezvous(places, group, layout.gpus_per_engine, engine=index)

@@ -71,7 +71,7 @@ class HostTasks:
                 limits=PoolLimits(deadline_s=task.timeout_s),
                 policy=FailurePolicy(on_failure=task.on_failure if isinstance(task, Reward) else "zero"),
                 workers=task.workers if isinstance(task, Reward) else None,
-                search_path=[os.getcwd()],
+                search_path=[*([self.run.code_directory] if self.run.code_directory else []), os.getcwd()],
             )
         return self._scorers[task.name]
 

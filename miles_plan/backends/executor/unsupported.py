@@ -10,18 +10,18 @@ from miles_plan.backends.executor.operations.table import OPERATIONS
 from miles_plan.diagnostics import Diagnostic, error
 from miles_plan.ir.graph import TaskGraph
 from miles_plan.ir.plan import Plan
-from miles_plan.ir.tasks import Advantage, AnyTask, Buffer, Logprobs, Rollout, Task, TrainStep, WeightSync
+from miles_plan.ir.tasks import Advantage, AnyTask, Buffer, DraftStep, Logprobs, Rollout, Task, TrainStep, WeightSync
 
 OBSTACLES: tuple[tuple[type[Task], Callable[[Any], bool], str], ...] = (
     (Rollout, lambda task: task.partial, "partial rollout: the embedded engine finishes every sample (rollout.partial)"),
     (Rollout, lambda task: task.keep_prompts, "over-sampling: the embedded engine waits for all (rollout.over_sampling)"),
-    (Rollout, lambda task: task.speculation, "speculative decoding (rollout.speculative)"),
+    (Rollout, lambda task: task.speculation and task.speculation.method != "eagle", "a draft inside the model (method: mtp)"),
+    (Rollout, lambda task: task.speculation and task.speculation.topk > 1, "a tree of drafts (rollout.speculative.topk)"),
     (TrainStep, lambda task: task.model != "policy", "a critic (algorithm.kind: ppo)"),
     (TrainStep, lambda task: task.optimizer_offload, "an optimizer that lives on the host (train.optimizer.offload)"),
     (Logprobs, lambda task: task.model == "teacher", "a teacher model (algorithm.kind: distillation)"),
     (Advantage, lambda task: task.estimator == "gae", "a critic (algorithm.kind: ppo)"),
     (Advantage, lambda task: task.estimator == "distillation", "a teacher model (algorithm.kind: distillation)"),
-    (WeightSync, lambda task: task.draft, "draft weights (rollout.speculative)"),
     (WeightSync, lambda task: task.transport not in (None, "shared_memory"), "weights by any way but shared memory"),
     (Buffer, lambda task: task.capacity_samples < 1, "a buffer that holds nothing"),
 )
@@ -78,7 +78,7 @@ def _model(plan: Plan) -> Iterator[Diagnostic]:
 def _edges(graph: TaskGraph) -> Iterator[Diagnostic]:
     for edge in graph.edges:
         across = graph.task(edge.src).loop != graph.task(edge.dst).loop
-        if (edge.distance or across) and edge.carries not in ("weights", "order"):
+        if (edge.distance or across) and edge.carries not in ("weights", "draft_weights", "order"):
             yield error("MP435", f"{edge.carries} of %{edge.src} reach %{edge.dst} in a later iteration; only weights can")
 
 
@@ -86,7 +86,7 @@ def _tasks(graph: TaskGraph) -> Iterator[Diagnostic]:
     for task in graph.tasks:
         if task.kind not in OPERATIONS:
             yield _refusal(task, f"the embedded engines have no '{task.kind}'")
-        yield from (_refusal(task, why) for why in _obstacles(task))
+        yield from (_refusal(task, why) for why in (*_obstacles(task), *_draft_obstacles(graph, task)))
 
 
 def _obstacles(task: AnyTask) -> Iterator[str]:
@@ -94,6 +94,15 @@ def _obstacles(task: AnyTask) -> Iterator[str]:
     for kind, asks, what in OBSTACLES:
         if isinstance(task, kind) and asks(task):
             yield what
+
+
+def _draft_obstacles(graph: TaskGraph, task: AnyTask) -> Iterator[str]:
+    """A draft comes from the trainer, which has no pipeline stages then."""
+    if isinstance(task, Rollout) and task.speculation and not graph.of_kind(DraftStep):
+        yield "a draft that nobody trains (rollout.speculative.train)"
+    layout = graph.group(task.group or "").train_layout if isinstance(task, DraftStep) else None
+    if layout is not None and layout.pp > 1:
+        yield "a draft beside pipeline stages (train.layout.pp)"
 
 
 def _refusal(task: AnyTask, why: str) -> Diagnostic:

@@ -117,12 +117,23 @@ class Decoder:
         self, weights: Weights, prepared: PreparedWeights, batch: PagedBatch, pools: Sequence[PreparedKeyValue]
     ) -> StageOutput:
         """All layers over new tokens, reading and filling the KV cache `pools` (one per layer). Collective over tp."""
+        return self.layers_paged(weights, prepared, self.embed(weights, batch.tokens), batch, pools)
+
+    @torch.no_grad()
+    def layers_paged(
+        self,
+        weights: Weights,
+        prepared: PreparedWeights,
+        hidden: Tensor,
+        batch: PagedBatch,
+        pools: Sequence[PreparedKeyValue],
+    ) -> StageOutput:
+        """As `forward_paged`, from what enters the first layer, [M, H]."""
         rotation = self._rotations[batch.positions]
 
         def attend_in(layer: int) -> Attend:
             return lambda queries, keys, values: self._attend_paged(batch, pools[layer], queries, keys, values)
 
-        hidden = self.embed(weights, batch.tokens)
         return self._run_layers(weights, prepared, hidden, rotation, attend_in, None, "none")
 
     def logits(self, weights: Weights, prepared: PreparedWeights, hidden: Tensor) -> Tensor:
@@ -132,6 +143,13 @@ class Decoder:
         table = weights[name]
         inputs = enter_tensor_parallel(normed, self.mesh.tp)
         return matmul(inputs, table, prepared=prepared.get(name, table), out_dtype=torch.float32)
+
+    @torch.no_grad()
+    def likeliest(self, weights: Weights, prepared: PreparedWeights, hidden: Tensor) -> Tensor:
+        """The likeliest token after each of hidden states [M, H], int64 [M]. Collective over tp."""
+        blocks = torch.split(hidden, self._rows_of_logits)
+        found = [self.gather_logits(self.logits(weights, prepared, block)).argmax(dim=-1) for block in blocks]
+        return torch.cat(found)
 
     def log_probs(
         self, weights: Weights, prepared: PreparedWeights, hidden: Tensor, targets: Tensor, *, temperature: float
@@ -146,8 +164,7 @@ class Decoder:
             logits = self.logits(weights, prepared, block)
             return self.log_probs_of_logits(logits, block_targets, temperature=temperature)
 
-        share = -(-self.config.vocab_size // self.mesh.tp.size)  # the same on all ranks, so that they take the same blocks
-        rows = max(1, _MAX_LOGITS // share)
+        rows = self._rows_of_logits
         if len(targets) <= rows:
             return block_log_probs(hidden, targets)
         blocks = []
@@ -180,6 +197,11 @@ class Decoder:
         widths = [stop - start for start, stop in shares]
         padded = torch.nn.functional.pad(logits, (0, max(widths) - logits.shape[1]))
         return torch.cat([part[:, :width] for part, width in zip(tp.all_gather(padded), widths, strict=True)], dim=1)
+
+    @property
+    def _rows_of_logits(self) -> int:
+        """Rows whose logits stand in memory together; the same on all tp ranks, so that they take the same blocks."""
+        return max(1, _MAX_LOGITS // -(-self.config.vocab_size // self.mesh.tp.size))
 
     def _run_layers(
         self,

@@ -11,8 +11,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -66,12 +67,19 @@ class ExportedWeights:
             if owners[name] == first:
                 yield name, tensor
 
-    def publish(self, writer: SharedMemoryWriter, version: int, bucket_bytes: int) -> Iterator[WeightBucket]:
-        """Write the buckets that this rank owns, one at a time; every rank must run the iterator to its end."""
+    def publish(
+        self, writer: SharedMemoryWriter, version: int, bucket_bytes: int, draft: Mapping[str, Tensor]
+    ) -> Iterator[WeightBucket]:
+        """Write the buckets that this rank owns, one at a time; every rank must run the iterator to its end.
+
+        draft: tensors that every rank holds whole; the first rank sends them after its own.
+        """
         element_bytes = torch.empty(0, dtype=self.dtype).element_size()
         sizes = {name: torch.Size(shape).numel() * element_bytes for name, shape in full_names(self.config).items()}
-        tensors = self.own_tensors()
-        for plan in plan_buckets(sizes, self.owners(), bucket_bytes):
+        sizes |= {name: tensor.nbytes for name, tensor in draft.items()}
+        owners = self.owners() | dict.fromkeys(draft, 0)
+        tensors = chain(self.own_tensors(), draft.items())
+        for plan in plan_buckets(sizes, owners, bucket_bytes):
             if plan.owner != self.mesh.tp.global_ranks[0]:
                 continue
             content = [next(tensors) for _ in plan.names]

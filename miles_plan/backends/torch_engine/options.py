@@ -20,7 +20,7 @@ class TrainEngineOptions:
     float32; micro_batch_tokens: most packed tokens of one forward and backward; recompute: activations recomputed in the
     backward ("selective" the attention block, "full" whole layers); keep_reference: hold a frozen copy of the initial
     weights; host_directory: where offloaded parts are parked as files (CPU); teacher_directory: the checkpoint behind
-    `model="teacher"`, or None.
+    `model="teacher"`, or None; draft: hold a speculative draft, drawn from `seed`, and train it with `draft_step`.
     """
 
     model_directory: Path
@@ -31,6 +31,7 @@ class TrainEngineOptions:
     recompute: Recompute = "none"
     keep_reference: bool = False
     teacher_directory: Path | None = None
+    draft: bool = False
     device: str = "cpu"
     seed: int = 0
 
@@ -46,7 +47,6 @@ class RolloutEngineOptions:
     model_directory: a Hugging Face checkpoint, served as version 0; kv_pool_tokens: tokens the paged KV cache holds, a
     multiple of page_tokens; max_running: most samples decoded together; prefill_chunk_tokens: most prompt tokens fed in one
     step; prefix_sharing: samples of one prompt share its KV pages; return_routing: record the experts of every token;
-    max_context_tokens: longest sequence allowed, 0 = the model's.
     """
 
     model_directory: Path
@@ -59,7 +59,9 @@ class RolloutEngineOptions:
     prefix_sharing: bool = True
     return_routing: bool = False
     max_context_tokens: int = 0
+    draft_steps: int = 0
     device: str = "cpu"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         """ValueError for a size that cannot be."""
@@ -71,8 +73,9 @@ class RolloutEngineOptions:
         )
         if self.kv_pool_tokens % self.page_tokens:
             raise ValueError(f"kv_pool_tokens={self.kv_pool_tokens} must be a multiple of page_tokens={self.page_tokens}")
-        if self.max_context_tokens < 0:
-            raise ValueError(f"max_context_tokens must not be negative, got {self.max_context_tokens}")
+        for name in ("max_context_tokens", "draft_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
 
 def _at_least_one(**sizes: int) -> None:

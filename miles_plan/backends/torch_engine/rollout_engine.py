@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -13,19 +14,20 @@ from torch import Tensor
 
 from miles_plan.backends.engine import EngineError, MemoryReport, Part, Request, WeightBucket
 from miles_plan.backends.torch_engine.config import read_config
-from miles_plan.backends.torch_engine.decoder import Decoder, PagedBatch, StageOutput
-from miles_plan.backends.torch_engine.kv_cache import FILLER_PAGE, KvPool, OutOfPagesError, PageAllocator
+from miles_plan.backends.torch_engine.decoder import Decoder, StageOutput
+from miles_plan.backends.torch_engine.draft_decoder import DraftDecoder, accepted
+from miles_plan.backends.torch_engine.feeds import Feed, first_rows, next_tokens, paged_batch
+from miles_plan.backends.torch_engine.kv_cache import KvPool, OutOfPagesError, PageAllocator
 from miles_plan.backends.torch_engine.mesh import check_rollout_layout, open_mesh
 from miles_plan.backends.torch_engine.options import RolloutEngineOptions
 from miles_plan.backends.torch_engine.prepared import PreparedWeights
-from miles_plan.backends.torch_engine.scheduler import FedSequence, Prompt, Sample, Scheduler
+from miles_plan.backends.torch_engine.scheduler import FedSequence, Prompt, Sample, Scheduler, Step
 from miles_plan.backends.torch_engine.storage import free_storage, resident_bytes, restore_storage
 from miles_plan.backends.torch_engine.weight_exchange import read_bucket
 from miles_plan.backends.torch_engine.weights import Shard, load_weights, parameters, pieces_by_name, place
 from miles_plan.data.batch import Array, SampleBatch
 from miles_plan.ir.layout import TrainLayout
 from miles_plan.ir.options import SamplingOptions
-from miles_plan.kernels.attention import pack_sequences
 from miles_plan.kernels.sample import sample as draw
 
 NO_WEIGHTS = -1  # the version held while there are none to serve
@@ -98,12 +100,19 @@ class TorchRolloutEngine:
             head_dim=self.config.head_dim,
             device=options.device,
         )
+        self._draft: DraftDecoder | None = None
+        if options.draft_steps:
+            self._draft = DraftDecoder(options, self._decoder, self._weights, self._prepared, num_pages=num_pages)
         self._version = 0
         self._asleep: set[str] = set()
         self._incoming_version: int | None = None
         self._received: set[str] = set()
         self._num_running = 0
         self.num_retracted = 0
+        self.num_verifications = 0
+        self.num_verified_tokens = 0
+        self.num_guesses = 0
+        self.num_right_guesses = 0
 
     @property
     def max_context_tokens(self) -> int:
@@ -123,6 +132,7 @@ class TorchRolloutEngine:
             max_running=self.options.max_running,
             prefill_tokens=self.options.prefill_chunk_tokens,
             prefix_sharing=self.options.prefix_sharing,
+            draft_tokens=self.options.draft_steps,
         )
         generation = _Generation(
             options=options,
@@ -137,7 +147,7 @@ class TorchRolloutEngine:
         except OutOfPagesError as error:
             raise EngineError(f"rollout engine: {error}; raise kv_pool_tokens") from error
         except Exception:
-            self._pool.reset()  # NaN from broken weights must not stay in pages that others get
+            self._reset_pools()  # NaN from broken weights must not stay in pages that others get
             raise
         finally:
             self.num_retracted += scheduler.num_retracted
@@ -151,21 +161,25 @@ class TorchRolloutEngine:
             raise EngineError("rollout engine: weights are asleep; wake them before update_weights")
         if self._incoming_version != bucket.version:
             self._incoming_version, self._received = bucket.version, set()
-        self._prepared.clear()
+        self._forget_prepared()
         for name, tensor in read_bucket(bucket):
-            place(self._weights, self._owned, name, tensor)
+            if self._draft is not None and name in self._draft.names:
+                self._draft.take(name, tensor)
+            else:
+                place(self._weights, self._owned, name, tensor)
             self._received.add(name)
 
     def commit_weights(self, version: int) -> int:
         """Serve `version` from now on. EngineError names what is missing of it."""
         received = self._received if self._incoming_version == version else set()
-        if missing := sorted(set(self._owned) - received):
+        needed = set(self._owned) | (self._draft.names if self._draft is not None else set())
+        if missing := sorted(needed - received):
             raise EngineError(
-                f"rollout engine: {len(missing)} of {len(self._owned)} tensors of version {version} did not arrive, "
+                f"rollout engine: {len(missing)} of {len(needed)} tensors of version {version} did not arrive, "
                 f"such as '{missing[0]}'"
             )
         self._incoming_version, self._received = None, set()
-        self._prepared.clear()
+        self._forget_prepared()
         self._version = version
         return version
 
@@ -174,10 +188,10 @@ class TorchRolloutEngine:
         _check_parts(parts)
         if "weights" in parts:
             self._version = NO_WEIGHTS
-            self._prepared.clear()
-            free_storage(self._weights.values())
+            self._forget_prepared()
+            free_storage(self._weight_tensors())
         if "kv_cache" in parts:
-            free_storage(self._pool.tensors)
+            free_storage(self._pool_tensors())
         self._asleep.update(parts)
         return self._memory()
 
@@ -185,15 +199,17 @@ class TorchRolloutEngine:
         """Take the memory again; dropped weights must be updated and committed before the next `generate`."""
         _check_parts(parts)
         if "weights" in parts:
-            restore_storage(self._weights.values())
+            restore_storage(self._weight_tensors())
         if "kv_cache" in parts and "kv_cache" in self._asleep:
-            restore_storage(self._pool.tensors)
-            self._pool.reset()
+            restore_storage(self._pool_tensors())
+            self._reset_pools()
         self._asleep.difference_update(parts)
         return self._memory()
 
     def health(self) -> Mapping[str, Any]:
-        """Version held, what sleeps, samples running, retractions so far, free pages, bytes by part."""
+        """Version held, what sleeps, samples running, retractions so far, free pages, bytes by part; with a draft, how often
+        its proposals were verified so far and the tokens that this gave, each verification's own included; and how many of its
+        guesses were put to the test (none after a wrong one, none beyond a sample's end), and how many of them were right."""
         return {
             "weight_version": self._version,
             "asleep": sorted(self._asleep),
@@ -201,19 +217,42 @@ class TorchRolloutEngine:
             "retracted": self.num_retracted,
             "free_pages": self._pages.num_free,
             "pages": self._pages.num_pages,
+            "verifications": self.num_verifications,
+            "verified_tokens": self.num_verified_tokens,
+            "guesses": self.num_guesses,
+            "right_guesses": self.num_right_guesses,
             "device_bytes": dict(self._memory().device_bytes),
         }
 
     def close(self) -> None:
         """Leave the process groups and free everything."""
-        self._prepared.clear()
-        free_storage([*self._weights.values(), *self._pool.tensors])
+        self._forget_prepared()
+        free_storage([*self._weight_tensors(), *self._pool_tensors()])
         self._asleep.update(_PARTS)
         self._mesh.close()
 
     def _memory(self) -> MemoryReport:
-        weights = resident_bytes(self._weights.values()) + self._prepared.size_bytes
-        return MemoryReport(device_bytes={"weights": weights, "kv_cache": self._pool.size_bytes}, host_bytes={})
+        prepared = self._prepared.size_bytes + (self._draft.prepared.size_bytes if self._draft is not None else 0)
+        weights, cache = resident_bytes(self._weight_tensors()) + prepared, resident_bytes(self._pool_tensors())
+        return MemoryReport(device_bytes={"weights": weights, "kv_cache": cache}, host_bytes={})
+
+    def _pools(self) -> list[KvPool]:
+        return [self._pool, *([self._draft.pool] if self._draft is not None else [])]
+
+    def _pool_tensors(self) -> list[Tensor]:
+        return [tensor for pool in self._pools() for tensor in pool.tensors]
+
+    def _reset_pools(self) -> None:
+        for pool in self._pools():
+            pool.reset()
+
+    def _weight_tensors(self) -> list[Tensor]:
+        return [*self._weights.values(), *(self._draft.weights.values() if self._draft is not None else ())]
+
+    def _forget_prepared(self) -> None:
+        self._prepared.clear()
+        if self._draft is not None:
+            self._draft.prepared.clear()
 
     def _check_ready(self, requests: Sequence[Request], options: SamplingOptions, min_version: int) -> None:
         if self._asleep:
@@ -245,7 +284,8 @@ class TorchRolloutEngine:
         scheduler = generation.scheduler
         step = scheduler.next_step()
         self._num_running = scheduler.num_running
-        self._pool.copy_pages(step.copies)
+        for pool in self._pools():
+            pool.copy_pages(step.copies)
         drawing: list[Sample] = list(step.fresh)
         logits: list[Tensor] = [self._start_fresh(generation, sample)[None] for sample in step.fresh]
         if step.prefill:
@@ -253,12 +293,34 @@ class TorchRolloutEngine:
                 if isinstance(sequence, Sample):
                     drawing.append(sequence)
                     logits.append(row[None])
-        if step.decode:
-            output = self._feed(generation, [(sample, 1) for sample in step.decode])
-            drawing.extend(step.decode)
-            logits.append(self._decoder.logits(self._weights, self._prepared, output.hidden))
-        if drawing:
-            self._draw(generation, drawing, torch.cat(logits))
+        proposals: list[Sequence[int]] = [()] * len(drawing)
+        if not step.decode:
+            if drawing:
+                self._draw(generation, drawing, proposals, torch.cat(logits))
+            return
+        guesses = self._propose(generation, step)
+        feeds = [
+            Feed(sample, sample.num_cached, (sample.tokens[-1], *guess))
+            for sample, guess in zip(step.decode, guesses, strict=True)
+        ]
+        output = self._forward(feeds)
+        logits.append(self._decoder.logits(self._weights, self._prepared, output.hidden))
+        kept = self._draw(generation, [*drawing, *step.decode], [*proposals, *guesses], torch.cat(logits))
+        self._keep(generation, feeds, kept[len(drawing) :], output)
+
+    def _propose(self, generation: _Generation, step: Step) -> list[list[int]]:
+        """What the draft says comes after each decoding sample's last token; nothing without a draft.
+
+        It draws with the number that the policy will draw with at that position, so the closer the two distributions, the
+        likelier the same token comes out: the one rule of acceptance.
+        """
+        if self._draft is None:
+            return [[] for _ in step.decode]
+        return self._draft.propose(
+            step.decode,
+            step.drafts,
+            lambda samples, positions, logits: self._choose(generation, samples, positions, logits).tolist(),
+        )
 
     def _start_fresh(self, generation: _Generation, sample: Sample) -> Tensor:
         """The logits after the prompt; the sample's routing record begins with its prompt's."""
@@ -271,8 +333,10 @@ class TorchRolloutEngine:
 
     def _prefill(self, generation: _Generation, prefill: Sequence[tuple[FedSequence, int]]) -> list[tuple[FedSequence, Tensor]]:
         """Feed chunks; the logits after each sequence that has nothing left to feed, [own vocabulary]."""
-        output = self._feed(generation, prefill)
-        ends = np.cumsum([count for _, count in prefill]) - 1
+        feeds = [next_tokens(sequence, count) for sequence, count in prefill]
+        output = self._forward(feeds)
+        self._keep(generation, feeds, [count for _, count in prefill], output)
+        ends = first_rows(feeds) + [count - 1 for _, count in prefill]
         done = [(sequence, end) for (sequence, _), end in zip(prefill, ends, strict=True) if not sequence.num_pending]
         if not done:
             return []
@@ -284,83 +348,82 @@ class TorchRolloutEngine:
                 _result_of(sequence).logits = row_logits
         return finished
 
-    def _feed(self, generation: _Generation, feeds: Sequence[tuple[FedSequence, int]]) -> StageOutput:
-        """Run the model over the next tokens of each sequence, filling the cache, and note where the tokens went."""
-        batch = self._paged_batch(feeds)
+    def _forward(self, feeds: Sequence[Feed]) -> StageOutput:
+        """Run the model over the feeds, filling the cache; the draft follows."""
+        batch = paged_batch(feeds, page_tokens=self.options.page_tokens, device=self.options.device)
         output = self._decoder.forward_paged(self._weights, self._prepared, batch, self._pool.layers)
-        if self.options.return_routing and output.routing is not None:
-            self._record_routing(generation, feeds, output.routing)
-        for sequence, count in feeds:
-            generation.scheduler.fed(sequence, count)
+        if self._draft is not None:
+            self._draft.follow(feeds, batch, output.hidden)
         return output
 
-    def _paged_batch(self, feeds: Sequence[tuple[FedSequence, int]]) -> PagedBatch:
-        counts = np.array([count for _, count in feeds])
-        cached = np.array([sequence.num_cached for sequence, _ in feeds])
-        tokens = list(chain.from_iterable(s.tokens[s.num_cached : s.num_cached + count] for s, count in feeds))
-        rows = np.repeat(np.arange(len(feeds)), counts)
-        within = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-        positions = cached[rows] + within
-        page_tokens = self.options.page_tokens
-        table = _page_table([sequence.pages for sequence, _ in feeds], -(-int((cached + counts).max()) // page_tokens))
-        device = self.options.device
-
-        def on_device(values: Array) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(device)
-
-        return PagedBatch(
-            tokens=torch.tensor(tokens, device=device),
-            positions=on_device(positions),
-            page=on_device(table[rows, positions // page_tokens]),
-            offset=on_device(positions % page_tokens),
-            page_table=on_device(table),
-            context_tokens=on_device(cached),
-            sequences=None if (counts == 1).all() else pack_sequences(counts.tolist(), device=device),
-        )
-
-    def _record_routing(self, generation: _Generation, feeds: Sequence[tuple[FedSequence, int]], routing: Tensor) -> None:
+    def _keep(self, generation: _Generation, feeds: Sequence[Feed], kept: Sequence[int], output: StageOutput) -> None:
+        """The first `kept` tokens of each feed stand: note where they went, and that the cache holds them."""
         dtype = np.uint8 if self.config.num_experts <= 256 else np.uint16
-        rows = routing.cpu().numpy().astype(dtype)
-        end = 0
-        for sequence, count in feeds:
-            start, end = end, end + count
-            if isinstance(sequence, Sample):
-                record = generation.records[sequence.index]
-                # a retracted sample is fed again from its prompt on: what is known of a position stays
-                fresh = rows[min(end, start + record.num_routed - sequence.num_cached) : end]
-                record.routing.append(fresh)
-                record.num_routed += len(fresh)
-            elif isinstance(sequence, Prompt):
-                _result_of(sequence).routing.append(rows[start:end])
+        routing = None
+        if self.options.return_routing and output.routing is not None:
+            routing = output.routing.cpu().numpy().astype(dtype)
+        for feed, start, count in zip(feeds, first_rows(feeds).tolist(), kept, strict=True):
+            if routing is not None:
+                _record_routing(generation, feed, routing[start : start + count])
+            if self._draft is not None:
+                feed.sequence.state = output.hidden[start + count - 1].clone()
+            generation.scheduler.fed(feed.sequence, count)
 
-    def _draw(self, generation: _Generation, samples: Sequence[Sample], logits: Tensor) -> None:
-        """Draw the next token of each sample from this rank's logits and record it. Collective over tp."""
+    def _draw(
+        self, generation: _Generation, samples: Sequence[Sample], proposals: Sequence[Sequence[int]], logits: Tensor
+    ) -> list[int]:
+        """Draw the next tokens of each sample and record those that stand; returns how many do, at least one.
+
+        logits: this rank's, after the sample's last token and after each one proposed. Collective over tp.
+        """
+        counts = [1 + len(proposal) for proposal in proposals]
+        rows = [sample for sample, count in zip(samples, counts, strict=True) for _ in range(count)]
+        positions = [len(sample.tokens) + i for sample, count in zip(samples, counts, strict=True) for i in range(count)]
+        tokens = self._choose(generation, rows, positions, logits)
+        log_probs, _ = self._decoder.log_probs_of_logits(logits, tokens, temperature=generation.options.temperature)
+        drawn, scored, end, kept = tokens.tolist(), log_probs.tolist(), 0, []
+        for sample, proposal, count in zip(samples, proposals, counts, strict=True):
+            start, end = end, end + count
+            standing = accepted(proposal, drawn[start:end])
+            taken = slice(start, start + standing)
+            kept.append(self._append(generation, sample, drawn[taken], scored[taken]))
+            if proposal:
+                self.num_verifications += 1
+                self.num_verified_tokens += kept[-1]
+                self.num_guesses += min(kept[-1], len(proposal))
+                self.num_right_guesses += min(kept[-1], standing - 1)
+        return kept
+
+    def _choose(self, generation: _Generation, samples: Sequence[Sample], positions: Sequence[int], logits: Tensor) -> Tensor:
+        """The token of each row's sample at its position, int64 [M], from this rank's logits. Collective over tp."""
         options, device = generation.options, logits.device
         ids = torch.from_numpy(generation.sample_ids[[sample.index for sample in samples]]).to(device)
-        positions = torch.tensor([len(sample.tokens) for sample in samples], device=device)
-        tokens = draw(
+        return draw(
             self._decoder.gather_logits(logits),
             ids,
-            positions,
+            torch.tensor(positions, device=device),
             seed=options.seed,
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
         ).clamp_(max=self.config.vocab_size - 1)
-        log_probs, _ = self._decoder.log_probs_of_logits(logits, tokens, temperature=options.temperature)
-        if not bool(torch.isfinite(log_probs).all()):
-            broken = samples[int((~torch.isfinite(log_probs)).nonzero()[0])]
-            raise EngineError(
-                f"rollout engine: the model's log-prob after {len(broken.tokens)} tokens of sample "
-                f"{generation.sample_ids[broken.index]} is not finite; check the weights of version {self._version}"
-            )
-        stop = frozenset(options.stop_token_ids)
-        for sample, token, log_prob in zip(samples, tokens.tolist(), log_probs.tolist(), strict=True):
-            record = generation.records[sample.index]
+
+    def _append(self, generation: _Generation, sample: Sample, tokens: Sequence[int], log_probs: Sequence[float]) -> int:
+        """Give a sample its new tokens up to the one that ends it; returns how many it took."""
+        options, record = generation.options, generation.records[sample.index]
+        for taken, (token, log_prob) in enumerate(zip(tokens, log_probs, strict=True), start=1):
+            if not math.isfinite(log_prob):
+                raise EngineError(
+                    f"rollout engine: the model's log-prob after {len(sample.tokens)} tokens of sample "
+                    f"{generation.sample_ids[sample.index]} is not finite; check the weights of version {self._version}"
+                )
             record.log_probs.append(log_prob)
-            record.stopped = token in stop
+            record.stopped = token in options.stop_token_ids
             finished = record.stopped or sample.num_response + 1 >= options.max_response_tokens
             generation.scheduler.append(sample, token, finished=finished)
+            if finished:
+                return taken
+        return len(tokens)
 
     def _batch(self, requests: Sequence[Request], samples: Sequence[Sample], generation: _Generation) -> SampleBatch:
         records = generation.records
@@ -395,12 +458,16 @@ def _result_of(prompt: Prompt) -> _PromptResult:
     return result
 
 
-def _page_table(pages: Sequence[Sequence[int]], width: int) -> Array:
-    """[B, width] page numbers, padded with the filler page."""
-    table = np.full((len(pages), width), FILLER_PAGE, dtype=np.int64)
-    lengths = np.array([min(len(row), width) for row in pages])
-    table[np.arange(width) < lengths[:, None]] = list(chain.from_iterable(row[:width] for row in pages))
-    return table
+def _record_routing(generation: _Generation, feed: Feed, rows: Array) -> None:
+    """Where the tokens of a feed went, [n, moe_layers, top_k]."""
+    if isinstance(feed.sequence, Sample):
+        record = generation.records[feed.sequence.index]
+        # a retracted sample is fed again from its prompt on: what is known of a position stays
+        fresh = rows[max(0, record.num_routed - feed.start) :]
+        record.routing.append(fresh)
+        record.num_routed += len(fresh)
+    elif isinstance(feed.sequence, Prompt):
+        _result_of(feed.sequence).routing.append(rows)
 
 
 def _check_parts(parts: Sequence[str]) -> None:

@@ -17,11 +17,15 @@ from miles_plan.backends.torch_engine.kv_cache import OutOfPagesError, PageAlloc
 
 @dataclass(slots=True, eq=False)
 class FedSequence:
-    """Tokens, how many of them the KV cache holds, and in which pages; pages cover at least the tokens held."""
+    """Tokens, how many of them the KV cache holds, and in which pages; pages cover at least the tokens held.
+
+    `state` is the engine's: what it keeps of the last token held, None while there is none.
+    """
 
     tokens: list[int]
     pages: list[int] = field(default_factory=list)
     num_cached: int = 0
+    state: Any = None
 
     @property
     def num_pending(self) -> int:
@@ -56,27 +60,39 @@ class Sample(FedSequence):
 class Step:
     """One step of the engine, in this order: copy pages, feed `prefill` (tokens of each), feed `decode` (one token of each).
 
-    Then a next token is drawn for `fresh` samples (from their prompt's last token), for samples whose prefill ends here,
-    and for `decode`. Prompts whose feeding ends here keep the result of their last token for their samples.
+    drafts: how many tokens beyond its own each sample of `decode` has room for, to be fed with it on trial. Then a next token
+    is drawn for `fresh` samples (from their prompt's last token), for samples whose prefill ends here, and for `decode`.
+    Prompts whose feeding ends here keep the result of their last token for their samples.
     """
 
     copies: tuple[tuple[int, int], ...]
     fresh: tuple[Sample, ...]
     prefill: tuple[tuple[FedSequence, int], ...]
     decode: tuple[Sample, ...]
+    drafts: tuple[int, ...]
 
 
 class Scheduler:
     """State of one `generate` call. `next_step`, then `fed` and `append` for what was done, until `unfinished` is false."""
 
     def __init__(
-        self, allocator: PageAllocator, *, page_tokens: int, max_running: int, prefill_tokens: int, prefix_sharing: bool
+        self,
+        allocator: PageAllocator,
+        *,
+        page_tokens: int,
+        max_running: int,
+        prefill_tokens: int,
+        prefix_sharing: bool,
+        draft_tokens: int = 0,
     ) -> None:
+        """`draft_tokens`: most tokens that a draft proposes for a sample in one step."""
         self._allocator = allocator
         self._page_tokens = page_tokens
         self._max_running = max_running
         self._prefill_tokens = prefill_tokens
         self._prefix_sharing = prefix_sharing
+        self._draft_tokens = draft_tokens
+        self._max_response = 0
         self._waiting: list[Sample] = []
         self._running: dict[int, Sample] = {}  # by index, oldest first
         self._prompts: dict[Hashable, Prompt] = {}
@@ -96,6 +112,7 @@ class Scheduler:
     def add(self, prompts: Sequence[Sequence[int]], max_response: int) -> list[Sample]:
         """Queue one sample a prompt. OutOfPagesError when a sample could not finish even alone in the pool."""
         samples = []
+        self._max_response = max_response
         for tokens in prompts:
             need = self._pages_for(len(tokens) + max_response) + 1
             if need > self._allocator.num_pages:
@@ -114,12 +131,13 @@ class Scheduler:
     def next_step(self) -> Step:
         """What to do now; at least one token is fed or one fresh sample started."""
         decode = self._grow()
+        drafts = [self._grow_for_draft(sample) for sample in decode]
         copies: list[tuple[int, int]] = []
         fresh = self._admit(copies)
         if not (self._running or any(prompt.num_pending for prompt in self._prompts.values())):
             self._drop_prompts(keep=self._waiting[0].key)
             fresh = self._admit(copies)
-        step = Step(tuple(copies), tuple(fresh), tuple(self._choose_prefill()), tuple(decode))
+        step = Step(tuple(copies), tuple(fresh), tuple(self._choose_prefill()), tuple(decode), tuple(drafts))
         assert step.fresh or step.prefill or step.decode, "the scheduler stands still"
         return step
 
@@ -160,6 +178,15 @@ class Scheduler:
             decode.append(sample)
         return [sample for sample in decode if sample.index in self._running]
 
+    def _grow_for_draft(self, sample: Sample) -> int:
+        """Tokens to draft for a sample: no more than it may still need, in pages that are free anyway."""
+        wanted = min(self._draft_tokens, self._max_response - sample.num_response - 1)
+        if wanted < 1:
+            return 0
+        missing = self._pages_for(sample.num_cached + 1 + wanted) - len(sample.pages)
+        sample.pages += self._allocator.allocate(max(0, min(missing, self._allocator.num_free)))
+        return min(wanted, len(sample.pages) * self._page_tokens - sample.num_cached - 1)
+
     def _make_room(self, count: int) -> None:
         """Free pages until `count` are: first prompts that can be fed again, newest first, then the youngest samples."""
         while self._allocator.num_free < count:
@@ -171,7 +198,7 @@ class Scheduler:
     def _retract(self, sample: Sample) -> None:
         del self._running[sample.index]
         self._allocator.release(sample.pages)
-        sample.pages, sample.num_cached, sample.prompt = [], 0, None
+        sample.pages, sample.num_cached, sample.prompt, sample.state = [], 0, None, None
         self._subscribers[sample.key] += 1
         self._waiting.insert(0, sample)
         self.num_retracted += 1
@@ -223,7 +250,7 @@ class Scheduler:
             if len(prompt.tokens) % self._page_tokens:
                 copies.append((prompt.pages[shared], own[0]))
         self._subscribers[sample.key] -= 1
-        sample.num_cached, sample.prompt = len(prompt.tokens), prompt
+        sample.num_cached, sample.prompt, sample.state = len(prompt.tokens), prompt, prompt.state
         self._running[sample.index] = sample
         return True
 

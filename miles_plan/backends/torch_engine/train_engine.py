@@ -16,6 +16,7 @@ from miles_plan.backends.torch_engine.agreement import raise_together
 from miles_plan.backends.torch_engine.batch_loss import BatchLoss, missing_columns
 from miles_plan.backends.torch_engine.config import DecoderConfig, read_config
 from miles_plan.backends.torch_engine.decoder import Decoder
+from miles_plan.backends.torch_engine.draft_trainer import DraftTrainer, drafted_rows, num_drafted
 from miles_plan.backends.torch_engine.exported_weights import ExportedWeights
 from miles_plan.backends.torch_engine.host_store import HostStore
 from miles_plan.backends.torch_engine.mesh import Mesh, check_train_layout, open_mesh
@@ -86,6 +87,9 @@ class TorchTrainEngine:
             self._frozen["reference"] = self._model_of(self.config, self._shard, _merged(views))
         if options.teacher_directory is not None:
             self._frozen["teacher"] = self._load_teacher(options.teacher_directory)
+        self._draft: DraftTrainer | None = None
+        if options.draft:
+            self._draft = DraftTrainer(self.config, self._mesh, dtype=self._dtype, device=options.device, seed=options.seed)
         self._host = HostStore(options.host_directory / f"rank_{rank:05d}")
         self._writer = SharedMemoryWriter()
 
@@ -160,6 +164,34 @@ class TorchTrainEngine:
         policy.prepared.clear()
         return metrics
 
+    def draft_step(self, batch: SampleBatch, *, optimizer: OptimizerOptions) -> Mapping[str, float]:
+        """One optimizer step of the draft; see `TrainEngine`. EngineError without `draft`."""
+        if self._draft is None:
+            raise EngineError("train engine: it holds no draft; set draft")
+        self._need_resident("weights", "gradients", "optimizer")
+        parts = self._pack(batch, self.config, replay_routing=False)
+        count, draft, decoder = num_drafted(batch), self._draft, self._policy.decoder
+        frozen = {name: tensor.detach() for name, tensor in self._policy.weights.items()}
+        prepared, sums = PreparedWeights(), {"draft_loss": 0.0, "draft_accuracy": 0.0}
+        draft.buffer.gradients.zero_()
+        for part in parts:
+            with torch.no_grad():
+                states = self._run_stage(self._policy, part, None, _RoutingCount())
+            rows = drafted_rows(batch, part)
+            if not bool(rows.any()):
+                continue
+            loss, right = draft.learn(decoder, frozen, prepared, part, states, rows)
+            torch.autograd.backward(loss / count)
+            sums["draft_loss"] += float(loss.detach()) / count
+            sums["draft_accuracy"] += right / count
+        taken = draft.optimizer.step(optimizer) if count else draft.optimizer.skip(optimizer)
+        return {
+            **self._sum_over_ranks(sums),
+            "draft_tokens": float(count),
+            "draft_grad_norm": taken["grad_norm"],
+            "draft_skipped_steps": taken["skipped_steps"],
+        }
+
     def snapshot_reference(self) -> None:
         """From now on the reference model is the policy as it is. EngineError without `keep_reference`."""
         self._model("reference")
@@ -169,9 +201,10 @@ class TorchTrainEngine:
         self._frozen["reference"].prepared.clear()
 
     def export_weights(self, version: int, *, bucket_bytes: int) -> Iterator[WeightBucket]:
-        """Publish the policy's weights in shared memory; see `TrainEngine`. Every rank must run the iterator to its end."""
+        """Publish the weights, a draft's too, in shared memory; see `TrainEngine`. Every rank must run it to its end."""
         self._need_resident("weights")
-        yield from self._exported().publish(self._writer, version, bucket_bytes)
+        draft = self._draft.exported() if self._draft is not None else {}
+        yield from self._exported().publish(self._writer, version, bucket_bytes, draft)
 
     def release_weights(self, version: int) -> None:
         """Remove the shared memory of that version."""
@@ -181,7 +214,7 @@ class TorchTrainEngine:
         """Park parts below `host_directory` (pinned memory on a GPU); gradients are dropped. ValueError for another part."""
         for part in _known(parts):
             if part == "gradients":
-                free_storage(buffer.gradients for buffer in self._buffers)
+                free_storage(self._tensors_of_part(part))
                 continue
             for model in self._models_of_part(part):
                 model.prepared.clear()
@@ -192,13 +225,13 @@ class TorchTrainEngine:
         """Bring parts back bit for bit; a no-op for what is resident."""
         for part in _known(parts):
             if part == "gradients":
-                restore_storage(buffer.gradients for buffer in self._buffers)
+                restore_storage(self._tensors_of_part(part))
             else:
                 self._host.onload(part)
         return self.memory()
 
     def save(self, directory: Path) -> Sequence[str]:
-        """Write this rank's masters, moments, step count and reference; the weights are the masters, rounded."""
+        """Write this rank's masters, moments and step counts, and the reference; the weights are the masters, rounded."""
         self._need_resident("optimizer", "reference")
         name = _shard_name(self._mesh.rank)
         write_tensors(directory / name, self._state(), self._identity())
@@ -217,6 +250,8 @@ class TorchTrainEngine:
             tensor.copy_(found[name])
         self._optimizer.steps_taken = int(found["steps_taken"])
         self._optimizer.publish()
+        if self._draft is not None:
+            self._draft.restore(found)
         self._policy.prepared.clear()
         for index, (buffer, flat) in enumerate(zip(self._buffers, self._reference_flats, strict=False)):
             flat.copy_(buffer.gather_chunks(found[f"buffer{index}.reference"].to(flat.device)))
@@ -319,13 +354,16 @@ class TorchTrainEngine:
         return list(self._frozen.values()) if part == "reference" else []
 
     def _tensors_of_part(self, part: str) -> list[Tensor]:
-        """The flat tensors of a part. The teacher is frozen like the reference and goes with it."""
+        """The flat tensors of a part, the draft's among them. The teacher is frozen like the reference and goes with it."""
+        draft = self._draft
+        buffers = [*self._buffers, *([draft.buffer] if draft is not None else [])]
         if part == "weights":
-            return [buffer.weights for buffer in self._buffers]
+            return [buffer.weights for buffer in buffers]
         if part == "gradients":
-            return [buffer.gradients for buffer in self._buffers]
+            return [buffer.gradients for buffer in buffers]
         if part == "optimizer":
-            return list(self._optimizer.tensors().values())
+            states = [self._optimizer, *([draft.optimizer] if draft is not None else [])]
+            return [tensor for state in states for tensor in state.tensors().values()]
         teacher = self._frozen.get("teacher")
         return [*self._reference_flats, *(teacher.weights.values() if teacher is not None else ())]
 
@@ -341,7 +379,9 @@ class TorchTrainEngine:
             f"buffer{index}.reference": flat[buffer.chunk]
             for index, (buffer, flat) in enumerate(zip(self._buffers, self._reference_flats, strict=False))
         }
-        return {**self._optimizer.tensors(), **reference, "steps_taken": torch.tensor(self._optimizer.steps_taken)}
+        draft = self._draft.state() if self._draft is not None else {}
+        steps_taken = torch.tensor(self._optimizer.steps_taken)
+        return {**self._optimizer.tensors(), **reference, **draft, "steps_taken": steps_taken}
 
     def _identity(self) -> dict[str, str]:
         """What a checkpoint must have been written with to fit this rank."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from miles_plan.report.units import Scale, scale_for, scaled_text
+from miles_plan.report.units import Scale, number_text, scale_for
 
 STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 TIME_STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
@@ -77,6 +78,10 @@ def padded_range(low: float, high: float) -> tuple[float, float]:
     return (0.0 if 0 <= low < pad * 4 else low - pad), high + pad
 
 
-def tick_text(value: float, scale: Scale) -> str:
-    """A tick's label in the axis's scale."""
-    return scaled_text(value, scale)
+def tick_texts(ticks: Sequence[float], scale: Scale) -> list[str]:
+    """The labels of an axis's ticks, without their unit, with as many figures as tell them apart."""
+    for digits in range(3, 9):
+        words = [number_text(tick / scale.divisor, digits) for tick in ticks]
+        if len(set(words)) == len(words):
+            break
+    return words if ticks else []

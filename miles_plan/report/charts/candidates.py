@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from miles_plan.ir.plan import Candidate
-from miles_plan.report.charts.axis import Axis, byte_ticks, linear_ticks, padded_range
+from miles_plan.report.charts.axis import Axis, byte_ticks, linear_ticks, padded_range, tick_texts
 from miles_plan.report.svg import NARROWEST, element, figure, label, line
 from miles_plan.report.units import bytes_scale, bytes_text, number_text, scaled_text, seconds_scale, seconds_text
 
@@ -25,8 +25,9 @@ def candidates_chart(candidates: Sequence[Candidate]) -> Markup:
     for tick in byte_ticks(y.high, 4):
         parts.append(line(LEFT, y.at(tick), WIDTH - RIGHT, y.at(tick), "gridline"))
         parts.append(label(LEFT - 8, y.at(tick) + 4, scaled_text(tick, y_scale), "tick", "end"))
-    for tick in linear_ticks(x.low, x.high, 8):
-        parts.append(label(x.at(tick), HEIGHT - BOTTOM + 18, scaled_text(tick, x_scale), "tick", "middle"))
+    ticks = linear_ticks(x.low, x.high, 8)
+    for tick, words in zip(ticks, tick_texts(ticks, x_scale), strict=True):
+        parts.append(label(x.at(tick), HEIGHT - BOTTOM + 18, f"{words}{x_scale.suffix}", "tick", "middle"))
     parts.append(label(WIDTH - RIGHT, HEIGHT - 4, "step time", "tick", "end"))
     parts.append(label(LEFT + 6, TOP + 2, "headroom on the fullest GPU", "tick"))
     for each in sorted(candidates, key=lambda each: each.chosen):

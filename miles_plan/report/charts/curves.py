@@ -10,10 +10,10 @@ from math import fsum
 
 from markupsafe import Markup
 
-from miles_plan.report.charts.axis import Axis, linear_ticks, log_ticks, padded_range
+from miles_plan.report.charts.axis import Axis, linear_ticks, log_ticks, padded_range, tick_texts
 from miles_plan.report.metrics import Series
 from miles_plan.report.svg import element, figure, label, line, polygon, polyline
-from miles_plan.report.units import count_text, number_text, scale_for, scaled_text
+from miles_plan.report.units import Scale, count_text, number_text, scale_for, scaled_text
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 504, 210, 62, 16, 14, 34
 MOST_POINTS = 400
@@ -84,9 +84,9 @@ def _y_axis(values: Sequence[float], half: Sequence[float], positive: Sequence[f
 def _grid(x: Axis, y: Axis, curve: Series, *, log: bool) -> list[Markup]:
     scale = scale_for(curve.metric.unit, max(abs(y.low), abs(y.high)))
     parts = []
-    for tick in log_ticks(y.low, y.high) if log else linear_ticks(y.low, y.high, 4):
+    ticks = log_ticks(y.low, y.high) if log else linear_ticks(y.low, y.high, 4)
+    for tick, words in zip(ticks, tick_texts(ticks, Scale(1.0, "") if log else scale), strict=True):
         parts.append(line(LEFT, y.at(tick), WIDTH - RIGHT, y.at(tick), "gridline"))
-        words = number_text(tick) if log else number_text(tick / scale.divisor)
         parts.append(label(LEFT - 8, y.at(tick) + 4, words, "tick", "end"))
     if log and y.begin < HEIGHT - BOTTOM:
         foot = HEIGHT - BOTTOM

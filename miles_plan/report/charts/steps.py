@@ -37,7 +37,7 @@ def step_chart(plan: Plan, name: str, runs: Sequence[PlannedRun], critical: Sequ
     """
     bars, heads, height = _rows(plan, runs, measured)
     span_s = max([run.end_s for run in runs] + [end for _, end in measured.values()], default=0.0) or 1.0
-    longest = max([_high_end(run) for run in runs], default=span_s)
+    longest = max([_high_end(run) for run in runs if run.task.name not in measured], default=span_s)
     x = Axis(0.0, max(span_s * 1.02, min(longest * 1.01, span_s * 1.3)), LEFT, WIDTH - RIGHT)
     parts = [*_time_axis(x, height), *heads]
     if not measured:

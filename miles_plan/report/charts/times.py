@@ -10,7 +10,7 @@ from miles_plan.report.charts.axis import Axis, log_ticks
 from miles_plan.report.palette import activity
 from miles_plan.report.svg import NARROWEST, element, figure, label, line, rectangle
 from miles_plan.report.task_times import TaskTimes
-from miles_plan.report.units import estimate_text, number_text, seconds_text
+from miles_plan.report.units import estimate_text, seconds_text
 
 WIDTH, LEFT, RIGHT, TOP, ROW = 1040, 190, 84, 28, 26
 SHORTEST_S = 1e-4  # below it the clock and the scheduler are what is measured
@@ -52,5 +52,5 @@ def _row(times: TaskTimes, x: Axis, y: float) -> list[Markup]:
         parts.append(line(x.at(estimate.mid_s), y - 8, x.at(estimate.mid_s), y + 8, "planned-middle"))
     parts.append(line(x.at(times.took_s[0]), y, x.at(times.took_s[-1]), y, f"measured-line {shape}"))
     dot = element("circle", element("title", tip), cx=x.at(times.median_s), cy=y, r=4.5, class_=f"mark measured {shape}")
-    ratio = number_text(times.ratio) if times.ratio is not None else "not planned"
+    ratio = f"{times.ratio:.2f}" if times.ratio is not None else "not planned"
     return [*parts, dot, label(WIDTH, y + 4, ratio, "label", "end")]

@@ -18,7 +18,6 @@ from miles_plan.report.units import (
     bytes_text,
     estimate_text,
     interval_text,
-    number_text,
     plural,
     quantity_text,
     scale_for,
@@ -48,7 +47,8 @@ def render_run(record: RunRecord, console: Console, *, full: bool = False) -> No
 
 def _draw_curves(page: Page, record: RunRecord, loop: str) -> None:
     """One line a metric: first, last, lowest and highest value, and its course."""
-    curves = [series(record, loop, metric) for metric in metrics_of(record, loop)]
+    metrics = metrics_of(record, loop)
+    curves = [series(record, loop, metric) for metric in metrics if metric.chief or page.full]
     count = max((len(curve.values) for curve in curves), default=0)
     page.heading(f"Curves of loop '{loop}'", f"{count:,} iterations")
     titles = ("metric", "first", "last", f"lowest{EN_DASH}highest")
@@ -58,6 +58,8 @@ def _draw_curves(page: Page, record: RunRecord, loop: str) -> None:
     for curve, row in zip(curves, rows, strict=True):
         table.add_row(*row, _course(curve, max(8, min(60, page.width - taken))))
     page.show(table)
+    if len(curves) < len(metrics):
+        page.note(text(f"{plural(len(metrics) - len(curves), 'more metric')} with --all", "dim"))
 
 
 def _curve_cells(curve: Series) -> list[Text]:
@@ -112,7 +114,7 @@ def _time_cells(times: TaskTimes) -> list[Text]:
         text(times.task.name),
         text(planned),
         text(measured),
-        text(f"{number_text(ratio)}" if ratio is not None else "-"),
+        text(f"{ratio:.2f}" if ratio is not None else "-"),
         text(inside, _inside_style(times)),
     ]
 

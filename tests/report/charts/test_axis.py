@@ -6,7 +6,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from miles_plan.report.charts.axis import Axis, byte_ticks, linear_ticks, log_ticks, padded_range, time_ticks
+from miles_plan.report.charts.axis import Axis, byte_ticks, linear_ticks, log_ticks, padded_range, tick_texts, time_ticks
+from miles_plan.report.units import Scale
 
 FINITE = st.floats(min_value=-1e9, max_value=1e9)
 
@@ -58,3 +59,16 @@ def test_pixels_keep_the_order_of_values_and_stay_on_the_axis(log: bool, values:
     places = [axis.at(value) for value in sorted(values)]
     assert places == sorted(places, reverse=True)
     assert all(20.0 <= place <= 300.0 for place in places)
+
+
+@given(FINITE, st.floats(min_value=1e-3, max_value=1e6))
+def test_labels_of_ticks_tell_them_apart(low: float, span: float) -> None:
+    assume(span > abs(low) * 1e-5)
+    ticks = linear_ticks(low, low + span)
+    labels = tick_texts(ticks, Scale(1.0, ""))
+    assert len(labels) == len(set(labels)) == len(ticks)
+
+
+def test_labels_take_no_more_figures_than_they_need() -> None:
+    assert tick_texts([2.7305, 2.731, 2.7315], Scale(1.0, "")) == ["2.7305", "2.731", "2.7315"]
+    assert tick_texts([0.5, 1.0], Scale(1.0, "")) == ["0.5", "1"]

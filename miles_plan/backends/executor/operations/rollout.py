@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,8 @@ from miles_plan.data.batch import SampleBatch
 from miles_plan.ir.options import SamplingOptions
 from miles_plan.ir.tasks import Rollout
 
+DRAFT_COUNTS = ("verifications", "verified_tokens", "guesses", "right_guesses")  # of an engine's health
+
 
 def generate_share(
     rank: RolloutRank, drawn: DrawnPrompts, sampling: SamplingOptions, version: int
@@ -26,8 +28,11 @@ def generate_share(
     """This engine's share of the prompts. Every rank of an engine generates; the first one hands the samples on."""
     requests = share_of_engine(drawn.requests, rank.index, rank.engines)
     engine = rank.serving(version)
+    before = engine.health()
     batch = engine.generate(requests, sampling, min_version=version) if requests else None
+    after = engine.health()
     report = {"tokens": 0 if batch is None else int(batch.response_length.sum())}
+    report |= {name: after.get(name, 0) - before.get(name, 0) for name in DRAFT_COUNTS}
     return report, batch if rank.rank == 0 else None
 
 
@@ -68,14 +73,24 @@ def sampled(
     engines = context.members[group]
     for attempt in (0, 1):
         calls = engines.produce(generate_share, drawn, sampling, version)
-        yield Wait(f"{places(engines)}: generate with weights version {version}", calls)
+        made = yield Wait(f"{places(engines)}: generate with weights version {version}", calls)
         shares = [value for value, place in zip(calls.values, first_ranks(context, group), strict=True) if place]
         accepted = context.host.produce(accept_samples, drawn, sampling, version, routed, *shares)
         (report,) = yield Wait("host: accept samples", accepted)
         if not report["problems"]:
+            report["figures"] |= draft_figures(made)
             return accepted.values[0], report
         context.event("warning", f"{places(engines)}: samples refused", problems=report["problems"], attempt=attempt)
     raise EngineError(f"{places(engines)} returned samples that cannot be used, twice: " + "; ".join(report["problems"]))
+
+
+def draft_figures(reports: Sequence[Mapping[str, int]]) -> dict[str, float]:
+    """How good the draft was, over all ranks; nothing where it proposed nothing.
+
+    accept_length: tokens that one verification gave; accept_rate: share of right ones among the guesses put to the test.
+    """
+    verifications, tokens, guesses, right = (sum(report[name] for report in reports) for name in DRAFT_COUNTS)
+    return {"accept_length": tokens / verifications, "accept_rate": right / guesses} if verifications else {}
 
 
 def first_ranks(context: Context, group: str) -> Sequence[bool]:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from miles_plan.backends.executor.operations.advantage import advantage, correct
 from miles_plan.backends.executor.operations.buffer import buffer
 from miles_plan.backends.executor.operations.checkpoint import checkpoint
+from miles_plan.backends.executor.operations.draft_step import draft_step
 from miles_plan.backends.executor.operations.evaluate import evaluate
 from miles_plan.backends.executor.operations.filter_groups import filter_groups
 from miles_plan.backends.executor.operations.logprobs import logprobs
@@ -33,6 +34,7 @@ OPERATIONS: Mapping[str, Callable[[Context], Operation]] = MappingProxyType(
         "correct": correct,
         "buffer": buffer,
         "train_step": train_step,
+        "draft_step": draft_step,
         "weight_sync": weight_sync,
         "offload": residency,
         "onload": residency,

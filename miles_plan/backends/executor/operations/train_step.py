@@ -16,7 +16,7 @@ from miles_plan.backends.executor.operations.publish import publish
 from miles_plan.backends.executor.operations.routing import RoutingRecord
 from miles_plan.backends.executor.run_state import publishes
 from miles_plan.data.batch import Array, SampleBatch
-from miles_plan.ir.tasks import TrainStep
+from miles_plan.ir.tasks import DraftStep, TrainStep
 
 RENAMED = {  # names that the rollout and the comparison with it have for themselves
     "tokens": "train_tokens",
@@ -77,7 +77,8 @@ def train_step(context: Context) -> Operation:
     figures = {RENAMED.get(name, name): figure for name, figure in merged(reports[0]).items()}
     if task.nonfinite != "skip" and figures.get("skipped_steps"):
         raise _nonfinite(context, task)
-    if publishes(context.flow.graph, task.name):
+    drafted = any(each.loop == task.loop for each in context.flow.graph.of_kind(DraftStep))  # published with its draft
+    if publishes(context.flow.graph, task.name) and not drafted:
         yield from publish(context, version + 1)
     return Outcome(
         values={"weights": version + 1}, figures=figures, digest=digest_of_figures(figures), weight_version=version + 1

@@ -17,6 +17,10 @@ class UnmappedRowError(ValueError):
     """The row cannot become a fixed-layout job; the message is the reason."""
 
 
+class IncompleteRowError(UnmappedRowError):
+    """The row itself leaves out what a job needs, contradicts itself, or measures something that is not estimated."""
+
+
 _GPU_PATTERNS = (  # first match wins, so longer names come first
     ("grand teton", "h100-500w"),
     ("gb300", "gb300"),
@@ -38,6 +42,9 @@ _GPU_PATTERNS = (  # first match wins, so longer names come first
 )
 
 
+_VAGUE = re.compile(r"unstated|see |node|class")
+
+
 def row_gpu(row: Row) -> Gpu:
     """The GPU a row was measured on.
 
@@ -46,11 +53,13 @@ def row_gpu(row: Row) -> Gpu:
     """
     said = row.get("hardware")
     if not said:
-        raise UnmappedRowError("hardware is not stated")
+        raise IncompleteRowError("hardware is not stated")
     text = str(said).lower()
     for pattern, name in _GPU_PATTERNS:
         if pattern in text:
             return find_gpu(name)
+    if _VAGUE.search(text):
+        raise IncompleteRowError("hardware is not stated")
     raise UnmappedRowError("hardware is not in the catalog")
 
 

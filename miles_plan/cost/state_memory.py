@@ -1,0 +1,84 @@
+"""Bytes a rank keeps between steps, and what the driver takes besides the allocator."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from miles_plan.catalog.architecture import ModelArchitecture
+from miles_plan.cost.columns import Floats, LayoutColumns
+from miles_plan.cost.profile import HardwareProfile
+from miles_plan.cost.rank_params import ParamColumns, rank_params
+from miles_plan.cost.train_options import QUANTIZED, TrainMemoryOptions
+
+FRAGMENTATION = 0.045
+"""Reserved over allocated with expandable segments; 2 to 10 GB were seen without (docs/accuracy.md)."""
+
+
+def state_terms(params: ParamColumns, columns: LayoutColumns, options: TrainMemoryOptions) -> dict[str, Floats]:
+    """Parameters, gradients and optimizer state between steps."""
+    size = options.element_bytes
+    trained = options.trainable_fraction
+    replicas, expert_replicas = (columns.dp * columns.cp)[:, None], columns.expert_dp[:, None]
+    shard = params.dense / replicas + params.expert / expert_replicas
+    state = shard if options.optimizer.distributed else params.total
+    kept = options.optimizer.bytes_per_param - options.optimizer.offloaded_bytes_per_param
+    if options.precision == "fp32":
+        kept = max(0.0, kept - options.optimizer.master_bytes)
+    terms = {
+        "parameters": params.total * size,
+        "gradients": params.total * trained * options.grad_bytes,
+        "optimizer": state * trained * kept,
+        "fp8 weights": params.quantizable * _quantized_copy_bytes(options),
+        "reference model": params.total * size * (1.0 if options.reference == "resident" else 0.0),
+    }
+    if options.forward_only:
+        terms["gradients"] = terms["optimizer"] = np.zeros_like(params.total)
+    return terms
+
+
+def _quantized_copy_bytes(options: TrainMemoryOptions) -> float:
+    """Both orientations of a quantised weight; primary fp8 weights take the place of the 16-bit ones."""
+    if options.precision not in QUANTIZED:
+        return 0.0
+    return 2.0 - (options.element_bytes if options.primary_fp8 else 0.0)
+
+
+def step_gradient_bytes(params: ParamColumns, columns: LayoutColumns, options: TrainMemoryOptions) -> Floats:
+    """With bf16 gradients the optimizer step makes an fp32 copy of its shard, freed before the next backward.
+
+    A precision-aware optimizer reads them as they are.
+    """
+    none = options.grad_bytes >= 4 or options.optimizer.kind == "none" or options.forward_only
+    if none or options.optimizer.precision_aware:
+        return np.zeros_like(params.total)
+    shard = params.dense / (columns.dp * columns.cp)[:, None] + params.expert / columns.expert_dp[:, None]
+    state = shard if options.optimizer.distributed else params.total
+    return 4.0 * state * options.trainable_fraction
+
+
+def host_bytes(model: ModelArchitecture, columns: LayoutColumns, options: TrainMemoryOptions) -> Floats:
+    """Pinned host bytes of one rank: offloaded optimizer state and a swapped reference model, shape [n, pp]."""
+    params = rank_params(model, columns)
+    shard = params.dense / (columns.dp * columns.cp)[:, None] + params.expert / columns.expert_dp[:, None]
+    state = shard if options.optimizer.distributed else params.total
+    moved = state * options.trainable_fraction * options.optimizer.offloaded_bytes_per_param
+    swapped = params.total * options.element_bytes * (1.0 if options.reference == "swapped" else 0.0)
+    return moved + swapped
+
+
+def outside_terms(terms: dict[str, Floats], columns: LayoutColumns, profile: HardwareProfile) -> dict[str, Floats]:
+    """What the driver reports besides the allocator: context, communicators, fragmentation."""
+    allocated = sum_terms(terms)
+    groups = 1.0 + (columns.tp > 1) + (columns.cp > 1) + 2.0 * (columns.ep > 1) + 1.0 * (columns.pp > 1)
+    world = columns.tp * columns.cp * columns.dp * columns.pp
+    communicators = np.where(world > 1, profile.communicator_bytes + (groups - 1) * profile.next_communicator_bytes, 0.0)
+    return {
+        "cuda context": np.full(allocated.shape, profile.context_bytes),
+        "communicators": communicators[:, None] * np.ones(allocated.shape),
+        "fragmentation": allocated * FRAGMENTATION,
+    }
+
+
+def sum_terms(terms: dict[str, Floats], exclude: frozenset[str] = frozenset()) -> Floats:
+    """All terms but the excluded ones added together."""
+    return np.asarray(sum(values for name, values in terms.items() if name not in exclude))

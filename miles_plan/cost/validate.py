@@ -1,0 +1,128 @@
+"""Holds every estimate against rows of published or measured figures: the `validate` command and the accuracy tests.
+
+A row is one JSON object: a published figure (`kind`, `metric`, `value`, `unit`, sizes), a measured Megatron run
+(`config`, `ranks`), or a launch configuration (`raw_args`). Each becomes a job with the layout it states; one that
+cannot is counted with its reason.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from miles_plan.cost.interval import Interval
+from miles_plan.cost.validation.launch_rows import check_launch, is_launch_row
+from miles_plan.cost.validation.megatron_rows import check_megatron, is_megatron_row
+from miles_plan.cost.validation.memory_rows import peak_bytes
+from miles_plan.cost.validation.report import Checked, Launched, Unmapped, ValidationReport
+from miles_plan.cost.validation.rl_rows import rl_step_seconds
+from miles_plan.cost.validation.row_fields import IncompleteRowError, UnmappedRowError
+from miles_plan.cost.validation.serving_rows import token_seconds
+from miles_plan.cost.validation.sync_rows import sync_seconds
+from miles_plan.cost.validation.train_rows import step_seconds
+
+Row = Mapping[str, Any]
+
+_ESTIMATES: dict[str, tuple[str, Callable[[Row], tuple[Interval, float]]]] = {
+    "train_throughput": ("training step time", step_seconds),
+    "memory": ("training memory", peak_bytes),
+    "inference_throughput": ("decode time per token", token_seconds),
+    "rl_step_time": ("RL step time", rl_step_seconds),
+    "weight_sync": ("weight sync", sync_seconds),
+}
+NOT_ESTIMATED = frozenset({"search_time"})
+"""Kinds of rows that record other tools' own speed."""
+_RATES = re.compile(r"per_s|throughput|MFU|tflops", re.IGNORECASE)
+_ANCHOR = re.compile(r"^(\w+?)_predicted\w*$|^(estimator)_total_gb$|^(second)_column$")
+
+
+def load_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a file of rows, one JSON object a line.
+
+    Raises:
+        ValueError: a line is not a JSON object.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not JSON ({error.msg})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{number}: not a JSON object")
+        rows.append(row)
+    return rows
+
+
+def validate(rows: Iterable[Row]) -> ValidationReport:
+    """Estimate every row that can be mapped and compare."""
+    checked: list[Checked] = []
+    launched: list[Launched] = []
+    unmapped: list[Unmapped] = []
+    for number, row in enumerate(rows):
+        kind = _kind(row)
+        try:
+            if is_launch_row(row):
+                launched.append(_launched(row))
+            else:
+                checked += _checked(number, row, kind)
+        except UnmappedRowError as reason:
+            unmapped.append(Unmapped(kind, number, str(reason), isinstance(reason, IncompleteRowError)))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            unmapped.append(Unmapped(kind, number, f"the row is malformed: {error}", incomplete=True))
+    return ValidationReport(tuple(checked), tuple(launched), tuple(unmapped))
+
+
+def _kind(row: Row) -> str:
+    if is_launch_row(row):
+        return "launch configuration"
+    if is_megatron_row(row):
+        return "Megatron run"
+    name = str(row.get("kind") or "unknown")
+    return _ESTIMATES[name][0] if name in _ESTIMATES else name
+
+
+def _launched(row: Row) -> Launched:
+    check = check_launch(row)
+    return Launched(str(row.get("id") or row.get("path")), check.gpu.name, check.gpu_stated, check.fits, check.defect)
+
+
+def _checked(number: int, row: Row, kind: str) -> Iterator[Checked]:
+    if is_megatron_row(row):
+        for each in check_megatron(row):
+            error = each.estimate.mid / each.measured - 1.0
+            yield Checked(f"Megatron {each.what}", "measured", number, error, each.estimate.holds(each.measured))
+        return
+    name = str(row.get("kind"))
+    if name in NOT_ESTIMATED:
+        raise IncompleteRowError("not a figure of a job")
+    if name not in _ESTIMATES:
+        raise UnmappedRowError(f"no estimate of kind {name!r}")
+    estimate, truth = _ESTIMATES[name][1](row)
+    if not truth > 0:
+        raise IncompleteRowError("the value is not a positive number")
+    anchors = tuple(_anchors(row))
+    yield Checked(kind, _source(row), number, estimate.mid / truth - 1.0, estimate.holds(truth), anchors)
+
+
+def _source(row: Row) -> str:
+    """Project and document, without commit or date."""
+    text = str(row.get("source") or "unknown").removeprefix("github.com/").removeprefix("https://")
+    return re.sub(r"\s*[@(].*$", "", text).strip() or "unknown"
+
+
+def _anchors(row: Row) -> Iterator[tuple[str, float]]:
+    """Other tools' errors on the same row; of a rate, the error of the time it stands for."""
+    for name, value in row.items():
+        match = _ANCHOR.match(name)
+        if not match or not isinstance(value, int | float) or not value:
+            continue
+        tool = next(group for group in match.groups() if group)
+        rate = _RATES.search(str(row.get("metric")))
+        truth = float(row["value"])
+        yield tool, (truth / value if rate else value / truth) - 1.0

@@ -1,0 +1,100 @@
+"""Maps a row of training memory to a job with a fixed layout and estimates the fullest GPU."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import cast
+
+from miles_plan.cost.activations import Module
+from miles_plan.cost.interval import Interval, around
+from miles_plan.cost.train_memory import PEAK_ERROR, MemoryBreakdown, train_memory
+from miles_plan.cost.train_options import OptimizerOptions, TrainMemoryOptions, TrainPrecision
+from miles_plan.cost.validation.recipes import RecipeFacts, recipe_facts
+from miles_plan.cost.validation.row_fields import IncompleteRowError, Row, row_precision
+from miles_plan.cost.validation.software import TORCHTITAN, is_frozen, recomputation
+from miles_plan.cost.validation.train_rows import TrainJob, train_job
+from miles_plan.ir.layout import Recompute
+
+ADAPTER_SHARE = 0.005
+"""Trained over all parameters of a rank-32 adapter on every projection."""
+_UNITS = {"GiB": float(1 << 30), "GB": 1e9, "MiB": float(1 << 20)}
+_METRICS = re.compile(r"peak|allocated|real_total|real_vs_tool")
+
+
+def peak_bytes(row: Row) -> tuple[Interval, float]:
+    """Estimated and measured peak bytes of the fullest GPU.
+
+    Raises:
+        UnmappedRowError: the row cannot become a job, or measures something else.
+    """
+    if not _METRICS.search(str(row["metric"])):
+        raise IncompleteRowError(f"{row['metric']} is not a peak of training")
+    unit = _UNITS.get(str(row.get("unit")))
+    if unit is None:
+        raise IncompleteRowError("the unit is not bytes")
+    between_steps = str(row["metric"]) == "allocated"
+    if not between_steps and not (row.get("micro_batch") and (row.get("seq_len") or row.get("recipe") or _titan(row))):
+        raise IncompleteRowError("the tokens of a microbatch are not stated")
+    job = train_job(row, needs_batch=False)
+    options = memory_options(row, job)
+    if "after_iter1" in str(row["metric"]):  # the first backward comes before the first moments
+        options = replace(options, optimizer=replace(options.optimizer, moment_bytes=0.0))
+    held = train_memory(job.model, job.layout, options)
+    if between_steps:
+        held = replace(held, peak_bytes=around(held.static_bytes, PEAK_ERROR, "calibrated"))
+    return _as_measured(job, held), float(row["value"]) * unit
+
+
+def _titan(row: Row) -> bool:
+    return "torchtitan" in str(row.get("source"))
+
+
+def _as_measured(job: TrainJob, held: MemoryBreakdown) -> Interval:
+    """torchtitan prints what the allocator reserved, the others what it handed out."""
+    if job.software is not TORCHTITAN:
+        return held.peak_bytes
+    fragments = next(term for term in held.outside_terms if term.name == "fragmentation")
+    return held.peak_bytes + Interval(0.0, fragments.value, 2.0 * fragments.value, "calibrated", (fragments,))
+
+
+def memory_options(row: Row, job: TrainJob) -> TrainMemoryOptions:
+    """How the row's run held its state and activations."""
+    titan = job.software is TORCHTITAN
+    tuned = _tuned(row, job)
+    recipe = f"{row.get('recipe') or ''} {row.get('num_gpus') if tuned else ''}gpu"
+    facts = RecipeFacts() if titan else recipe_facts(job.model.name, recipe, tuned)
+    mode, modules = recomputation(row, job.software)
+    if mode == "none" and facts.recompute:
+        mode, modules = "selective", frozenset(facts.recompute)
+    precision = "bf16" if titan else row_precision(row)
+    layout = job.layout
+    microbatches = max(1, job.global_batch // (layout.dp * job.micro_batch)) if job.global_batch else 8 * layout.pp
+    return TrainMemoryOptions(
+        engine=job.software.engine,
+        tokens_per_gpu=max(1, job.seq_len * job.micro_batch // layout.cp),
+        seq_len=job.seq_len,
+        num_microbatches=microbatches,
+        precision=cast(TrainPrecision, precision),
+        grad_bytes=facts.grad_bytes,
+        recompute=cast(Recompute, mode),
+        recompute_modules=cast("frozenset[Module]", modules),
+        trainable_fraction=ADAPTER_SHARE if is_frozen(row) else 1.0,
+        optimizer=OptimizerOptions(
+            master_bytes=facts.master_bytes,
+            moment_bytes=facts.moment_bytes,
+            precision_aware=facts.precision_aware,
+            offload_master=facts.precision_aware,
+            offload_fraction=float(row.get("optimizer_offload_fraction") or row.get("offload_fraction") or 0.0),
+        ),
+        moe_imbalance=facts.imbalance,
+        logits_bytes=2.0 if facts.fused_loss else 0.0,
+        primary_fp8=tuned and precision != "nvfp4",
+        mtp_layers=facts.mtp_layers,
+        merged_outputs=titan and layout.pp > 1,
+    )
+
+
+def _tuned(row: Row, job: TrainJob) -> bool:
+    measured_with = str(row.get("source"))
+    return job.software.tuned or ("skills/" in measured_with and "cpu-off" not in measured_with)
