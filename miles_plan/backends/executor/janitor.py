@@ -71,7 +71,7 @@ def clean_up(belongings: Belongings, *, spare: frozenset[int] = frozenset()) -> 
 
 
 def remove_orphaned_segments() -> list[str]:
-    """Unlink weights in shared memory whose writer is dead: a segment's name holds its writer's process, which holds a lock."""
+    """Unlink weights in shared memory whose writer is dead: a segment is named after its writer, which holds its lock."""
     removed = []
     for path in SHARED_MEMORY.glob(f"{SEGMENT_PREFIX}*"):
         writer = path.name.removeprefix(SEGMENT_PREFIX).partition("-")[0]

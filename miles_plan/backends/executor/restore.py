@@ -10,14 +10,16 @@ from pathlib import Path
 from miles_plan.backends.engine import WeightBucket
 from miles_plan.backends.executor.checkpoints import Manifest, Refusal, newest_good
 from miles_plan.backends.executor.crew import Crew
-from miles_plan.backends.executor.dataflow import Instance
+from miles_plan.backends.executor.dataflow import Done, Instance, tasks_of
 from miles_plan.backends.executor.engines import TrainRank
 from miles_plan.backends.executor.failures import RunError
 from miles_plan.backends.executor.host import HostTasks
-from miles_plan.backends.executor.operations.operation import Services, Wait, Waiting, places
+from miles_plan.backends.executor.operations.operation import Context, Services, Wait, Waiting, places
+from miles_plan.backends.executor.operations.publish import publish
 from miles_plan.backends.executor.run_log import RunLog
-from miles_plan.backends.executor.run_state import Publication, RunState
+from miles_plan.backends.executor.run_state import Publication, RunState, publishes, still_wanted
 from miles_plan.backends.executor.weight_files import load_buckets
+from miles_plan.ir.tasks import TrainStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,17 @@ def restore(services: Services, crew: Crew, log: RunLog) -> Waiting[Restored]:
         weights_made={Instance.parse(made): version for made, version in manifest.weights_made.items()},
         cursors={Instance.parse(made): rows for made, rows in manifest.cursors.items()},
     )
+    yield from _publish_again(services, manifest.done, state)
     return Restored(services, manifest.done, state, manifest.loop, manifest)
+
+
+def _publish_again(services: Services, done: Done, state: RunState) -> Waiting[None]:
+    """The loaded weights, where the training step that made them had to publish them before the next one."""
+    graph = services.flow.graph
+    publishing = any(publishes(graph, task.name) for task in tasks_of(graph, TrainStep))
+    if publishing and state.trainer_version in still_wanted(services.flow, done, state):
+        context = Context(services=services, state=state, instance=Instance("restore", 0), inputs=(), done=done)
+        yield from publish(context, state.trainer_version)
 
 
 def _refuse_to_start_over(log: RunLog, refusals: Sequence[Refusal]) -> None:

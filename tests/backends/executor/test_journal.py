@@ -53,8 +53,12 @@ def test_a_full_disk_is_an_error_that_names_the_journal(journal: Journal) -> Non
     journal = Journal(journal.path)
     journal._database.execute("PRAGMA max_page_count = 1")
     with pytest.raises(OSError, match=r"journal\.sqlite"):
-        for iteration in range(200):
-            journal.start(Instance("train", iteration), "rl", 0)
+        fill(journal)
+
+
+def fill(journal: Journal) -> None:
+    for iteration in range(200):
+        journal.start(Instance("train", iteration), "rl", 0)
 
 
 def test_killed_sessions_count_to_their_last_sign_of_life(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from miles_plan.ir.graph import Loop, TaskGraph
 from miles_plan.ir.group import DeviceGroup, GpuSpan
@@ -66,6 +66,8 @@ def tiny_plan(
     seed: int = 3,
     updates: int = 1,
     reward: str = "tests.backends.executor.tiny_rewards:share_of_digits",
+    reward_failure: Literal["zero", "drop", "fail"] = "zero",
+    deadline_s: float = 60.0,
     **run: Any,
 ) -> Plan:
     """An SFT warm start and GRPO on sums of one-digit numbers."""
@@ -84,7 +86,18 @@ def tiny_plan(
         ),
         DeviceGroup(name="host", role="host", engine="host"),
     )
-    tasks, edges = _rl(moe=moe, distance=distance, reference=reference, updates=updates, seed=seed, reward=reward)
+    tasks, edges = _rl(moe=moe, distance=distance, reference=reference, updates=updates, seed=seed, deadline_s=deadline_s)
+    scoring = Reward(
+        name="reward",
+        reward=reward,
+        timeout_s=5.0,
+        on_failure=reward_failure,
+        loop="rl",
+        group="host",
+        restart="retry",
+        deadline_s=60.0,
+    )
+    tasks.insert(3, scoring)
     loops = [Loop(name="rl", iterations=iterations)]
     tasks.append(Checkpoint(name="checkpoint", loop="rl", group="train", every=checkpoint_every, keep=keep))
     edges.append(Edge(src="train", dst="checkpoint", carries="weights"))
@@ -160,8 +173,10 @@ def tiny_plan(
     )
 
 
-def _rl(*, moe: bool, distance: int, reference: bool, updates: int, seed: int, reward: str) -> tuple[list[AnyTask], list[Edge]]:
-    rl: dict[str, Any] = {"loop": "rl", "deadline_s": 60.0}
+def _rl(
+    *, moe: bool, distance: int, reference: bool, updates: int, seed: int, deadline_s: float
+) -> tuple[list[AnyTask], list[Edge]]:
+    rl: dict[str, Any] = {"loop": "rl", "deadline_s": deadline_s}
     host, train = {**rl, "group": "host", "restart": "retry"}, {**rl, "group": "train", "restart": "rollback"}
     rollout = {**rl, "group": "rollout", "restart": "rebuild"}
     loss = LossOptions(kind="policy_gradient", clip_high=0.28, kl_coef=0.01 if reference else 0.0)
@@ -176,7 +191,6 @@ def _rl(*, moe: bool, distance: int, reference: bool, updates: int, seed: int, r
             kv_pool_tokens=1024,
             **rollout,
         ),
-        Reward(name="reward", reward=reward, timeout_s=5.0, **host),
         Logprobs(
             name="old_log_probs",
             model="policy",
