@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import cast
 
@@ -27,6 +28,7 @@ from miles_plan.ir.layout import Recompute, TrainLayout
 
 CONSISTENT_FLOPS = (0.5, 1.8)
 """Stated over counted model FLOPs of a token: conventions differ on adapters, embeddings, windows and prediction heads."""
+IMAGE_RECIPE = re.compile(r"_vl_|_omni_")
 BRIDGE_PRETRAIN_TOKENS, BRIDGE_FINETUNE_TOKENS = 4096, 2048
 """Sequence lengths Megatron-Bridge's recipes start from (recipes/common.py)."""
 
@@ -198,6 +200,8 @@ def step_seconds(row: Row) -> tuple[Interval, float]:
     Raises:
         UnmappedRowError: the row cannot become a job, or its figure is not a time.
     """
+    if IMAGE_RECIPE.search(str(row.get("recipe"))):
+        raise IncompleteRowError("the images of its batch are not stated")
     job = train_job(row)
     value, metric = float(row["value"]), row["metric"]
     if metric == "tokens_per_sec_per_gpu":
