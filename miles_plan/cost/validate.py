@@ -111,9 +111,10 @@ def _checked(number: int, row: Row, kind: str) -> Iterator[Checked]:
 
 
 def _source(row: Row) -> str:
-    """Project and document, without commit or date."""
+    """Project and document, without commit, date, or the item of a collection."""
     text = str(row.get("source") or "unknown").removeprefix("github.com/").removeprefix("https://")
-    return re.sub(r"\s*[@(].*$", "", text).strip() or "unknown"
+    text = re.sub(r"\s*[@(\[].*$", "", text).strip()
+    return re.sub(r"(/model_verification_cards)/.*", r"\1", text) or "unknown"
 
 
 def _anchors(row: Row) -> Iterator[tuple[str, float]]:
