@@ -97,3 +97,16 @@ def memory_options(row: Row, job: TrainJob) -> TrainMemoryOptions:
         mtp_layers=facts.mtp_layers,
         merged_outputs=titan and layout.pp > 1,
     )
+
+
+PLANNED_SHARE = 0.96
+"""Of a GPU's usable memory that a plan may fill."""
+
+
+def said_to_fit(row: Row) -> bool | None:
+    """Whether a plan would have taken a run that ran out of memory; None for a run that did not, or is not stated."""
+    if "OOM" not in str(row.get("notes")):
+        return None
+    job = train_job(row, needs_batch=False)
+    held = train_memory(job.model, job.layout, memory_options(row, job))
+    return held.device_bytes.mid <= PLANNED_SHARE * job.gpu.usable_bytes

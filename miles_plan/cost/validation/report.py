@@ -64,6 +64,15 @@ class Launched:
 
 
 @dataclass(frozen=True, slots=True)
+class RanOut:
+    """A run that ran out of memory, and whether a plan would have taken it."""
+
+    row: int
+    name: str
+    said_to_fit: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Unmapped:
     """A row left out. incomplete: the row leaves out what a job needs, so that leaving it out is not our failure."""
 
@@ -93,6 +102,7 @@ class ValidationReport:
 
     checked: tuple[Checked, ...]
     launched: tuple[Launched, ...]
+    ran_out: tuple[RanOut, ...]
     unmapped: tuple[Unmapped, ...]
 
     @property
@@ -138,6 +148,7 @@ class ValidationReport:
             "sources": [asdict(each) for each in self.sources],
             "anchors": [{"anchor": asdict(theirs), "own": asdict(ours)} for theirs, ours in self.anchors],
             "launches": [asdict(each) for each in self.launched],
+            "ran_out": [asdict(each) for each in self.ran_out],
             "unmapped": [asdict(each) for each in self.unmapped],
         }
 
@@ -156,6 +167,7 @@ class ValidationReport:
             *(_row(f"{each.kind} | {each.source}", each) for each in self.sources),
             "",
             *self._anchor_lines(),
+            *self._ran_out_lines(),
             *self._launch_lines(),
             *self._unmapped_lines(),
         ]
@@ -174,6 +186,13 @@ class ValidationReport:
         ]
         lines += [_row(f"{each.kind} | {each.source}", each, coverage=False) for pair in self.anchors for each in pair]
         return [*lines, ""]
+
+    def _ran_out_lines(self) -> list[str]:
+        if not self.ran_out:
+            return []
+        wrong = [each.name for each in self.ran_out if each.said_to_fit]
+        lines = ["## Runs that ran out of memory", "", f"{len(self.ran_out)}, of which {len(wrong)} were said to fit."]
+        return [*lines, *([""] if wrong else []), *(f"- {name}" for name in wrong), ""]
 
     def _launch_lines(self) -> list[str]:
         if not self.launched:

@@ -64,6 +64,8 @@ def row_gpu(row: Row) -> Gpu:
 
 
 _NOISE = re.compile(r"\b(lora|qlora|sft|peft|class|base|hf|nvfp4|fp8|bf16|int4|unstated.*|see .*)\b", re.IGNORECASE)
+_VAGUE_MODEL = re.compile(r"^$|unstated|see issue|large MoE|^\d+B MoE$|^(?:qwen3|glm ?4\.[57])(?: moe)?$", re.IGNORECASE)
+"""Names of nothing in particular, and of whole families."""
 _CUT = re.compile(
     r"(?:truncated|reduced|cut)\s+to\s+(\d+)\s+layers?|[-_ (](\d+)[-_ ]?layers?\)?|[-_ ][lL](\d+)(?:$|[-_ ])",
     re.IGNORECASE,
@@ -87,6 +89,8 @@ def row_model(row: Row) -> ModelArchitecture:
         if not layers or int(layers) >= model.num_layers:
             return model
         return model.cut(int(layers), f"{model.name}-first-{layers}")
+    if _VAGUE_MODEL.search(said):
+        raise IncompleteRowError("the model is not stated")
     raise UnmappedRowError("model is not in the catalog")
 
 
