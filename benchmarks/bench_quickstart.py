@@ -27,7 +27,9 @@ def run_once(spec: Path, seed: int, root: Path) -> dict[str, Any]:
     """One run in a process of its own; returns its summary."""
     run_dir = root / f"{spec.stem}-{seed}"
     command = [sys.executable, "-m", "miles_plan", "run", str(spec), "--run-dir", str(run_dir), "--set", f"seed={seed}"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise SystemExit(f"seed {seed} ended with exit code {ended.returncode}:\n{ended.stderr}")
     summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     return summary
 

@@ -74,12 +74,15 @@ def _columns(layouts: list[TrainLayout], mtp_layers: int) -> LayoutColumns:
 
 
 @lru_cache(maxsize=65536)
-def chunk_layers(num_layers: int, pp: int, vpp: int, stage_layers: tuple[int, ...] = ()) -> tuple[int, ...]:
-    """Layers of each of pp x vpp chunks in model order.
+def chunk_layers(
+    num_layers: int, pp: int, vpp: int, stage_layers: tuple[int, ...] = (), mtp_layers: int = 0
+) -> tuple[int, ...]:
+    """Layers of each of pp x vpp chunks in model order, prediction layers apart.
 
     Even where it divides. Otherwise embedding and head count as a layer each, as Megatron's
     `account_for_embedding_in_pipeline_split` and its loss twin do: the first and the last chunk hold one layer less,
-    and what is still missing comes off the later chunks.
+    and what is still missing comes off the later chunks. A prediction layer weighs two on the last chunk, itself and its
+    pass through the head, as in Megatron-Bridge's layouts of DeepSeek-V3.
 
     Raises:
         ValueError: `stage_layers` does not add up, or there are too few layers to fill the chunks.
@@ -89,15 +92,17 @@ def chunk_layers(num_layers: int, pp: int, vpp: int, stage_layers: tuple[int, ..
         if sum(stage_layers) != num_layers:
             raise ValueError(f"stage_layers add up to {sum(stage_layers)}, the model has {num_layers} layers")
         return stage_layers
-    if num_layers % chunks == 0:
+    if num_layers % chunks == 0 and (not mtp_layers or chunks == 1):
         return (num_layers // chunks,) * chunks
     if num_layers + 2 < chunks:
         raise ValueError(f"{num_layers} layers cannot fill {chunks} pipeline chunks")
-    most = -(-(num_layers + 2) // chunks)
-    sizes = [most] * chunks
-    order = [chunks - 1, 0, *range(chunks - 2, 0, -1)]
-    for at in (order * 2)[: most * chunks - num_layers]:
-        sizes[at] -= 1
+    ends = [0] * chunks
+    ends[0], ends[-1] = 1, ends[-1] + 1 + 2 * mtp_layers
+    most = -(-(num_layers + sum(ends)) // chunks)
+    sizes = [max(0, most - end) for end in ends]
+    while sum(sizes) > num_layers:
+        fullest = max(range(chunks), key=lambda at: (sizes[at] + ends[at] if sizes[at] else -1, at))
+        sizes[fullest] -= 1
     return tuple(sizes)
 
 
@@ -111,7 +116,7 @@ def _stage_kinds(model: ModelArchitecture, pp: int, vpp: int, stage_layers: tupl
     kinds = np.array(model.layer_kinds())
     counts = np.zeros((pp, len(model.kinds)))
     begin = 0
-    for chunk, layers in enumerate(chunk_layers(model.num_layers, pp, vpp, stage_layers)):
+    for chunk, layers in enumerate(chunk_layers(model.num_layers, pp, vpp, stage_layers, mtp_layers)):
         counts[chunk % pp] += np.bincount(kinds[begin : begin + layers], minlength=len(model.kinds))
         begin += layers
     counts[-1] += mtp_layers * mtp_kinds(model)

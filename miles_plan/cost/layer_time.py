@@ -51,6 +51,10 @@ MOE_FORWARD_HOST_S, MOE_BACKWARD_HOST_S = 4.0e-3, 5.0e-3
 EXPERT_FORWARD_HOST_S, EXPERT_BACKWARD_HOST_S = 20.0e-6, 40.0e-6
 """Per local expert: the grouped product is a loop of launches, two forward and four backward (measured)."""
 
+UNFUSED_FORWARD_BYTES, UNFUSED_BACKWARD_BYTES = 40.0, 80.0
+"""HBM traffic of one attention score without a fused kernel: masking, scaling and softmax in fp32, pass by pass
+(Megatron-Bridge's long-context finetuning cards, where 24 and 36 layers agree within a fifth)."""
+
 Dispatcher = Literal["alltoall", "deepep"]
 LayerSeconds = dict[str, Floats]
 TERMS = ("gemm", "attention", "memory", "tp", "cp", "ep", "host")
@@ -79,10 +83,13 @@ class ComputeOptions:
 
     precision: of matrix products. dispatcher: deepep sends a token once to each node and in bf16 or fp8
     (dispatch_bytes), alltoall once to each expert. moe_imbalance: tokens of the fullest expert rank over the mean.
-    cuda_graphs: share of the launches that graphs replay, 0 to 1. tp_overlap, ep_overlap: share of that communication
-    hidden behind compute. attention_scale: reached rate of the attention kernel over the profile's fused one.
+    cuda_graphs: share of the launches that graphs replay, 0 to 1. host_scale: the host's time to launch a layer over
+    that of Megatron-core alone (adapters, packed sequences and framework hooks add to it). tp_overlap, ep_overlap:
+    share of that communication hidden behind compute. attention_scale: reached rate of the attention kernel over the
+    profile's fused one. moved_scale: bytes moved between products over those of Transformer Engine's fused kernels.
     weight_gradients: False where the base weights are frozen (adapters). fused_experts: permutation, activation and
-    quantisation of routed tokens run inside the grouped products.
+    quantisation of routed tokens run inside the grouped products. fused_attention: False where scores go through
+    memory whole, which long sequences feel.
     """
 
     precision: str = "bf16"
@@ -90,12 +97,14 @@ class ComputeOptions:
     dispatch_bytes: float = 2.0
     moe_imbalance: float = 1.0
     cuda_graphs: float = 0.0
+    host_scale: float = 1.0
     tp_overlap: float = 0.0
     ep_overlap: float = 0.0
     attention_scale: float = 1.0
     moved_scale: float = 1.0
     weight_gradients: bool = True
     fused_experts: bool = False
+    fused_attention: bool = True
 
 
 def layer_seconds(
@@ -119,8 +128,8 @@ def layer_seconds(
     exchange = _ep_seconds(kind, hidden, tokens, columns, links, options) * (1 - options.ep_overlap)
     forward["ep"], backward["ep"] = exchange, exchange
     ahead, back = host_seconds(kind, columns, links)
-    _wait_for_host(forward, ahead * (1 - options.cuda_graphs))
-    _wait_for_host(backward, back * (1 - options.cuda_graphs))
+    _wait_for_host(forward, ahead * options.host_scale * (1 - options.cuda_graphs))
+    _wait_for_host(backward, back * options.host_scale * (1 - options.cuda_graphs))
     return forward, backward
 
 
@@ -193,6 +202,11 @@ def _attention_seconds(
         return
     forward["attention"] = flops / (peak * links.profile.attention_forward_fraction)
     backward["attention"] = flops * BACKWARD_ATTENTION_FLOPS / (peak * links.profile.attention_backward_fraction)
+    if not options.fused_attention and kind.mixer:
+        scores = batch.sum_squares * float(getattr(kind.mixer, "heads", 0)) / (columns.cp * columns.tp)
+        passed = scores / (links.gpu.hbm_bytes_per_s * links.profile.hbm_fraction)
+        forward["attention"] = forward["attention"] + passed * UNFUSED_FORWARD_BYTES
+        backward["attention"] = backward["attention"] + passed * UNFUSED_BACKWARD_BYTES
 
 
 def _score_flops(kind: LayerKind, batch: Microbatch) -> Floats:

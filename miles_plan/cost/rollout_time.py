@@ -161,6 +161,7 @@ class _Simulation:
         self.waiting, self.waited_tokens = np.zeros(size), np.zeros(size)
         self.done = _Run()
         self.steps: list[tuple[float, float, float]] = []
+        self.prefills: list[tuple[float, float]] = []
 
     def run(self) -> _Run:
         while self.next < len(self.left) or self.running.sum() > 0 or self.waiting.sum() > 0:
@@ -190,7 +191,7 @@ class _Simulation:
         np.add.at(self.running, self.left[self.next : self.next + count], 1.0)
         self.next += count
         fresh = count / self.workload.samples_per_prompt * self.workload.prompt_tokens
-        self.done.prefill_s += float(self.engine.prefill_seconds(fresh, self.workload.prompt_tokens))
+        self.prefills.append((fresh, self.workload.prompt_tokens))
 
     def _resume(self) -> None:
         """Retracted requests go first, all that fit, and prefill their prompt and what they had generated."""
@@ -212,7 +213,7 @@ class _Simulation:
         self.waited_tokens *= 1 - share
         if self.waiting.sum() < 1e-6:
             self.waiting[:] = self.waited_tokens[:] = 0.0
-        self.done.prefill_s += float(self.engine.prefill_seconds(tokens * share, each))
+        self.prefills.append((tokens * share, each))
 
     def _retract(self) -> None:
         over = self._cached() + self.running.sum() * self.tick_tokens - self.pool
@@ -232,7 +233,8 @@ class _Simulation:
         return float(self.running.sum() * self.workload.prompt_tokens + self.generated.sum())
 
     def _price(self) -> None:
-        """All steps at once: their batches, caches and tokens."""
+        """All steps at once, their batches, caches and tokens, and all prefills."""
+        self.done.prefill_s = float(self.engine.prefill_seconds(*np.array(self.prefills).T).sum())
         batch, cached, tokens = np.array(self.steps).T
         steps = tokens / self.workload.speculation.accept_length
         seconds = self.engine.step_seconds(batch, cached) * steps

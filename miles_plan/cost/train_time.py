@@ -13,18 +13,21 @@ from miles_plan.catalog.gpus import Cluster
 from miles_plan.cost.columns import LayoutColumns, group_layouts, stage_kinds
 from miles_plan.cost.communication import Links, collective_s, links_of, point_to_point_s, ranks_in_domain
 from miles_plan.cost.gemms import Gemm
-from miles_plan.cost.interval import Basis, Interval, Term
+from miles_plan.cost.interval import Basis, Interval, Term, around
 from miles_plan.cost.layer_time import TERMS, ComputeOptions, Microbatch, gemm_seconds, layer_seconds
 from miles_plan.cost.profile import HardwareProfile
 from miles_plan.cost.rank_params import rank_params
+from miles_plan.cost.recompute_time import recomputed_layers, recomputed_shares
 from miles_plan.cost.train_memory import train_memory_columns
 from miles_plan.cost.train_options import Engine, OptimizerOptions, TrainMemoryOptions
 from miles_plan.ir.layout import Recompute, TrainLayout
 
 Floats = NDArray[np.float64]
 
-STEP_ERROR = {"measured": 0.15, "calibrated": 0.25, "roofline": 0.35}
-"""Relative half width of the 90 % interval by where the efficiencies come from (docs/accuracy.md)."""
+STEP_ERROR = {"measured": 0.3, "calibrated": 0.25, "roofline": 0.45}
+FORWARD_ERROR = {"measured": 0.14, "calibrated": 0.2, "roofline": 0.35}
+"""Relative half width of the 90 % interval of a step and of a forward pass, by where the efficiencies come from
+(docs/accuracy.md)."""
 OPTIMIZER_BYTES = 44.0
 """HBM traffic of one parameter's Adam step: gradient norm and zeroing 8, gradient, master and moments read 16 and
 written 12, bf16 copy 8."""
@@ -97,7 +100,7 @@ def train_step_time(
     """Seconds of forward, backward and optimizer over the whole step's tokens."""
     links = links_of(cluster, profile)
     seconds = train_step_columns(model, [layout], workload, links, options or TrainTimeOptions())
-    return _interval(seconds, links.profile.basis)
+    return _interval(seconds, links.profile.basis, STEP_ERROR)
 
 
 def log_prob_time(
@@ -111,14 +114,13 @@ def log_prob_time(
     """Seconds of one forward-only pass over the whole step's tokens."""
     links = links_of(cluster, profile)
     seconds = train_step_columns(model, [layout], workload, links, options or TrainTimeOptions(), forward_only=True)
-    return _interval(seconds, links.profile.basis)
+    return _interval(seconds, links.profile.basis, FORWARD_ERROR)
 
 
-def _interval(seconds: dict[str, Floats], basis: Basis) -> Interval:
+def _interval(seconds: dict[str, Floats], basis: Basis, errors: dict[str, float]) -> Interval:
     terms = tuple(Term(name, float(values[0])) for name, values in seconds.items() if values[0])
     mid = sum(term.value for term in terms)
-    error = STEP_ERROR.get(basis, max(STEP_ERROR.values()))
-    return Interval(mid / (1 + error), mid, mid * (1 + error), basis, terms)
+    return around(mid, errors.get(basis, max(errors.values())), basis, terms)
 
 
 def train_step_columns(
@@ -208,8 +210,9 @@ def _stage_seconds(
         for name in TERMS:
             forward[name] += ahead[name][:, None] * counts[None, :, at]
             backward[name] += back[name][:, None] * counts[None, :, at]
-        again = _recompute_share(options, counts.sum(axis=1))
-        parts = np.zeros(len(columns)) + sum(ahead[name] for name in _again_terms(options))
+        again = recomputed_layers(options.recompute, options.recompute_layers, counts.sum(axis=1))
+        shares = recomputed_shares(kind, model.hidden_size, options.recompute, options.recompute_modules)
+        parts = np.zeros(len(columns)) + sum(ahead[name] * share for name, share in shares.items())
         backward["recompute"] += parts[:, None] * (counts[None, :, at] * again[None])
     head = Gemm("head", model.vocab_size, model.hidden_size, "column")
     tokens = np.asarray(batch.tokens / columns.cp)
@@ -220,28 +223,6 @@ def _stage_seconds(
     forward["head"][:, -1] = heads * (product + element * LOSS_FORWARD_BYTES)
     backward["head"][:, -1] = heads * (2.0 * product + element * LOSS_BACKWARD_BYTES)
     return forward, backward
-
-
-def _recompute_share(options: TrainTimeOptions, layers: Floats) -> Floats:
-    if options.recompute == "none":
-        return np.zeros_like(layers)
-    if options.recompute == "full" and options.recompute_layers:
-        return np.minimum(1.0, options.recompute_layers / np.maximum(layers, 1.0))
-    return np.ones_like(layers)
-
-
-def _again_terms(options: TrainTimeOptions) -> tuple[str, ...]:
-    """Which parts of the forward run again: all of a layer, or what the named modules are."""
-    if options.recompute == "full":
-        return TERMS
-    again = []
-    if "core_attn" in options.recompute_modules:
-        again.append("attention")
-    if options.recompute_modules & {"moe", "mlp"}:
-        again += ["gemm", "ep"]
-    if options.recompute_modules & {"moe_act", "layernorm", "mla_up_proj"}:
-        again.append("memory")
-    return tuple(again)
 
 
 def _pipeline_seconds(model: ModelArchitecture, columns: LayoutColumns, batch: Microbatch, links: Links) -> Floats:

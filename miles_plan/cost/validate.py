@@ -16,8 +16,8 @@ from typing import Any
 from miles_plan.cost.interval import Interval
 from miles_plan.cost.validation.launch_rows import check_launch, is_launch_row
 from miles_plan.cost.validation.megatron_rows import check_megatron, is_megatron_row
-from miles_plan.cost.validation.memory_rows import peak_bytes
-from miles_plan.cost.validation.report import Checked, Launched, Unmapped, ValidationReport
+from miles_plan.cost.validation.memory_rows import peak_bytes, said_to_fit
+from miles_plan.cost.validation.report import Checked, Launched, RanOut, Unmapped, ValidationReport
 from miles_plan.cost.validation.rl_rows import rl_step_seconds
 from miles_plan.cost.validation.row_fields import IncompleteRowError, UnmappedRowError
 from miles_plan.cost.validation.serving_rows import token_seconds
@@ -63,6 +63,7 @@ def validate(rows: Iterable[Row]) -> ValidationReport:
     """Estimate every row that can be mapped and compare."""
     checked: list[Checked] = []
     launched: list[Launched] = []
+    ran_out: list[RanOut] = []
     unmapped: list[Unmapped] = []
     for number, row in enumerate(rows):
         kind = _kind(row)
@@ -71,11 +72,12 @@ def validate(rows: Iterable[Row]) -> ValidationReport:
                 launched.append(_launched(row))
             else:
                 checked += _checked(number, row, kind)
+                ran_out += _ran_out(number, row)
         except UnmappedRowError as reason:
             unmapped.append(Unmapped(kind, number, str(reason), isinstance(reason, IncompleteRowError)))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             unmapped.append(Unmapped(kind, number, f"the row is malformed: {error}", incomplete=True))
-    return ValidationReport(tuple(checked), tuple(launched), tuple(unmapped))
+    return ValidationReport(tuple(checked), tuple(launched), tuple(ran_out), tuple(unmapped))
 
 
 def _kind(row: Row) -> str:
@@ -110,10 +112,17 @@ def _checked(number: int, row: Row, kind: str) -> Iterator[Checked]:
     yield Checked(kind, _source(row), number, estimate.mid / truth - 1.0, estimate.holds(truth), anchors)
 
 
+def _ran_out(number: int, row: Row) -> Iterator[RanOut]:
+    if row.get("kind") == "memory" and (verdict := said_to_fit(row)) is not None:
+        modules = f", recompute {row['recompute']}" if row.get("recompute") else ""
+        yield RanOut(number, f"{row['model']} on {row['hardware']}{modules}: {row['notes']}", verdict)
+
+
 def _source(row: Row) -> str:
-    """Project and document, without commit or date."""
+    """Project and document, without commit, date, or the item of a collection."""
     text = str(row.get("source") or "unknown").removeprefix("github.com/").removeprefix("https://")
-    return re.sub(r"\s*[@(].*$", "", text).strip() or "unknown"
+    text = re.sub(r"\s*[@(\[].*$", "", text).strip()
+    return re.sub(r"(/model_verification_cards)/.*", r"\1", text) or "unknown"
 
 
 def _anchors(row: Row) -> Iterator[tuple[str, float]]:

@@ -94,3 +94,49 @@ def test_more_tokens_never_need_less(layout: TrainLayout, tokens: int) -> None:
     model = find_model("qwen3-30b-a3b")
     small, large = (train_memory(model, layout, TrainMemoryOptions(tokens_per_gpu=count)) for count in (tokens, 2 * tokens))
     assert small.peak_bytes.mid <= large.peak_bytes.mid
+
+
+def held(options: TrainMemoryOptions, layout: TrainLayout | None = None, name: str = "qwen3-8b") -> dict[str, float]:
+    found = train_memory(find_model(name), layout or TrainLayout(tp=2, dp=4, sequence_parallel=True), options)
+    return {term.name: term.value for term in found.terms}
+
+
+def test_primary_fp8_weights_replace_the_wide_ones() -> None:
+    copies = held(TrainMemoryOptions(precision="fp8"))
+    primary = held(TrainMemoryOptions(precision="fp8", primary_fp8=True))
+    assert copies["fp8 weights"] > 0
+    assert "fp8 weights" not in primary
+
+
+def test_the_master_copy_moves_only_with_a_precision_aware_optimizer() -> None:
+    kept = OptimizerOptions(offload_fraction=1.0, offload_master=False)
+    moved = OptimizerOptions(offload_fraction=1.0)
+    assert held(TrainMemoryOptions(optimizer=kept))["optimizer"] > 0
+    assert "optimizer" not in held(TrainMemoryOptions(optimizer=moved))
+    assert kept.offloaded_bytes_per_param == 8.0
+    assert moved.offloaded_bytes_per_param == 12.0
+
+
+def test_an_adapter_keeps_gathered_inputs_and_its_own_outputs() -> None:
+    full = held(TrainMemoryOptions())
+    adapter = held(TrainMemoryOptions(trainable_fraction=0.005))
+    assert adapter["activations"] > full["activations"]
+    assert adapter["gradients"] < 0.01 * full["gradients"]
+
+
+def test_fsdp_with_a_pipeline_keeps_weights_gathered_and_gradients_whole() -> None:
+    flat = held(TrainMemoryOptions(engine="fsdp2"), TrainLayout(dp=8))
+    piped = held(TrainMemoryOptions(engine="fsdp2", num_microbatches=8, merged_outputs=True), TrainLayout(pp=2, dp=4))
+    params = find_model("qwen3-8b").params_total
+    assert flat["unsharded gradients"] < 0.5 * params
+    assert piped["unsharded gradients"] > 4.0 * params / 2 * 0.9
+    assert piped.get("merged outputs", 1.0) > 0
+
+
+def test_prediction_layers_cost_activations_and_logits() -> None:
+    layout = TrainLayout(dp=8, ep=8)
+    plain = held(TrainMemoryOptions(), layout, "deepseek-v3")
+    predicting = held(TrainMemoryOptions(mtp_layers=1), layout, "deepseek-v3")
+    assert predicting["activations"] > plain["activations"]
+    assert predicting["logits"] > plain["logits"]
+    assert predicting["parameters"] > plain["parameters"]

@@ -2,6 +2,7 @@ import pytest
 
 from miles_plan.catalog.gpus import cluster_of
 from miles_plan.catalog.models import find_model
+from miles_plan.cost.layer_time import ComputeOptions
 from miles_plan.cost.train_options import OptimizerOptions, TrainMemoryOptions
 from miles_plan.cost.train_time import (
     TrainTimeOptions,
@@ -64,3 +65,31 @@ def test_workloads_need_tokens() -> None:
         workload_of_lengths([], 8192)
     with pytest.raises(ValueError, match="positive"):
         TrainWorkload(total_tokens=0, sum_squares=1, longest=1, tokens_per_gpu=1)
+
+
+def test_scores_through_memory_cost_long_sequences_dear() -> None:
+    model, layout = find_model("qwen3-8b"), TrainLayout(tp=4, cp=2, sequence_parallel=True)
+    long = workload_of_lengths([32768.0] * 8, tokens_per_gpu=16384)
+    fused = train_step_time(model, layout, long, CLUSTER)
+    unfused = train_step_time(model, layout, long, CLUSTER, TrainTimeOptions(compute=ComputeOptions(fused_attention=False)))
+    assert unfused.mid > 4 * fused.mid
+
+
+def test_prediction_layers_train_along_but_not_in_a_log_prob_pass() -> None:
+    model, layout, options = find_model("deepseek-v3"), TrainLayout(dp=8, ep=8), TrainTimeOptions(mtp_layers=1)
+    assert (
+        train_step_time(model, layout, WORKLOAD, CLUSTER, options).mid > train_step_time(model, layout, WORKLOAD, CLUSTER).mid
+    )
+    assert log_prob_time(model, layout, WORKLOAD, CLUSTER, options).mid == log_prob_time(model, layout, WORKLOAD, CLUSTER).mid
+
+
+def test_a_slow_host_shows_unless_graphs_replay_it() -> None:
+    model, layout = find_model("qwen3-30b-a3b"), TrainLayout(dp=8, ep=8)
+    small = workload_of_lengths([1024.0] * 64, tokens_per_gpu=1024)
+
+    def seconds(host_scale: float, cuda_graphs: float) -> float:
+        compute = ComputeOptions(host_scale=host_scale, cuda_graphs=cuda_graphs)
+        return train_step_time(model, layout, small, CLUSTER, TrainTimeOptions(compute=compute)).mid
+
+    assert seconds(1.5, 0.0) > 1.2 * seconds(1.0, 0.0)
+    assert seconds(1.5, 1.0) == seconds(1.0, 1.0)

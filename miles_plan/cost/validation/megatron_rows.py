@@ -97,7 +97,7 @@ def _memory(row: Row, config: Mapping[str, Any], model: ModelArchitecture, layou
     by_stage = np.asarray(sum_terms(terms, exclude=OUTSIDE))[0]
     each = max(1, len(row["ranks"]) // layout.pp)
     for at, rank in enumerate(row["ranks"]):
-        peak = around(float(by_stage[at // each]), PEAK_ERROR, "calibrated")
+        peak = around(float(by_stage[at // each]), PEAK_ERROR["megatron"], "calibrated")
         yield MegatronCheck("peak memory", peak, float(rank["peak_process_bytes"]))
 
 

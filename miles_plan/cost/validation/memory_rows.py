@@ -8,7 +8,7 @@ from typing import cast
 
 from miles_plan.cost.activations import Module
 from miles_plan.cost.interval import Interval, around
-from miles_plan.cost.train_memory import PEAK_ERROR, MemoryBreakdown, train_memory
+from miles_plan.cost.train_memory import MemoryBreakdown, train_memory
 from miles_plan.cost.train_options import OptimizerOptions, TrainMemoryOptions, TrainPrecision
 from miles_plan.cost.validation.recipes import RecipeFacts, recipe_facts
 from miles_plan.cost.validation.row_fields import IncompleteRowError, Row, row_precision
@@ -18,7 +18,10 @@ from miles_plan.ir.layout import Recompute
 
 ADAPTER_SHARE = 0.005
 """Trained over all parameters of a rank-32 adapter on every projection."""
+ASSUMED_ERROR = 0.13
+"""Half width of the interval where part of the options comes from the recipe's code, not from the row."""
 _UNITS = {"GiB": float(1 << 30), "GB": 1e9, "MiB": float(1 << 20)}
+_GIB_CALLED_GB = re.compile("mbridge memory_estimator")  # its README turns 8947.57 MB into 8.74 GB
 _METRICS = re.compile(r"peak|allocated|real_total|real_vs_tool")
 
 
@@ -30,7 +33,7 @@ def peak_bytes(row: Row) -> tuple[Interval, float]:
     """
     if not _METRICS.search(str(row["metric"])):
         raise IncompleteRowError(f"{row['metric']} is not a peak of training")
-    unit = _UNITS.get(str(row.get("unit")))
+    unit = _UNITS.get("GiB" if _GIB_CALLED_GB.search(str(row.get("source"))) else str(row.get("unit")))
     if unit is None:
         raise IncompleteRowError("the unit is not bytes")
     between_steps = str(row["metric"]) == "allocated"
@@ -42,7 +45,7 @@ def peak_bytes(row: Row) -> tuple[Interval, float]:
         options = replace(options, optimizer=replace(options.optimizer, moment_bytes=0.0))
     held = train_memory(job.model, job.layout, options)
     if between_steps:
-        held = replace(held, peak_bytes=around(held.static_bytes, PEAK_ERROR, "calibrated"))
+        held = replace(held, peak_bytes=around(held.static_bytes, ASSUMED_ERROR, "calibrated"))
     return _as_measured(job, held), float(row["value"]) * unit
 
 
@@ -53,7 +56,8 @@ def _titan(row: Row) -> bool:
 def _as_measured(job: TrainJob, held: MemoryBreakdown) -> Interval:
     """torchtitan prints what the allocator reserved, the others what it handed out."""
     if job.software is not TORCHTITAN:
-        return held.peak_bytes
+        peak = held.peak_bytes
+        return around(peak.mid, ASSUMED_ERROR, "calibrated", peak.terms)
     fragments = next(term for term in held.outside_terms if term.name == "fragmentation")
     return held.peak_bytes + Interval(0.0, fragments.value, 2.0 * fragments.value, "calibrated", (fragments,))
 
@@ -61,7 +65,7 @@ def _as_measured(job: TrainJob, held: MemoryBreakdown) -> Interval:
 def memory_options(row: Row, job: TrainJob) -> TrainMemoryOptions:
     """How the row's run held its state and activations."""
     titan = job.software is TORCHTITAN
-    tuned = _tuned(row, job)
+    tuned = job.software.tuned
     recipe = f"{row.get('recipe') or ''} {row.get('num_gpus') if tuned else ''}gpu"
     facts = RecipeFacts() if titan else recipe_facts(job.model.name, recipe, tuned)
     mode, modules = recomputation(row, job.software)
@@ -95,6 +99,14 @@ def memory_options(row: Row, job: TrainJob) -> TrainMemoryOptions:
     )
 
 
-def _tuned(row: Row, job: TrainJob) -> bool:
-    measured_with = str(row.get("source"))
-    return job.software.tuned or ("skills/" in measured_with and "cpu-off" not in measured_with)
+PLANNED_SHARE = 0.96
+"""Of a GPU's usable memory that a plan may fill."""
+
+
+def said_to_fit(row: Row) -> bool | None:
+    """Whether a plan would have taken a run that ran out of memory; None for a run that did not, or is not stated."""
+    if "OOM" not in str(row.get("notes")):
+        return None
+    job = train_job(row, needs_batch=False)
+    held = train_memory(job.model, job.layout, memory_options(row, job))
+    return held.device_bytes.mid <= PLANNED_SHARE * job.gpu.usable_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from miles_plan.catalog.gpus import Gpu
 from miles_plan.cost.layer_time import ComputeOptions
 from miles_plan.cost.train_options import Engine
 from miles_plan.cost.validation.recipes import recipe_facts
-from miles_plan.cost.validation.row_fields import Row, row_precision, row_release
+from miles_plan.cost.validation.row_fields import Row, row_precision, row_release, size_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +35,21 @@ SDPA_FLASH2_ON_HOPPER = 0.47
 """FlashAttention-2 through PyTorch's SDPA reaches about half of what FlashAttention-3 does on Hopper (arXiv 2407.08608)."""
 FLASH1_ON_HOPPER = 0.33
 """llm-foundry's 2023 runs used Triton and FlashAttention 1 kernels, built for Ampere."""
+RING_LOSS = 0.25
+"""Attention time a doubling of context parallelism adds in PyTorch: shorter blocks, merged in fp32 ring step by step."""
 COMPILED_MOVES, EAGER_MOVES = 0.57, 1.25
 """Bytes moved between products over Transformer Engine's fused kernels: torch.compile fuses more, eager less."""
+
+
+BRIDGE_HOST_SCALE = 1.5
+"""Launching a layer through Megatron-Bridge's general recipes over Megatron-core alone."""
+EP_OVERLAP = 0.75
+"""Expert exchange hidden behind the other microbatch where a recipe overlaps it (DeepSeek-V3 between nodes)."""
+
+
+EARLY_GRAPHS = 0.3
+FLEX_DISPATCHER = re.compile("nemotron|deepseek|moonlight|kimi|qwen3")
+"""Models whose general recipes dispatch through DeepEP or HybridEP too."""
 
 
 def software_of(row: Row) -> Software:
@@ -45,9 +59,9 @@ def software_of(row: Row) -> Software:
         return TORCHTITAN
     if "llm-foundry" in source:
         return LLM_FOUNDRY
-    if "_vl_" in recipe or "functional" in recipe:
-        return MEGATRON
-    tuned = "performance" in source or "examples/llama" in source or re.search(r"pretrain_\d+gpu", recipe)
+    if "_vl_" in recipe or "functional" in recipe or re.search(r"cpu-off|moonlight", f"{source} {row.get('model')}", re.I):
+        return MEGATRON  # general recipes, and models without a performance recipe
+    tuned = re.search(r"performance|examples/llama|skills/", source)
     return MEGATRON_TUNED if tuned else MEGATRON
 
 
@@ -65,22 +79,40 @@ def compute_options(row: Row, software: Software, model: ModelArchitecture, gpu:
             precision=precision,
             weight_gradients=not frozen,
             cuda_graphs=1.0,
-            attention_scale=1.0 if gpu.name == "a100" else hopper,
+            attention_scale=(1.0 if gpu.name == "a100" else hopper) / (1.0 + RING_LOSS * math.log2(size_of(row, "cp"))),
             moved_scale=COMPILED_MOVES if "compile" in technique else EAGER_MOVES,
             tp_overlap=0.5 if "async" in technique else 0.0,
         )
     if not software.tuned:
-        return ComputeOptions(precision=precision, weight_gradients=not frozen, moe_imbalance=facts.imbalance)
+        return ComputeOptions(
+            precision=precision,
+            weight_gradients=not frozen,
+            moe_imbalance=(1.0 + facts.imbalance) / 2.0,  # the fullest rank changes from layer to layer
+            fused_attention="long_context" not in str(row.get("source")),  # packed long sequences fell back
+            cuda_graphs=0.4 if re.search(r"pretrain_\d+gpu", str(row.get("recipe"))) else 0.0,  # of attention and router
+            dispatcher="deepep" if FLEX_DISPATCHER.search(model.name) else "alltoall",
+            host_scale=BRIDGE_HOST_SCALE if "Megatron-Bridge" in str(row.get("source")) else 1.0,
+        )
+    if precision == "nvfp4" and "nemotron-3" in model.name:
+        precision = "mxfp8"  # attention, latents, outputs and the last layers stay wider (arXiv 2604.12374 table 3)
     moe = model.moe
-    recent = row_release(row) >= "26.06"
     return ComputeOptions(
         precision=precision,
         weight_gradients=not frozen,
         dispatcher="deepep",
-        cuda_graphs=1.0 if moe is None or recent else 0.7,  # graphs of layers with experts came with 26.06
+        cuda_graphs=_graphed_share(row, model, gpu),
         tp_overlap=0.6 if moe is None else 0.0,
+        ep_overlap=EP_OVERLAP if "deepseek-v3" in model.name and size_of(row, "ep") > gpu.nvlink_domain else 0.0,
         fused_experts=bool(moe and moe.gated and not moe.bias) and gpu.nvlink_domain > 8 and _fuses(row, precision),
     )
+
+
+def _graphed_share(row: Row, model: ModelArchitecture, gpu: Gpu) -> float:
+    """Graphs of whole layers with experts came with NeMo 26.06, of parts of them with 26.04 (earlier on Grace hosts)."""
+    release = row_release(row)
+    if model.moe is None or release >= "26.06":
+        return 1.0
+    return 0.7 if release >= "26.04" or not release or gpu.nvlink_domain > 8 else EARLY_GRAPHS
 
 
 def _fuses(row: Row, precision: str) -> bool:

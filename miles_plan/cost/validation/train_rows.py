@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import cast
 
 from miles_plan.catalog.architecture import ModelArchitecture
 from miles_plan.catalog.gpus import Cluster, Gpu, cluster_of, find_gpu
+from miles_plan.cost.gemms import layer_gemms
 from miles_plan.cost.interval import Interval
 from miles_plan.cost.train_options import OptimizerOptions
 from miles_plan.cost.train_time import TrainTimeOptions, TrainWorkload, train_step_time
@@ -24,6 +26,9 @@ from miles_plan.cost.validation.software import (
 )
 from miles_plan.ir.layout import Recompute, TrainLayout
 
+CONSISTENT_FLOPS = (0.5, 1.8)
+"""Stated over counted model FLOPs of a token: conventions differ on adapters, embeddings, windows and prediction heads."""
+IMAGE_RECIPE = re.compile(r"_vl_|_omni_")
 BRIDGE_PRETRAIN_TOKENS, BRIDGE_FINETUNE_TOKENS = 4096, 2048
 """Sequence lengths Megatron-Bridge's recipes start from (recipes/common.py)."""
 
@@ -90,6 +95,31 @@ def _any_gpu(row: Row) -> Gpu:
         return find_gpu("h100")
 
 
+def _expert_tensor_parallel(row: Row, etp: int, tp: int) -> int:
+    """Megatron cuts experts as it cuts the rest unless told otherwise; recipes with expert parallelism say 1."""
+    return tp if row.get("etp") is None and size_of(row, "ep") == 1 else etp
+
+
+def _check_flops(row: Row, job: TrainJob, seconds: float) -> None:
+    """Where a row states its model FLOPs too, they must belong to the batch it states."""
+    stated = float(row.get("model_tflops_per_gpu") or 0.0) * 1e12 * seconds * job.layout.world_size / job.tokens
+    if not stated:
+        return
+    ratio = stated / _train_flops_per_token(job.model, job.seq_len)
+    if not CONSISTENT_FLOPS[0] <= ratio <= CONSISTENT_FLOPS[1]:
+        raise IncompleteRowError(f"its batch and its model FLOPs differ {max(ratio, 1 / ratio):.1f}-fold")
+
+
+def _train_flops_per_token(model: ModelArchitecture, seq_len: int) -> float:
+    """Forward and backward, causal attention counted half."""
+    forward = 2.0 * model.vocab_size * model.hidden_size
+    for kind, count in model.layers():
+        products = sum(2.0 * gemm.n * gemm.k * gemm.times for gemm in layer_gemms(kind, model.hidden_size))
+        scores = float(getattr(kind.mixer, "score_flops_per_pair", 0.0)) * seq_len / 2.0
+        forward += count * (products + scores)
+    return 3.0 * forward
+
+
 def _fewest_gpus(row: Row) -> int:
     """The smallest world the sizes fit in: more replicas only shrink sharded state."""
     tp, pp, cp, ep, etp = (size_of(row, name) for name in ("tp", "pp", "cp", "ep", "etp"))
@@ -129,7 +159,7 @@ def train_layout(row: Row, model: ModelArchitecture, gpus: int) -> TrainLayout:
         vpp=vpp,
         dp=gpus // (tp * pp * cp),
         ep=min(ep, gpus // pp) if model.moe else 1,
-        etp=etp if model.moe else 1,
+        etp=_expert_tensor_parallel(row, etp, tp) if model.moe else 1,
         sequence_parallel=tp > 1 and "qwen35_vl_27b" not in str(row.get("recipe")),
     )
     if problem := next(layout.problems(), None):
@@ -144,7 +174,7 @@ def train_time_options(row: Row, job: TrainJob) -> TrainTimeOptions:
     return TrainTimeOptions(
         compute=compute_options(row, job.software, job.model, job.gpu),
         recompute=cast(Recompute, mode),
-        recompute_modules=frozenset({"mlp"}) if "op" in modules else modules,
+        recompute_modules=modules,
         optimizer=OptimizerOptions(
             kind="none" if is_frozen(row) else "adam",
             offload_fraction=float(row.get("optimizer_offload_fraction") or 0.0),
@@ -170,6 +200,8 @@ def step_seconds(row: Row) -> tuple[Interval, float]:
     Raises:
         UnmappedRowError: the row cannot become a job, or its figure is not a time.
     """
+    if IMAGE_RECIPE.search(str(row.get("recipe"))):
+        raise IncompleteRowError("the images of its batch are not stated")
     job = train_job(row)
     value, metric = float(row["value"]), row["metric"]
     if metric == "tokens_per_sec_per_gpu":
@@ -178,4 +210,5 @@ def step_seconds(row: Row) -> tuple[Interval, float]:
         measured = value / (1e3 if row.get("unit") == "ms" else 1.0)
     else:
         raise IncompleteRowError(f"{metric} is not a time or a rate")
+    _check_flops(row, job, measured)
     return train_step_time(job.model, job.layout, train_workload(job), job.cluster, train_time_options(row, job)), measured

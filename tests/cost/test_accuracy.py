@@ -1,0 +1,79 @@
+"""The figures the estimates are held to; they fail when an estimate drifts from published and measured rows."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from miles_plan.cost.validate import load_rows, validate
+from miles_plan.cost.validation.report import Summary, ValidationReport
+
+ROWS = Path(__file__).parent / "rows"
+
+
+@lru_cache
+def report() -> ValidationReport:
+    rows = [
+        row for name in ("published_numbers", "megatron_h200", "launch_configs") for row in load_rows(ROWS / f"{name}.jsonl")
+    ]
+    return validate(rows)
+
+
+def of(kind: str) -> Summary:
+    return next(each for each in report().kinds if each.kind == kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "median", "p90", "worst"),
+    [
+        ("Megatron peak memory", 78, 0.002, 0.005, 0.01),
+        ("Megatron step time", 51, 0.10, 0.28, 0.50),
+        ("Megatron forward pass", 51, 0.08, 0.14, 0.60),
+        ("training memory", 52, 0.04, 0.13, 0.30),
+        ("training step time", 365, 0.08, 0.20, 1.0),
+        ("decode time per token", 144, 0.10, 0.26, 0.80),
+        ("RL step time", 28, 0.12, 0.35, 0.90),
+        ("weight sync", 21, 0.10, 0.30, 0.80),
+    ],
+)
+def test_errors_stay_where_they_are(kind: str, rows: int, median: float, p90: float, worst: float) -> None:
+    found = of(kind)
+    assert found.n >= rows
+    assert found.median <= median
+    assert found.p90 <= p90
+    assert found.worst <= worst
+
+
+def test_nine_truths_in_ten_lie_in_their_intervals() -> None:
+    for each in report().kinds:
+        assert 0.85 <= each.coverage <= 0.95, f"{each.kind}: {each.coverage:.0%}"
+
+
+def test_rows_that_state_a_job_become_one() -> None:
+    assert report().ok
+    assert report().mapped_share > 0.95
+
+
+def test_launch_configurations_that_name_their_gpu_are_said_to_fit_unless_they_cannot() -> None:
+    stated = [each for each in report().launched if each.gpu_stated]
+    assert len(stated) >= 14
+    refused = {each.name: each.defect for each in stated if not each.fits}
+    # Both put all of a 355 B-parameter model's training state on one node of four GPUs.
+    assert set(refused) == {"miles:scripts.run_glm45_355b_a32b#1", "miles:scripts.run_glm45_355b_a32b#2"}
+    assert all("times the GPU's memory" in defect for defect in refused.values())
+
+
+def test_a_layout_that_megatron_would_refuse_is_named() -> None:
+    slime = next(each for each in report().launched if each.name == "slime:scripts.run-glm4.7-30B-A3B#1")
+    assert slime.defect == "ep x etp = 8 must divide tp x cp x dp = 4"
+
+
+def test_the_page_holds_every_kind_and_every_reason() -> None:
+    page = report().markdown()
+    assert page.startswith("# Accuracy of the estimates")
+    for each in report().kinds:
+        assert f"| {each.kind} | {each.n} |" in page
+    assert "search_time" not in page
+    assert "seq_len is not stated" in page or "tokens of a microbatch are not stated" in page
