@@ -74,6 +74,14 @@ PAGES: tuple[Page, ...] = (
         fix="`pip install 'miles-plan[run]'`",
     ),
     Page(
+        code="MP424",
+        title="another release or setting than the plan needs",
+        what="A package is older (or other) than the plan states, or an environment variable that it states is not set.",
+        why="What a plan promises was seen with these releases; others may lack what it uses.",
+        example="error[MP424]: the plan needs torch >=2.8, 2.6.0 is installed",
+        fix="Install the release that the message names, or compile the spec again with the installed miles-plan.",
+    ),
+    Page(
         code="MP430",
         title="an engine that the executor cannot drive",
         what="The plan puts a group on an engine for which this executor has no driver.",

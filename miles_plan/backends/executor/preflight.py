@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,8 +25,52 @@ def preflight(plan: Plan, directory: RunDirectory) -> list[Diagnostic]:
     """Everything that would stop the run early, all at once. Data that a generator makes is made here."""
     found = unsupported(plan)
     if not found:
-        found = [*_model(plan), *_tokenizer(plan), *_data(plan, directory.data), *_rewards(plan)]
+        found = [*_environment(plan), *_model(plan), *_tokenizer(plan), *_data(plan, directory.data), *_rewards(plan)]
     return found
+
+
+def _environment(plan: Plan) -> Iterator[Diagnostic]:
+    """The releases and settings that the plan was made for."""
+    for name, wanted in plan.environment:
+        if name.startswith("env:"):
+            variable = name.removeprefix("env:")
+            found = os.environ.get(variable)
+            if found != wanted:
+                yield error(
+                    "MP424",
+                    f"the plan needs {variable}={wanted}, it is {found or 'not set'}",
+                    help=f"export {variable}={wanted}",
+                )
+            continue
+        try:
+            installed = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield error(
+                "MP423", f"the plan needs {name} {wanted}, which is not installed", help="pip install 'miles-plan[run]'"
+            )
+            continue
+        if not satisfies(installed, wanted):
+            yield error(
+                "MP424", f"the plan needs {name} {wanted}, {installed} is installed", help=f"pip install '{name}{_pin(wanted)}'"
+            )
+
+
+def satisfies(installed: str, wanted: str) -> bool:
+    """Whether a release meets a requirement: `>=2.8`, or one release exactly. Local parts such as `+cpu` do not count."""
+    numbers = _numbers(installed)
+    return numbers >= _numbers(wanted[2:]) if wanted.startswith(">=") else numbers == _numbers(wanted)
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    """The release's numbers, without zeros at the end, so that 2.8 and 2.8.0 are equal."""
+    found = [int(match) for match in re.findall(r"\d+", release.partition("+")[0])[:3]]
+    while found and found[-1] == 0:
+        found.pop()
+    return tuple(found)
+
+
+def _pin(wanted: str) -> str:
+    return wanted if wanted.startswith(">=") else f"=={wanted}"
 
 
 def _model(plan: Plan) -> Iterator[Diagnostic]:

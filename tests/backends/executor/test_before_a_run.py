@@ -11,7 +11,7 @@ import pytest
 
 from miles_plan.backends.executor.cluster import check_cluster
 from miles_plan.backends.executor.failures import RunError
-from miles_plan.backends.executor.preflight import preflight
+from miles_plan.backends.executor.preflight import preflight, satisfies
 from miles_plan.backends.executor.run_directory import RunDirectory
 from miles_plan.backends.executor.unsupported import unsupported
 from miles_plan.ir.group import DeviceGroup
@@ -135,6 +135,28 @@ def test_a_checkpoint_folder_is_enough_of_a_model(directory: RunDirectory, tmp_p
     (tmp_path / "model" / "config.json").write_text(json.dumps(MOE))
     plan = tiny_plan(warm=0, model=ModelSource(name="m", checkpoint=str(tmp_path / "model")))
     assert preflight(plan, directory) == []
+
+
+@pytest.mark.parametrize(
+    ("installed", "wanted", "fine"),
+    [
+        ("2.13.0+cpu", ">=2.8", True),
+        ("2.8.0", ">=2.8", True),
+        ("2.7.1", ">=2.8", False),
+        ("2.10.0", ">=2.8", True),
+        ("0.5.16", "0.5.16", True),
+        ("0.5.17", "0.5.16", False),
+    ],
+)
+def test_releases_are_compared_number_by_number(installed: str, wanted: str, fine: bool) -> None:
+    assert satisfies(installed, wanted) is fine
+
+
+def test_the_environment_of_a_plan_is_checked(directory: RunDirectory) -> None:
+    needs = (("torch", ">=99"), ("no-such-package", ">=1"), ("env:MILES_PLAN_NO_SUCH_SETTING", "Ring"), ("numpy", ">=1.26"))
+    findings = preflight(replace(tiny_plan(warm=0), environment=needs), directory)
+    assert [finding.code for finding in findings] == ["MP424", "MP423", "MP424"]
+    assert "MILES_PLAN_NO_SUCH_SETTING=Ring, it is not set" in findings[2].message
 
 
 def node(**resources: float) -> dict[str, Any]:

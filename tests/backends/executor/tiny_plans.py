@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from miles_plan.ir.graph import Loop, TaskGraph
@@ -12,9 +13,11 @@ from miles_plan.ir.plan import ClusterSummary, DataSource, ModelSource, Plan, Ru
 from miles_plan.ir.tasks import (
     Advantage,
     AnyTask,
+    Buffer,
     Checkpoint,
     Edge,
     Evaluate,
+    FilterGroups,
     Logprobs,
     Prompts,
     RecordRouting,
@@ -68,6 +71,8 @@ def tiny_plan(
     reward: str = "tests.backends.executor.tiny_rewards:share_of_digits",
     reward_failure: Literal["zero", "drop", "fail"] = "zero",
     deadline_s: float = 60.0,
+    keep_prompts: int = 0,
+    buffered: bool = False,
     **run: Any,
 ) -> Plan:
     """An SFT warm start and GRPO on sums of one-digit numbers."""
@@ -98,6 +103,10 @@ def tiny_plan(
         deadline_s=60.0,
     )
     tasks.insert(3, scoring)
+    if keep_prompts:
+        tasks, edges = _filtered(tasks, edges, keep_prompts)
+    if buffered:
+        tasks, edges = _buffered(tasks, edges, capacity=16 * distance, max_staleness=distance - 1)
     loops = [Loop(name="rl", iterations=iterations)]
     tasks.append(Checkpoint(name="checkpoint", loop="rl", group="train", every=checkpoint_every, keep=keep))
     edges.append(Edge(src="train", dst="checkpoint", carries="weights"))
@@ -243,3 +252,39 @@ def _rl(
             Edge(src="replay_routing", dst="train", carries="routing"),
         ]
     return tasks, edges
+
+
+def _filtered(tasks: list[AnyTask], edges: list[Edge], keep_prompts: int) -> tuple[list[AnyTask], list[Edge]]:
+    """Dynamic sampling between the reward and everything that trains on samples."""
+    task = FilterGroups(
+        name="filter", keep_prompts=keep_prompts, max_rounds=3, loop="rl", group="host", restart="retry", deadline_s=60.0
+    )
+    before = {"reward", "record_routing"}
+    moved = [
+        replace(edge, src="filter") if edge.carries in ("samples", "rewards") and edge.dst not in before else edge
+        for edge in edges
+    ]
+    inputs = [Edge(src="rollout", dst="filter", carries="samples"), Edge(src="reward", dst="filter", carries="rewards")]
+    return [*tasks, task], [*moved, *inputs]
+
+
+def _buffered(
+    tasks: list[AnyTask], edges: list[Edge], *, capacity: int, max_staleness: int
+) -> tuple[list[AnyTask], list[Edge]]:
+    """A buffer in front of everything that trains on samples."""
+    task = Buffer(
+        name="buffer",
+        capacity_samples=capacity,
+        max_staleness=max_staleness,
+        loop="rl",
+        group="host",
+        restart="retry",
+        deadline_s=60.0,
+    )
+    source = "filter" if any(each.name == "filter" for each in tasks) else "rollout"
+    before = {"reward", "record_routing", "filter"}
+    moved = [
+        replace(edge, src="buffer") if edge.src == source and edge.carries == "samples" and edge.dst not in before else edge
+        for edge in edges
+    ]
+    return [*tasks, task], [*moved, Edge(src=source, dst="buffer", carries="samples")]

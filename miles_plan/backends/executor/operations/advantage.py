@@ -14,6 +14,12 @@ from miles_plan.backends.executor.operations.operation import Context, Operation
 from miles_plan.data.batch import Array, SampleBatch, ragged_rows
 from miles_plan.ir.tasks import Advantage, Correct
 
+# What the correction bridges counts samples of older weights; the plain names belong to the comparison, which does not.
+RENAMED = {
+    "max_abs_logprob_diff": "corrected_max_abs_log_prob_diff",
+    "mean_abs_logprob_diff": "corrected_mean_abs_log_prob_diff",
+}
+
 
 def advantages_of(
     host: Any, task: Advantage, samples: SampleBatch, names: tuple[str, ...], *columns: Array
@@ -49,7 +55,8 @@ def weights_of(
         clip_low=task.clip_low,
         clip_high=task.clip_high,
     )
-    return {"digest": digest_of_arrays({"weights": found.weights}), "figures": dict(found.metrics)}, found.weights
+    figures = {RENAMED.get(name, name): figure for name, figure in found.metrics.items()}
+    return {"digest": digest_of_arrays({"weights": found.weights}), "figures": figures}, found.weights
 
 
 def advantage(context: Context) -> Operation:

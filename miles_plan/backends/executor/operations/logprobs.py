@@ -27,7 +27,12 @@ def rank_log_probs(
     batch = assembled(samples, routing, (), ())
     engine = rank.at(version) if task.model == "policy" else rank.engine
     share = engine.log_probs(batch, model=task.model, temperature=task.temperature, replay_routing=task.replay_routing)
-    return {"routing_mismatches": share.routing_mismatches, "routing_compared": share.routing_compared}, share
+    report = {
+        "routing_mismatches": share.routing_mismatches,
+        "routing_compared": share.routing_compared,
+        "stale_tokens": int((samples.weight_version != version).sum()),
+    }
+    return report, share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,8 +133,11 @@ def _judged(context: Context, task: Logprobs, found: Comparison) -> dict[str, fl
 
 
 def _judged_routing(context: Context, reports: Sequence[dict[str, int]]) -> dict[str, float]:
+    """Where the trainer's router would have chosen otherwise. Of samples of older weights it may, so these are only counted."""
     mismatches = sum(report["routing_mismatches"] for report in reports)
     compared = sum(report["routing_compared"] for report in reports)
+    if any(report["stale_tokens"] for report in reports):
+        return {"stale_routing_mismatches": mismatches, "stale_routing_compared": compared}
     limits = [task.max_mismatch_fraction for task in tasks_of(context.flow.graph, ReplayRouting)]
     fraction = mismatches / compared if compared else 0.0
     if limits and fraction > min(limits):
