@@ -73,37 +73,57 @@ class Actor:
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """The same call on several actors: references to their reports and, where asked, to the values they produced."""
+    """The same call on several actors: references to their reports and, where asked, to the values they produced.
 
+    slot: what was called, `host` or a group's name.
+    """
+
+    slot: str
     reports: tuple[Any, ...]
     values: tuple[Any, ...] = ()
 
 
 class Members:
-    """The driver's handle on actors that hold ranks of one engine, or on the one that holds the host's slot."""
+    """The driver's handle on actors that hold ranks of one engine, or on the one that holds the host's slot.
+
+    The handle stays the same when the actors behind it are replaced: operations under way go on with the new ones.
+    """
 
     def __init__(self, slot: str, actors: Sequence[Any], places: Sequence[str]) -> None:
         """Handles in rank order, and what to call each of them in messages."""
         self.slot, self.actors, self.places = slot, tuple(actors), tuple(places)
 
+    def replace(self, actors: Sequence[Any]) -> None:
+        """Other actors, in rank order."""
+        self.actors = tuple(actors)
+
     def make(self, factory: Callable[..., Any], arguments_of_rank: Callable[[int], tuple[Any, ...]]) -> Calls:
         """Build each rank's engine from arguments of its own."""
         made = (actor.make.remote(self.slot, factory, *arguments_of_rank(rank)) for rank, actor in enumerate(self.actors))
-        return Calls(tuple(made))
+        return Calls(self.slot, tuple(made))
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Calls:
         """`function(engine, *arguments)` on every rank; references among the arguments are followed."""
-        return Calls(tuple(actor.apply.remote(self.slot, function, *arguments) for actor in self.actors))
+        return Calls(self.slot, tuple(actor.apply.remote(self.slot, function, *arguments) for actor in self.actors))
 
     def call_each(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Calls:
         """`function(engine, *arguments[rank])` on every rank."""
         pairs = zip(self.actors, arguments, strict=True)
-        return Calls(tuple(actor.apply.remote(self.slot, function, *each) for actor, each in pairs))
+        return Calls(self.slot, tuple(actor.apply.remote(self.slot, function, *each) for actor, each in pairs))
 
     def produce(self, function: Callable[..., Any], *arguments: Any, values: int = 1) -> Calls:
         """Like `call`, for functions that return a report and then so many large values; those of all ranks in rank order."""
         made = [actor.produce.options(num_returns=1 + values).remote(self.slot, function, *arguments) for actor in self.actors]
-        return Calls(tuple(each[0] for each in made), tuple(value for each in made for value in each[1:]))
+        return Calls(self.slot, tuple(each[0] for each in made), tuple(value for each in made for value in each[1:]))
+
+    def stacks(self, timeout_s: float) -> str:
+        """What the threads of every rank are doing; ranks that do not answer in time are named."""
+        import ray
+
+        asked = {place: actor.stacks.remote() for place, actor in zip(self.places, self.actors, strict=True)}
+        answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=timeout_s)
+        texts = [f"== {place}\n{ray.get(ref) if ref in answered else 'no answer'}" for place, ref in asked.items()]
+        return "\n".join(texts) + "\n"
 
     def part(self, ranks: Sequence[int]) -> Members:
         """Only these ranks."""

@@ -123,6 +123,10 @@ def start_session(plan: Plan, while_ray_starts: Callable[[Belongings], None]) ->
 def _init_ray(plan: Plan, temporary: Path) -> None:
     import ray
 
+    # Ray prints an essay to standard output for every worker that dies. The event log says it in a line, and this switch of its
+    # debugger is the only way to keep it quiet (Ray 2.60); a release without it only prints again.
+    ray._private.worker._worker_logs_enabled = False
+
     on_cpu = is_cpu(plan.cluster)
     num_gpus = plan.cluster.num_gpus
     try:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from miles_plan.backends.executor.actors import Calls, Members, start_actor
 from miles_plan.backends.executor.cluster import Session, bundle
@@ -15,10 +15,18 @@ from miles_plan.backends.executor.host import open_host
 from miles_plan.backends.executor.initial_model import finish_initial_model
 from miles_plan.backends.executor.operations.operation import Wait, Waiting
 from miles_plan.ir.graph import TaskGraph
-from miles_plan.ir.group import DeviceGroup
+from miles_plan.ir.group import DeviceGroup, GpuSpan
 from miles_plan.ir.plan import Plan
 
 HOST = "host"
+
+
+class PlacedGroup(NamedTuple):
+    """A group that has GPUs."""
+
+    name: str
+    group: DeviceGroup
+    gpus: GpuSpan
 
 
 @dataclass
@@ -36,15 +44,22 @@ class Crew:
     threads: int
     config: Mapping[str, Any]
     gpus: dict[int, Any] = field(default_factory=dict)
-    host_actor: Any = None
+    host: Members = field(default_factory=lambda: Members(HOST, [], [HOST]))
     members: dict[str, Members] = field(default_factory=dict)
     generation: int = 0
     pids: dict[str, int] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Handles on groups, with nobody behind them yet."""
+        for group in self.groups:
+            self.members[group.name] = Members(
+                group.name, [], [f"@{group.name} rank {rank}" for rank in range(group.gpus.count)]
+            )
+
     @property
-    def host(self) -> Members:
-        """The host's process."""
-        return Members(HOST, [self.host_actor], [HOST])
+    def groups(self) -> list[PlacedGroup]:
+        """The plan's groups that have GPUs."""
+        return [PlacedGroup(group.name, group, group.gpus) for group in self.plan.graph.groups if group.gpus is not None]
 
     def start(self) -> None:
         """Start an actor on every GPU in use that has none, and the host's. They come up while the driver goes on."""
@@ -57,17 +72,10 @@ class Crew:
                 self.gpus[gpu] = start_actor(
                     f"gpu-{gpu}", threads=self.threads, resources=dict(wanted), placement=placements[name], bundle=index
                 )
-        if self.host_actor is None:
-            self.host_actor = start_actor(HOST, threads=1, resources={})
-        self.members = {
-            group.name: Members(
-                group.name,
-                [self.gpus[gpu] for gpu in range(group.gpus.first, group.gpus.end)],
-                [f"@{group.name} rank {rank}" for rank in range(group.gpus.count)],
-            )
-            for group in self.plan.graph.groups
-            if group.gpus is not None
-        }
+        for group in self.groups:
+            self.members[group.name].replace([self.gpus[gpu] for gpu in range(group.gpus.first, group.gpus.end)])
+        if not self.host.actors:
+            self.host.replace([start_actor(HOST, threads=1, resources={})])
 
     def build(self, version: int) -> Waiting[None]:
         """Build the host and every engine; they hold the initial weights, labelled as `version` until a load says otherwise."""
@@ -79,7 +87,7 @@ class Crew:
         (self.pids[HOST],) = yield Wait("data sets, tokenizer and rewards", host)
         yield Wait("processes", warming)
         yield Wait("initial weights", initial)
-        yield from self._build_engines([group.name for group in self.plan.graph.groups], version)
+        yield from self._build_engines([group.name for group in self.groups], version)
 
     def replace_engines(self, groups: Sequence[str]) -> Waiting[None]:
         """Kill the processes of these groups, which share no GPU with others, and build their engines anew."""
@@ -88,9 +96,10 @@ class Crew:
         for name in groups:
             for actor in self.members[name].actors:
                 ray.kill(actor, no_restart=True)
-        spans = [group.gpus for group in self.plan.graph.groups if group.name in groups and group.gpus is not None]
-        for gpu in {gpu for span in spans for gpu in range(span.first, span.end)}:
-            self.gpus.pop(gpu, None)
+        for group in self.groups:
+            if group.name in groups:
+                for gpu in range(group.gpus.first, group.gpus.end):
+                    self.gpus.pop(gpu, None)
         self.session.release_placements(["+".join(groups)])
         self.start()
         yield from self._build_engines(groups, 0)
@@ -99,8 +108,8 @@ class Crew:
         """Kill the host's process, which is stuck or dead, and start another."""
         import ray
 
-        ray.kill(self.host_actor, no_restart=True)
-        self.host_actor = None
+        ray.kill(self.host.actors[0], no_restart=True)
+        self.host.replace([])
         self.start()
         (self.pids[HOST],) = yield Wait("data sets, tokenizer and rewards", self._open_host())
 
@@ -109,9 +118,9 @@ class Crew:
 
     def _build_engines(self, groups: Sequence[str], version: int) -> Waiting[None]:
         self.generation += 1
-        for group in self.plan.graph.groups:
-            if group.gpus is not None and group.name in groups:
-                pids = yield Wait(f"engines of @{group.name}", self._build_group(group, version))
+        for group in self.groups:
+            if group.name in groups:
+                pids = yield Wait(f"engines of @{group.name}", self._build_group(group.group, version))
                 self.pids |= dict(zip(self.members[group.name].places, pids, strict=True))
 
     def _build_group(self, group: DeviceGroup, version: int) -> Calls:
@@ -134,7 +143,6 @@ class Crew:
         for actor in self.gpus.values():
             ray.kill(actor, no_restart=True)
         self.gpus.clear()
-        self.members = {}
         self.session.release_placements(list(gpu_components(self.plan.graph)))
 
 

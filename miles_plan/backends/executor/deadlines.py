@@ -21,10 +21,11 @@ class Failure:
 
     cause: `raised`: its code raised, the processes live; `died`: a process is gone; `overdue`: no answer in time, so its
     processes are given up; `refused`: a check of ours said no (log-probs too far apart, a reward that must not fail), which
-    running again would not change. subject: what was being waited for.
+    running again would not change. subject: what was being waited for; slot: whose answer that was, `host` or a group.
     """
 
     cause: Cause
+    slot: str
     subject: str
     message: str
     age_s: float

@@ -12,6 +12,7 @@ from miles_plan.backends.executor.deadlines import Cause, Failure
 from miles_plan.backends.executor.failures import RunError
 from miles_plan.backends.executor.operations.operation import Wait
 
+LONGEST_TEXT = 500
 PEERS_WAIT_S = 5.0  # how long the other ranks get to come back after one has failed, before they count as stuck
 
 
@@ -38,6 +39,11 @@ class Running:
     def age_s(self) -> float:
         """Seconds since what it waits for was asked."""
         return time.monotonic() - self.since
+
+    def failed(self, cause: Cause, message: str) -> Failure:
+        """How it failed, with what it was waiting for."""
+        slot, subject = (self.wait.calls.slot, self.wait.subject) if self.wait else ("", self.name)
+        return Failure(cause=cause, slot=slot, subject=subject, message=message, age_s=self.age_s if self.wait else 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +81,12 @@ class Driver:
         ended = [end for ref in ready if (end := self._take_in(waiting[ref], ref)) is not None]
         return ended + self._overdue()
 
-    def drop(self) -> None:
-        """Forget everything that runs."""
-        for running in self.running:
-            running.operation.close()
-        self.running.clear()
+    def drop(self, slot: str | None = None) -> list[Running]:
+        """Forget what waits for a slot, or everything that runs; returns it."""
+        dropped = [each for each in self.running if slot is None or (each.wait is not None and each.wait.calls.slot == slot)]
+        for running in dropped:
+            self._end(running)
+        return dropped
 
     def _take_in(self, running: Running, ref: Any) -> Ended | None:
         import ray
@@ -105,10 +112,7 @@ class Driver:
                 return self._end(running, outcome=stop.value)
             except Exception as error:
                 cause: Cause = "refused" if isinstance(error, RunError) else "raised"
-                subject = running.wait.subject if running.wait else running.name
-                return self._end(
-                    running, failure=Failure(cause=cause, subject=subject, message=_text(error), age_s=0.0), error=error
-                )
+                return self._end(running, failure=running.failed(cause, _text(error)), error=error)
             running.wait, running.since, running.slowest_s = wait, time.monotonic(), 0.0
             running.pending = {ref: index for index, ref in enumerate(wait.calls.reports)}
             running.reports = [None] * len(running.pending)
@@ -121,11 +125,10 @@ class Driver:
         """One rank failed: whether its process lives, and whether the others have come back too."""
         from ray.exceptions import RayActorError
 
-        subject = running.wait.subject if running.wait else running.name
         cause: Cause = "died" if isinstance(error, RayActorError) else "raised"
         if cause == "raised" and not self._peers_came_back(running):
             cause = "died"
-        return Failure(cause=cause, subject=subject, message=_text(error), age_s=running.age_s)
+        return running.failed(cause, _text(error))
 
     def _peers_came_back(self, running: Running) -> bool:
         import ray
@@ -138,18 +141,7 @@ class Driver:
     def _overdue(self) -> list[Ended]:
         now = time.monotonic()
         late = [running for running in self.running if now > running.deadline_at]
-        return [
-            self._end(
-                running,
-                failure=Failure(
-                    cause="overdue",
-                    subject=running.wait.subject if running.wait else running.name,
-                    message=f"no answer after {running.age_s:.1f} s; the task may take {running.deadline_s:.1f} s",
-                    age_s=running.age_s,
-                ),
-            )
-            for running in late
-        ]
+        return [self._end(running, failure=running.failed("overdue", _overdue_text(running))) for running in late]
 
     def _end(self, running: Running, **result: Any) -> Ended:
         self.running.remove(running)
@@ -157,9 +149,13 @@ class Driver:
         return Ended(running, **result)
 
 
+def _overdue_text(running: Running) -> str:
+    return f"no answer after {running.age_s:.1f} s; the task may take {running.deadline_s:.1f} s"
+
+
 def _text(error: BaseException) -> str:
-    """What went wrong in one or a few lines: the cause inside a worker's exception, without its traceback."""
+    """What went wrong in a line: the cause inside a worker's exception, without its traceback."""
     cause = getattr(error, "cause", None) or error
-    text = str(cause).strip() or type(cause).__name__
-    name = "" if isinstance(cause, RunError) else f"{type(cause).__name__}: "
-    return name + text.splitlines()[0][:500] if type(cause).__name__ not in text[:80] else text.splitlines()[0][:500]
+    name = type(cause).__name__
+    text = (str(cause).strip() or name).splitlines()[0][:LONGEST_TEXT]
+    return text if isinstance(cause, RunError) or name in text else f"{name}: {text}"

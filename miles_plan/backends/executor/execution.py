@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from miles_plan.backends.executor.actors import Members
 from miles_plan.backends.executor.checkpoints import Manifest
-from miles_plan.backends.executor.crew import Crew
+from miles_plan.backends.executor.crew import HOST, Crew
 from miles_plan.backends.executor.dataflow import Dataflow, Instance
-from miles_plan.backends.executor.deadlines import Failure, action_for, deadline_s
+from miles_plan.backends.executor.deadlines import Action, Failure, action_for, deadline_s
 from miles_plan.backends.executor.driver import Driver, Ended, Running
 from miles_plan.backends.executor.failures import InterruptedRunError, RunError
 from miles_plan.backends.executor.operations.operation import Context, Outcome, Services, Waiting
@@ -23,6 +24,7 @@ from miles_plan.backends.executor.stop import StopRequest
 from miles_plan.backends.executor.values import Values
 
 POLL_S = 0.2  # how long a Ctrl-C can go unnoticed
+STACKS_WAIT_S = 1.0  # how long processes that are alive get to say what they are doing
 SETUP_DEADLINE_S = 900.0  # building engines, loading a checkpoint, the final export
 
 
@@ -112,12 +114,14 @@ class Execution:
         return Context(services=self.services, state=self.state, instance=instance, inputs=inputs, done=self.done)
 
     def _take_in(self, ended: list[Ended]) -> None:
-        for each in ended:
-            assert each.running.instance is not None, "only tasks run beside each other"
-            if each.failure is not None:
-                self._repair(each, each.running.instance, each.failure)
-                return  # what else came back may belong to before the repair
-            self._complete(each.running, each.running.instance, each.outcome)
+        """First what went well: a repair may take back what depends on it."""
+        for each in sorted(ended, key=lambda each: each.failure is not None):
+            instance = each.running.instance
+            assert instance is not None, "only tasks run beside each other"
+            if each.failure is None:
+                self._complete(each.running, instance, each.outcome)
+            elif self._repair(each.running, instance, each.failure, each.error) == "rollback":
+                return
 
     def _complete(self, running: Running, instance: Instance, outcome: Outcome) -> None:
         self.done = self.flow.after(self.done, instance)
@@ -126,40 +130,57 @@ class Execution:
         self.values.drop_taken(self.done)
         self.log.task_completed(running, outcome, self.flow.tasks[instance.task], self.done)
 
-    def _repair(self, ended: Ended, instance: Instance, failure: Failure) -> None:
-        """Do what the task's restart class says, or stop the run."""
-        task = self.flow.tasks[instance.task]
-        group = self.flow.graph.group(task.group or "")
-        restarts = self.state.restarts
-        action = action_for(task, failure, on_gpu=group.gpus is not None, restarts=restarts, max_restarts=self.max_restarts)
-        if action == "rebuild" and not can_rebuild(self.flow.graph, group):
+    def _repair(self, running: Running, instance: Instance, failure: Failure, error: BaseException | None) -> Action:
+        """Do what the task's restart class says, or stop the run. Returns what was done.
+
+        The processes concerned are those that were waited for, which need not be of the task's own group: a rollout also waits
+        for the host, a weight sync for the trainer.
+        """
+        task, restarts = self.flow.tasks[instance.task], self.state.restarts
+        on_gpu = failure.slot in self.services.members
+        if failure.cause == "overdue" and failure.slot:
+            self.log.stacks(str(instance), self._members(failure.slot).stacks(STACKS_WAIT_S))
+        action = action_for(task, failure, on_gpu=on_gpu, restarts=restarts, max_restarts=self.max_restarts)
+        if action == "rebuild" and not can_rebuild(self.flow.graph, failure.slot):
             action = "rollback"
-        self.log.task_failed(ended.running, task, failure, action)
+        self.log.task_failed(running, task, failure, action)
         if action == "stop":
-            raise stopping(instance, failure, ended.error, restarts, self.max_restarts)
+            raise stopping(instance, failure, error, restarts, self.max_restarts)
         self.state.restarts += 1
-        self.attempts[instance] = ended.running.attempt + 1
+        self.attempts[instance] = running.attempt + 1
         if action == "rollback":
             self._roll_back()
         elif action == "rebuild":
-            self._rebuild(instance)
+            return self._rebuild(instance, failure.slot)
         elif failure.cause != "raised":
-            self._wait_for("a new host process", self.crew.replace_host())
-            self.services = replace(self.services, host=self.crew.host)
+            self._replace_host()
+        return action
 
-    def _rebuild(self, instance: Instance) -> None:
-        """Make the task's engines anew and give them the weights they served; where those are gone, roll back."""
+    def _members(self, slot: str) -> Members:
+        return self.services.members.get(slot, self.services.host)
+
+    def _rebuild(self, instance: Instance, group: str) -> Action:
+        """Make engines anew and give them the weights they served; where those are gone, roll back."""
         try:
-            self._wait_for("rebuild", rebuild(self._context(instance), self.crew))
+            self._wait_for("rebuild", rebuild(self._context(instance), self.crew, group))
         except RollbackNeededError:
             self._roll_back()
-            return
-        self.services = replace(self.services, members=self.crew.members)
-        self.log.event("actors_rebuilt", str(instance), self.flow.tasks[instance.task].group or "", pids=dict(self.crew.pids))
+            return "rollback"
+        self.log.event("actors_rebuilt", str(instance), group, pids=dict(self.crew.pids))
+        return "rebuild"
+
+    def _replace_host(self) -> None:
+        """A new process for the host's tasks; whatever waited for the old one runs again."""
+        for running in self.driver.drop(HOST):
+            self.log.task_dropped(running)
+        self._wait_for("a new host process", self.crew.replace_host())
+        self.log.event("actors_rebuilt", "run", HOST, pids=dict(self.crew.pids))
 
     def _roll_back(self) -> None:
         """Give up all engines and go back to the newest good checkpoint."""
         self.driver.drop()
+        if self.stop.requested:
+            raise InterruptedRunError  # the checkpoint to go back to is the one to resume from
         self.attempts.clear()
         self.crew.dismiss()
         self.restore()

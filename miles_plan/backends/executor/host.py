@@ -71,7 +71,7 @@ class HostTasks:
                 limits=PoolLimits(deadline_s=task.timeout_s),
                 policy=FailurePolicy(on_failure=task.on_failure if isinstance(task, Reward) else "zero"),
                 workers=task.workers if isinstance(task, Reward) else None,
-                search_path=[*([self.run.code_directory] if self.run.code_directory else []), os.getcwd()],
+                search_path=code_path(self.run),
             )
         return self._scorers[task.name]
 
@@ -104,6 +104,11 @@ def open_host(plan: Plan, data_folder: Path, config: Mapping[str, Any]) -> HostT
         if isinstance(task, Reward | Evaluate):
             host.scorer(task)
     return host
+
+
+def code_path(run: RunOptions) -> list[str]:
+    """Where a job's own code is looked for: beside its spec, then in the working directory."""
+    return [*([run.code_directory] if run.code_directory else []), os.getcwd()]
 
 
 def open_tokenizer(source: TokenizerSource) -> Tokenizer:

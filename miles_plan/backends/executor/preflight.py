@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from miles_plan.backends.executor.data_sources import Rows, source_file
-from miles_plan.backends.executor.host import model_config, open_tokenizer
+from miles_plan.backends.executor.host import code_path, model_config, open_tokenizer
 from miles_plan.backends.executor.run_directory import RunDirectory
 from miles_plan.backends.executor.unsupported import unsupported
 from miles_plan.data.demonstrations import check_demonstrations
@@ -74,7 +73,7 @@ def _rewards(plan: Plan) -> Iterator[Diagnostic]:
     """Rewards are looked up and not run; whether one can be loaded shows when its workers start."""
     for name in dict.fromkeys(task.reward for task in plan.graph.tasks if isinstance(task, Reward | Evaluate)):
         try:
-            locate(name, [os.getcwd()])
+            locate(name, code_path(plan.run))
         except RewardError as problem:
             yield error("MP441", str(problem), field="data.reward")
 

@@ -7,7 +7,6 @@ from miles_plan.backends.executor.operations.operation import Context, Wait, Wai
 from miles_plan.backends.executor.operations.publish import publish
 from miles_plan.backends.executor.operations.weight_sync import take_weights
 from miles_plan.ir.graph import TaskGraph
-from miles_plan.ir.group import DeviceGroup
 from miles_plan.ir.tasks import WeightSync
 
 
@@ -15,9 +14,10 @@ class RollbackNeededError(Exception):
     """The weights that the engines served are nowhere any more."""
 
 
-def can_rebuild(graph: TaskGraph, group: DeviceGroup) -> bool:
+def can_rebuild(graph: TaskGraph, group: str) -> bool:
     """Whether the group's processes hold no trainer: a trainer's state comes back from a checkpoint only."""
-    return not any(other.role == "train" and other.name in component_of(graph, group.name) for other in graph.groups)
+    component = component_of(graph, group)
+    return not any(other.role == "train" and other.name in component for other in graph.groups)
 
 
 def component_of(graph: TaskGraph, group: str) -> list[str]:
@@ -25,9 +25,8 @@ def component_of(graph: TaskGraph, group: str) -> list[str]:
     return next(name.split("+") for name in gpu_components(graph) if group in name.split("+"))
 
 
-def rebuild(context: Context, crew: Crew) -> Waiting[None]:
-    """New engines for the running task's group, serving what they served. RollbackNeededError where that is gone."""
-    group = context.task.group or ""
+def rebuild(context: Context, crew: Crew, group: str) -> Waiting[None]:
+    """New engines for a rollout group, serving what they served. RollbackNeededError where that is gone."""
     version = context.state.served.get(group)
     context.state.served[group] = None
     yield from crew.replace_engines(component_of(context.flow.graph, group))
@@ -39,9 +38,8 @@ def rebuild(context: Context, crew: Crew) -> Waiting[None]:
             raise RollbackNeededError
         publication = yield from publish(context, version)
     members = crew.members[group]
-    acknowledged = yield Wait(
-        f"{places(members)}: take weights version {version}", members.call(take_weights, version, publication.buckets)
-    )
+    calls = members.call(take_weights, version, publication.buckets)
+    acknowledged = yield Wait(f"{places(members)}: take weights version {version}", calls)
     if any(each != version for each in acknowledged):
         raise RollbackNeededError
     context.state.served[group] = version

@@ -55,7 +55,7 @@ def restore(services: Services, crew: Crew, log: RunLog) -> Waiting[Restored]:
     yield from crew.build(0)
     (end_token,) = yield Wait("host: the end token", crew.host.call(end_token_of))
     log.event("actors_started", "restore", f"{len(crew.gpus)} GPU processes and the host's", pids=dict(crew.pids))
-    services = replace(services, members=crew.members, host=crew.host, end_token=end_token)
+    services = replace(services, end_token=end_token)
     if manifest is None or folder is None:
         return Restored(services, services.flow.start(), RunState(), None, None)
     trainer = crew.members[next(group.name for group in services.flow.graph.groups if group.role == "train")]

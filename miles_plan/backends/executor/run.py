@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from miles_plan import __version__
-from miles_plan.backends.executor.actors import Members
 from miles_plan.backends.executor.checkpoints import sweep
 from miles_plan.backends.executor.cluster import Session, start_session
 from miles_plan.backends.executor.crew import Crew, threads_of_rank
@@ -144,8 +143,8 @@ def _in_session(plan: Plan, directory: RunDirectory, settings: Settings, flow: D
             plan=plan,
             plan_sha256=settings.plan_sha256,
             flow=flow,
-            members={},
-            host=Members("host", [], []),
+            members=crew.members,
+            host=crew.host,
             end_token=0,
             directory=directory,
             event=log.event,

@@ -122,6 +122,11 @@ class RunLog:
         self._run(running, instance, task)
         self.progress.note(f"{instance} failed ({failure.cause}): {failure.subject}: {failure.message}; {action}")
 
+    def task_dropped(self, running: Running) -> None:
+        """An instance was given up because a process it needs is replaced; it runs again."""
+        self.journal.fail(running.row, "a process it waited for was replaced")
+        self.events.write("task_retried", running.name, running.wait.subject if running.wait else "")
+
     def stacks(self, name: str, text: str) -> None:
         """Keep what the processes of an overdue task were doing."""
         self.directory.logs.mkdir(exist_ok=True)

@@ -37,7 +37,7 @@ def with_group(plan: Plan, name: str, **fields: Any) -> Plan:
     return replace(plan, graph=replace(plan.graph, groups=groups))
 
 
-SPECULATION = Speculation(method="eagle", steps=3, topk=1, draft_tokens=4, accept_length=2.0)
+SPECULATION = Speculation(method="mtp", steps=3, topk=1, draft_tokens=4, accept_length=2.0)
 H200 = ClusterSummary(gpu="h200", nodes=2, gpus_per_node=1, gpu_memory_bytes=1, host_memory_bytes=1)
 
 UNSUPPORTED = {

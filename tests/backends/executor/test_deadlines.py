@@ -33,7 +33,7 @@ def task(restart: str | None, deadline: float | None = None) -> Prompts:
     ],
 )
 def test_action(restart: str | None, cause: Cause, on_gpu: bool, expected: Action) -> None:
-    failure = Failure(cause=cause, subject="s", message="m", age_s=1.0)
+    failure = Failure(cause=cause, slot="train", subject="s", message="m", age_s=1.0)
     assert action_for(task(restart), failure, on_gpu=on_gpu, restarts=0, max_restarts=1) == expected
     assert action_for(task(restart), failure, on_gpu=on_gpu, restarts=1, max_restarts=1) == "stop"
 

@@ -61,6 +61,8 @@ def filter_groups(context: Context) -> Operation:
     assert isinstance(task, FilterGroups)
     source = prompts_task(context)
     drawn_in = Instance(source.name, context.instance.iteration)
+    before = context.state.cursor_before(source.name, context.instance.iteration)
+    context.state.cursors[drawn_in] = before + source.prompts_per_step  # also where an earlier attempt has drawn on
     record = next(iter(context.flow.graph.of_kind(RecordRouting)), None)
     drawn, samples, rewards = context.drawn, context.value("samples"), context.value("rewards")
     kept: tuple[Any, ...] = ()

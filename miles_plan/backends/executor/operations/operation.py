@@ -61,7 +61,7 @@ class Input:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """What is the same for every operation of a run. members: engines by group name, replaced as a whole when they are rebuilt;
+    """What is the same for every operation of a run. members: engines by group name;
     host: data, tokenizer and rewards; end_token: what ends a response; event: writes to the event log."""
 
     plan: Plan
