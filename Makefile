@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint format clean
+# Files of published and measured figures that `make validate` holds the estimates against.
+ROWS ?= ../shared/data/megatron_h200.jsonl ../shared/data/published_numbers.jsonl ../shared/data/launch_configs.jsonl
+
+.PHONY: run test lint format validate clean
 
 $(VENV)/.installed: pyproject.toml constraints/cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +30,9 @@ lint: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+validate: $(VENV)/.installed
+	$(BIN)/miles-plan validate --out docs/accuracy.md $(ROWS)
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

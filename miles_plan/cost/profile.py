@@ -1,4 +1,4 @@
-"""What a machine was measured to reach, as a JSON file that `calibrate` writes and every cost model reads.
+"""What a machine was measured to reach, as a JSON file that every cost model reads.
 
 A profile holds fractions of datasheet peaks and a few latencies, so one measured on an H200 carries over to its
 relatives; `profile_for` picks the nearest and says so in `basis`.

@@ -87,7 +87,7 @@ PAGES: tuple[Page, ...] = (
         what="The plan puts a group on an engine for which this executor has no driver.",
         why="The executor drives the embedded `torch` engines; other engines are reached through launchers.",
         example="train: {engine: megatron}",
-        fix="Use `engine: torch`, or export the plan for a launcher.",
+        fix="Use `engine: torch`. Plans for cluster engines can be compiled and reviewed, not yet executed.",
     ),
     Page(
         code="MP431",
@@ -111,7 +111,7 @@ PAGES: tuple[Page, ...] = (
         what="The plan uses GPUs of more than one node.",
         why="This executor moves weights through one machine's shared memory.",
         example="cluster: {gpu: h200, nodes: 2}",
-        fix="Set `cluster.nodes: 1`, or export the plan for a launcher.",
+        fix="Set `cluster.nodes: 1`. Plans for several nodes can be compiled and reviewed, not yet executed.",
     ),
     Page(
         code="MP434",

@@ -39,7 +39,7 @@ def _engines(plan: Plan) -> Iterator[Diagnostic]:
                 "MP430",
                 f"@{group.name} runs on the engine '{group.engine}', which this executor cannot drive yet",
                 field=f"{group.role}.engine",
-                help=f"set {group.role}.engine: torch, or export the plan for a launcher",
+                help=f"set {group.role}.engine: torch; plans for cluster engines are compiled, not yet executed",
             )
     trainers = [group.name for group in plan.graph.groups if group.role == "train"]
     if len(trainers) > 1:
@@ -61,7 +61,7 @@ def _cluster(plan: Plan) -> Iterator[Diagnostic]:
             "MP433",
             f"the plan uses {used} GPUs on {plan.cluster.nodes} nodes; this executor runs on one node",
             field="cluster.nodes",
-            help="set cluster.nodes: 1, or export the plan for a launcher",
+            help="set cluster.nodes: 1; plans for several nodes are compiled, not yet executed",
         )
 
 
