@@ -51,15 +51,16 @@ class Values:
             del self._held[instance]
 
     def _still_asked(self, instance: Instance, done: Done) -> bool:
+        """Whether a task to come takes it: until the source runs again within its loop, its last run in later loops."""
         loop = self.flow.tasks[instance.task].loop
         following = instance.iteration + 1
         while following < self.flow.iterations[loop] and not self.flow.runs(instance.task, following):
             following += 1
+        is_last = following == self.flow.iterations[loop]
         for edge in self.flow.graph.outputs_of(instance.task):
-            if edge.carries == "order":
-                continue
-            taker = self.flow.tasks[edge.dst]
-            last = following + edge.distance - 1 if taker.loop == loop else self.flow.iterations[taker.loop] - 1
-            if done[edge.dst] <= min(last, self.flow.iterations[taker.loop] - 1):
+            taker = self.flow.tasks[edge.dst].loop
+            end = self.flow.iterations[taker] - 1
+            last = end if taker != loop else min(end, following + edge.distance - 1)
+            if edge.carries != "order" and done[edge.dst] <= last and (taker == loop or is_last):
                 return True
         return False
