@@ -87,6 +87,7 @@ class Simulation:
     flow: Dataflow
     seed: int
     started: list[Instance] = field(default_factory=list)
+    trained: dict[Instance, int] = field(default_factory=dict)
     completed: dict[Instance, int] = field(default_factory=dict)
 
     def run(self) -> Simulation:
@@ -95,12 +96,17 @@ class Simulation:
             for instance in self.flow.ready(done, running):
                 self.check_start(instance, running)
                 self.started.append(instance)
+                self.trained[instance] = sum(each.task == "train" for each in self.completed)
                 running.append(instance)
             assert running, f"nothing runs and nothing may start: {done}"
             finished = running.pop(chance.randrange(len(running)))
             done = self.flow.after(done, finished)
             self.completed[finished] = len(self.completed)
         return self
+
+    def trained_before(self, instance: Instance) -> int:
+        """Training steps that were done when the instance started."""
+        return self.trained[instance]
 
     def check_start(self, instance: Instance, running: list[Instance]) -> None:
         graph = self.flow.graph
@@ -160,6 +166,25 @@ def test_samples_are_never_older_than_the_edge_allows(graph: TaskGraph, seed: in
         if instance.task == "train":
             assert trained - version_of[instance.iteration] <= distance - 1
             trained += 1
+
+
+@settings(max_examples=80, deadline=None)
+@given(graph=graphs, seed=st.integers(0, 2**20))
+def test_a_buffer_never_holds_more_than_its_capacity(graph: TaskGraph, seed: int) -> None:
+    """Samples wait in it from the moment they come in until the training step that takes them is done."""
+    simulation = Simulation(Dataflow(graph), seed).run()
+    (buffer,) = [task for task in graph.tasks if isinstance(task, Buffer)]
+    held = 0
+    for instance in simulation.started:
+        held += 4 if instance.task == "buffer" else 0
+        trained = simulation.trained_before(instance)
+        assert held - 4 * trained <= buffer.capacity_samples
+
+
+def test_a_sync_next_to_its_trainer_holds_both() -> None:
+    for distance, gpus in ((1, {0, 1}), (2, {1})):
+        graph = rl_graph(iterations=2, distance=distance, colocated=False, checkpoint_every=9, capacity=12, warm=0)
+        assert gpus_held(graph, graph.task("sync")) == gpus
 
 
 @settings(max_examples=60, deadline=None)
