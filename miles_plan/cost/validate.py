@@ -75,7 +75,7 @@ def validate(rows: Iterable[Row]) -> ValidationReport:
                 ran_out += _ran_out(number, row)
         except UnmappedRowError as reason:
             unmapped.append(Unmapped(kind, number, str(reason), isinstance(reason, IncompleteRowError)))
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             unmapped.append(Unmapped(kind, number, f"the row is malformed: {error}", incomplete=True))
     return ValidationReport(tuple(checked), tuple(launched), tuple(ran_out), tuple(unmapped))
 

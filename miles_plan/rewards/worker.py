@@ -53,6 +53,7 @@ class _Worker:
             self.function = getattr(importlib.import_module(module), name)
             self.form = form_of(self.function)
         except BaseException as error:
+            flush()
             self.send({"unloadable": describe(error)})
             os._exit(0)
         self.children = living_children()  # helpers that the module started when it was imported may stay
@@ -74,9 +75,7 @@ class _Worker:
         """The outcomes, unless the call forked: a copy of this process ends here, and other new processes fail the call."""
         if os.getpid() != self.process:
             os._exit(0)
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
+        flush()
         if left := self.left_processes():
             return [Outcome(reason="left_processes", detail=f"left {left} processes running")] * count
         return outcomes
@@ -97,6 +96,13 @@ class _Worker:
 
     def send(self, message: dict[str, Any]) -> None:
         self.stream.sendall(json.dumps(message).encode() + b"\n")
+
+
+def flush() -> None:
+    """Put what was printed into the pipe, before the message that it belongs to; user code may have closed its streams."""
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 
 def form_of(function: Any) -> Form:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from miles_plan.cost.validate import load_rows, validate
 from miles_plan.cost.validation.report import Checked, Unmapped, ValidationReport, summarize
@@ -177,3 +180,18 @@ def test_rl_rows_tell_colocated_from_overlapped() -> None:
     assert off_policy.error != on_policy.error
     assert "avg_seq_len is not stated" in reason(row | {"avg_seq_len": None}).reason
     assert "not readable" in reason(row | {"gen_parallel": "two"}).reason
+
+
+@given(
+    row=st.sampled_from([TRAIN, TRAIN | {"kind": "memory", "metric": "peak_allocated", "unit": "GB"}]),
+    change=st.dictionaries(
+        st.sampled_from([*TRAIN, "pp", "ep", "cp", "vpp", "etp", "fsdp", "recompute", "model_tflops_per_gpu"]),
+        st.sampled_from([None, 0, -1, 3, 7, 1e9, True, "x", "", [], {}, math.nan]),
+        max_size=4,
+    ),
+)
+@settings(max_examples=150, deadline=None)
+def test_no_row_brings_the_validation_down(row: dict[str, object], change: dict[str, object]) -> None:
+    report = validate([row | change])
+    assert len(report.checked) + len(report.unmapped) == 1
+    assert report.markdown()

@@ -19,7 +19,7 @@ from miles_plan.cost.state_memory import sum_terms
 from miles_plan.cost.train_memory import OUTSIDE, PEAK_ERROR, stage_terms
 from miles_plan.cost.train_options import OptimizerOptions, TrainMemoryOptions
 from miles_plan.cost.train_time import TrainTimeOptions, TrainWorkload, log_prob_time, train_step_time
-from miles_plan.cost.validation.row_fields import Row
+from miles_plan.cost.validation.row_fields import IncompleteRowError, Row
 from miles_plan.ir.layout import TrainLayout
 
 
@@ -41,6 +41,8 @@ def check_megatron(row: Row) -> Iterator[MegatronCheck]:
     """Peak bytes of every rank, then the slowest rank's step and forward pass."""
     config = row["config"]
     model, layout = _model(config), _layout(config, int(row["world"]))
+    if problem := next(layout.problems(), None):
+        raise IncompleteRowError(problem)
     yield from _memory(row, config, model, layout)
     yield from _time(row, config, model, layout)
 

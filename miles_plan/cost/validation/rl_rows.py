@@ -34,6 +34,7 @@ from miles_plan.cost.validation.sync_rows import VLLM_LOAD_BYTES_PER_S
 from miles_plan.cost.weight_sync import SyncOptions, offload_time, weight_sync_time
 from miles_plan.ir.layout import Recompute, RolloutLayout, TrainLayout
 
+LARGEST_BATCH = 1_000_000
 PROMPT_TOKENS = 150
 """A question with its chat template (OpenMathInstruct-2 and GSM8K), where a row does not say."""
 RECOMPUTED = re.compile(r"deepseek|235b|llama", re.IGNORECASE)
@@ -86,6 +87,8 @@ def rl_job(row: Row) -> RlJob:
     for name in ("num_gpus", "gen_parallel", "train_parallel", "seq_len", "avg_seq_len", "gen_batch", "global_batch"):
         if not row.get(name):
             raise IncompleteRowError(f"{name} is not stated")
+    if size_of(row, "gen_batch") > LARGEST_BATCH:
+        raise IncompleteRowError(f"gen_batch is {row['gen_batch']:g}")
     mode = str(row.get("policy_mode") or "").lower()
     schedule: Schedule = "overlapped" if "off" in mode or "async" in mode else "colocated"
     rollout_gpus = train_gpus = gpus
@@ -100,9 +103,9 @@ def rl_job(row: Row) -> RlJob:
         schedule=schedule,
         train=_train_layout(str(row["train_parallel"]), train_gpus, model),
         rollout=_rollout_layout(str(row["gen_parallel"]), rollout_gpus),
-        samples=int(row["gen_batch"]),
-        batch=int(row["global_batch"]),
-        max_tokens=int(row["seq_len"]),
+        samples=size_of(row, "gen_batch"),
+        batch=size_of(row, "global_batch"),
+        max_tokens=size_of(row, "seq_len"),
         mean_tokens=float(row["avg_seq_len"]),
         recompute="full" if RECOMPUTED.search(str(row["model"])) else "none",
         train_precision=row_precision({"precision": halves.get("training")}),

@@ -105,6 +105,9 @@ def _candidates(said: str) -> list[str]:
     return [each.strip("-") for each in dict.fromkeys(out) if each.strip("-")]
 
 
+LARGEST_SIZE = 100_000_000
+"""Of the tokens of a step; everything else is far smaller."""
+
 _PRECISIONS = (
     ("nvfp4", "nvfp4"),
     ("fp4", "nvfp4"),
@@ -136,6 +139,14 @@ def row_release(row: Row) -> str:
 
 
 def size_of(row: Row, name: str, default: int = 1) -> int:
-    """A parallel size; missing, null and 0 count as the default."""
+    """A size; missing, null and 0 count as the default.
+
+    Raises:
+        IncompleteRowError: negative, or larger than anything built.
+    """
     value = row.get(name)
-    return int(value) if isinstance(value, int | float) and value else default
+    if not isinstance(value, int | float) or not value:
+        return default
+    if not 0 < value <= LARGEST_SIZE:
+        raise IncompleteRowError(f"{name} is {value:g}")
+    return int(value)
