@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ class Manifest:
 
     done: per task, iterations of its loop that are behind it; cursors and weights_made: rows drawn and weight versions made, by
     instance as `task@iteration`; older_weights: versions before the newest that rollouts after the cut still ask for, each with
-    its file; journal_row: the last row of the journal when it was written.
+    its file; metrics: lines of iterations in the checkpoint that metrics.jsonl did not have yet; journal_row: the last row of
+    the journal when it was written.
     """
 
     plan_sha256: str
@@ -49,6 +50,7 @@ class Manifest:
     cursors: Mapping[str, int]
     weights_made: Mapping[str, int]
     older_weights: Mapping[str, str]
+    metrics: Sequence[Mapping[str, Any]]
     journal_row: int
     seed: int
     files: tuple[FileRecord, ...]

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,31 +123,50 @@ def start_session(plan: Plan, while_ray_starts: Callable[[Belongings], None]) ->
 def _init_ray(plan: Plan, temporary: Path) -> None:
     import ray
 
-    # Ray prints an essay to standard output for every worker that dies. The event log says it in a line, and this switch of its
-    # debugger is the only way to keep it quiet (Ray 2.60); a release without it only prints again.
-    ray._private.worker._worker_logs_enabled = False
-
     on_cpu = is_cpu(plan.cluster)
     num_gpus = plan.cluster.num_gpus
     try:
-        ray.init(
-            address="local",
-            num_cpus=max(2, os.cpu_count() or 2),
-            num_gpus=0 if on_cpu else None,
-            resources={PLANNED_GPU: num_gpus} if on_cpu else None,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=False,
-            object_store_memory=object_store_bytes(),
-            _temp_dir=str(temporary),
-        )
+        with _only_what_is_needed():
+            ray.init(
+                address="local",
+                num_cpus=max(2, os.cpu_count() or 2),
+                num_gpus=0 if on_cpu else None,
+                resources={PLANNED_GPU: num_gpus} if on_cpu else None,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+                object_store_memory=object_store_bytes(),
+                _temp_dir=str(temporary),
+            )
     except Exception as error:
         raise RunError(
             "MP421",
             f"Ray did not start: {_first_line(error)}",
             help=f"its logs were in {temporary}; a full disk or too little shared memory are the usual causes",
         ) from error
+
+
+@contextlib.contextmanager
+def _only_what_is_needed() -> Iterator[None]:
+    """Inside, Ray starts without the three processes that a run has no use for, and stays silent about workers that die.
+
+    The autoscaler's monitor, the log monitor and the server of the dashboard that is off take 1.5 s of CPU and open ports; the
+    essay that Ray prints to standard output for each dead worker is a line of our event log. Neither has a public switch (Ray
+    2.60); in a release that names these methods otherwise they start as before.
+    """
+    from ray._private import node, worker
+
+    worker._worker_logs_enabled = False
+    needless = ("start_api_server", "start_monitor", "start_log_monitor")
+    before = {name: getattr(node.Node, name) for name in needless if hasattr(node.Node, name)}
+    try:
+        for name in before:
+            setattr(node.Node, name, lambda *_, **__: None)
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(node.Node, name, method)
 
 
 def import_path() -> str:

@@ -74,7 +74,7 @@ class Execution:
         self.services, self.done, self.loop = restored.services, restored.done, restored.loop
         self.state = replace(restored.state, restarts=self.state.restarts)
         self.values = Values(self.flow)
-        self.log.restart_from(self.done)
+        self.log.restart_from(self.done, restored.manifest.metrics if restored.manifest else ())
 
     def _enter_loop(self) -> None:
         """What must happen between two loops."""

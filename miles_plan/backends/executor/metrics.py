@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from miles_plan.backends.executor.durable_files import naming, write_durably
 from miles_plan.backends.executor.events import read_lines
+
+OF_THE_LINE = ("loop", "iteration", "step", "step_s", "tokens_per_s")  # what no task reports
 
 
 class MetricsFile:
@@ -36,27 +38,50 @@ class MetricsFile:
 
     def close_iteration(self, loop: str, iteration: int) -> Mapping[str, Any]:
         """Write the iteration's line and return it."""
-        now = time.monotonic()
+        line = self._line(loop, iteration)
+        self._open.pop((loop, iteration), None)
+        self._last = time.monotonic()
+        self._write(line)
+        return line
+
+    def unwritten(self, loop: str, iteration: int) -> list[dict[str, Any]]:
+        """Lines of iterations up to this one that are not written yet: a checkpoint holds them, or a crash would lose them."""
+        return [self._line(*key) for key in sorted(self._open) if key[0] == loop and key[1] <= iteration]
+
+    def _line(self, loop: str, iteration: int) -> dict[str, Any]:
+        step_s = time.monotonic() - self._last
+        figures = self._open.get((loop, iteration), {"task_s": {}})
         step = self.loop_offset[loop] + iteration + 1
-        figures = self._open.pop((loop, iteration), {"task_s": {}})
-        line = {"loop": loop, "iteration": iteration, "step": step, "step_s": round(now - self._last, 5), **figures}
+        line = {"loop": loop, "iteration": iteration, "step": step, "step_s": round(step_s, 5), **figures}
         if tokens := figures.get("tokens", figures.get("train_tokens")):
-            line["tokens_per_s"] = tokens / max(now - self._last, 1e-9)
-        self._last = now
+            line["tokens_per_s"] = tokens / max(step_s, 1e-9)
+        return line
+
+    def _write(self, line: Mapping[str, Any]) -> None:
         with naming(self.path):
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
             self._file.flush()
         if self._scalars:
-            self._scalars.write(step, line)
-        return line
+            self._scalars.write(line["step"], line)
 
-    def restart_from(self, kept: Mapping[str, int]) -> None:
-        """Per loop, drop the lines of iterations from `kept[loop]` on, and what is open: they will run again."""
+    def restart_from(self, kept: Mapping[str, int], unwritten: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Per loop, drop the lines of iterations from `kept[loop]` on, and what is open: they will run again.
+
+        Lines that a checkpoint held because they were `unwritten` then are added where they are missing; those of an iteration
+        that is not quite over are what its remaining tasks add to.
+        """
         self._open.clear()
         self._file.close()
         cut_metrics(self.path, kept)
         with naming(self.path):
             self._file = self.path.open("a", encoding="utf-8")
+        there = {(line["loop"], line["iteration"]) for line in read_metrics(self.path)}
+        for line in unwritten:
+            key = line["loop"], line["iteration"]
+            if key[1] >= kept.get(key[0], 0):
+                self._open[key] = {name: figure for name, figure in line.items() if name not in OF_THE_LINE}
+            elif key not in there:
+                self._write(line)
         self._last = time.monotonic()
 
     def close(self) -> None:

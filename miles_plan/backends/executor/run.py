@@ -149,6 +149,7 @@ def _in_session(plan: Plan, directory: RunDirectory, settings: Settings, flow: D
             directory=directory,
             event=log.event,
             journal_row=log.journal.position,
+            unwritten_metrics=log.metrics.unwritten,
         )
         return Execution(services, crew, log, stop, plan.run.max_restarts).run()
 

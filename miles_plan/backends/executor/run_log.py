@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,11 @@ class RunLog:
         if kind in ("warning", "checkpoint_refused", "digest_differs"):
             self.progress.note(f"{owner}: {subject}" + "".join(f"; {name}: {value}" for name, value in fields.items()))
 
-    def restart_from(self, done: Mapping[str, int]) -> None:
-        """The run goes on from here: take back what the files say about later iterations."""
+    def restart_from(self, done: Mapping[str, int], unwritten: Sequence[Mapping[str, Any]]) -> None:
+        """The run goes on from here: take back what the files say about later iterations, add what a checkpoint held."""
         undone = self.journal.undo_after(done)
         self.closed = {loop: self._over(loop, done) for loop in self.flow.iterations}
-        self.metrics.restart_from(self.closed)
+        self.metrics.restart_from(self.closed, unwritten)
         if undone:
             self.event("rolled_back", "run", f"{undone} task runs will be repeated")
         self.progress.restart_from(self.closed)

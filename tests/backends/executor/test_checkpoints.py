@@ -37,6 +37,7 @@ def manifest(version: int, files: tuple[Any, ...]) -> Manifest:
         cursors={f"prompts@{version}": 4 * version},
         weights_made={f"train@{version}": version},
         older_weights={},
+        metrics=[{"loop": "rl", "iteration": version}],
         journal_row=version,
         seed=0,
         files=files,

@@ -41,6 +41,28 @@ def test_iterations_that_run_again_have_one_line(metrics: MetricsFile) -> None:
     assert read_metrics(metrics.path)[5]["tokens"] == 100
 
 
+def test_a_line_that_a_checkpoint_held_is_written_when_the_crash_came_before_it(metrics: MetricsFile) -> None:
+    write_iterations(metrics, range(2))
+    metrics.add("rl", 2, "rollout", 0.5, {"tokens": 7})
+    metrics.add("rl", 3, "prompts", 0.5, {})
+    held = metrics.unwritten("rl", 2)
+    assert [(line["iteration"], line["tokens"]) for line in held] == [(2, 7)]
+    metrics.restart_from({"warm_start": 10, "rl": 3}, held)
+    metrics.restart_from({"warm_start": 10, "rl": 3}, held)
+    assert [line["iteration"] for line in read_metrics(metrics.path)] == [0, 1, 2]
+
+
+def test_an_iteration_that_goes_on_after_its_checkpoint_has_one_whole_line(metrics: MetricsFile) -> None:
+    metrics.add("rl", 0, "rollout", 0.5, {"tokens": 7})
+    held = metrics.unwritten("rl", 0)
+    metrics.restart_from({"warm_start": 10, "rl": 0}, held)
+    metrics.add("rl", 0, "offload", 0.125, {})
+    metrics.close_iteration("rl", 0)
+    (line,) = read_metrics(metrics.path)
+    assert line["task_s"] == {"rollout": 0.5, "offload": 0.125}
+    assert line["tokens"] == 7
+
+
 def test_a_line_torn_by_a_crash_is_left_out(metrics: MetricsFile) -> None:
     write_iterations(metrics, range(2))
     metrics.close()

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from miles_plan.backends.executor.events import read_lines
@@ -95,6 +96,10 @@ class TinyRun:
         summary: dict[str, Any] = json.loads((self.root / "summary.json").read_text())
         return summary
 
+    def marker(self) -> str:
+        """What the processes of the session carry in their environment."""
+        return str(json.loads((self.root / "lock").read_text())["belongings"]["marker"])
+
     def leaves_nothing(self, within_s: float) -> bool:
         """Whether every process of the last session, and its temporary folder, are gone in time."""
         belongings = json.loads((self.root / "lock").read_text() or "{}").get("belongings")
@@ -106,6 +111,12 @@ class TinyRun:
                 return False
             time.sleep(0.05)
         return True
+
+
+def listening(pid: int) -> set[str]:
+    """Addresses at which a process accepts connections."""
+    connections = psutil.Process(pid).net_connections(kind="tcp")
+    return {connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN}
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +241,9 @@ def test_a_stuck_process_and_a_dead_one_are_named_and_rolled_back(tmp_path: Path
     assert status.owner["pid"] == run.process.pid
     assert [task.instance for task in status.tasks][-1] == "rollout@1"
     assert status.tasks[-1].waits_for.startswith("@rollout: generate with weights version ")
+    addresses = {address for pid in processes_of(run.marker()) for address in listening(pid)}
+    assert addresses
+    assert addresses <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, "somebody else could reach the run"
     overdue = run.until(kind="overdue")
     assert overdue["subject"].startswith(("@rollout: ", "@train: "))
     assert overdue["age_s"] >= 9.0

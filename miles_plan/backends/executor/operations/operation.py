@@ -73,6 +73,7 @@ class Services:
     directory: RunDirectory
     event: Callable[..., None]
     journal_row: Callable[[], int]
+    unwritten_metrics: Callable[[str, int], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
