@@ -29,6 +29,18 @@ class PlacedGroup(NamedTuple):
     gpus: GpuSpan
 
 
+class Component(NamedTuple):
+    """Groups that share GPUs, directly or through others, and the GPUs they hold; it is placed, and dies, as a whole."""
+
+    groups: tuple[str, ...]
+    gpus: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The groups' names."""
+        return "+".join(self.groups)
+
+
 @dataclass
 class Crew:
     """Handles on all actors, and their process ids by place. model_process makes the initial weights meanwhile.
@@ -63,14 +75,13 @@ class Crew:
 
     def start(self) -> None:
         """Start an actor on every GPU in use that has none, and the host's. They come up while the driver goes on."""
-        components = gpu_components(self.plan.graph)
         wanted = bundle(self.plan.cluster)
-        missing = {name: gpus for name, gpus in components.items() if not all(gpu in self.gpus for gpu in gpus)}
-        placements = self.session.place({name: [wanted] * len(gpus) for name, gpus in missing.items()})
-        for name, gpus in missing.items():
-            for index, gpu in enumerate(gpus):
+        missing = [each for each in gpu_components(self.plan.graph) if not set(each.gpus) <= set(self.gpus)]
+        placements = self.session.place({each.name: [wanted] * len(each.gpus) for each in missing})
+        for each in missing:
+            for index, gpu in enumerate(each.gpus):
                 self.gpus[gpu] = start_actor(
-                    f"gpu-{gpu}", threads=self.threads, resources=dict(wanted), placement=placements[name], bundle=index
+                    f"gpu-{gpu}", threads=self.threads, resources=dict(wanted), placement=placements[each.name], bundle=index
                 )
         for group in self.groups:
             self.members[group.name].replace([self.gpus[gpu] for gpu in range(group.gpus.first, group.gpus.end)])
@@ -89,20 +100,11 @@ class Crew:
         yield Wait("initial weights", initial)
         yield from self._build_engines([group.name for group in self.groups], version)
 
-    def replace_engines(self, groups: Sequence[str]) -> Waiting[None]:
-        """Kill the processes of these groups, which share no GPU with others, and build their engines anew."""
-        import ray
-
-        for name in groups:
-            for actor in self.members[name].actors:
-                ray.kill(actor, no_restart=True)
-        for group in self.groups:
-            if group.name in groups:
-                for gpu in range(group.gpus.first, group.gpus.end):
-                    self.gpus.pop(gpu, None)
-        self.session.release_placements(["+".join(groups)])
+    def replace_engines(self, component: Component) -> Waiting[None]:
+        """Kill the processes of a component and build its engines anew."""
+        self._let_go([component])
         self.start()
-        yield from self._build_engines(groups, 0)
+        yield from self._build_engines(component.groups, 0)
 
     def replace_host(self) -> Waiting[None]:
         """Kill the host's process, which is stuck or dead, and start another."""
@@ -138,12 +140,14 @@ class Crew:
 
     def dismiss(self) -> None:
         """Kill every GPU actor; the host's stays, it holds nothing of the run's state."""
+        self._let_go(gpu_components(self.plan.graph))
+
+    def _let_go(self, components: Sequence[Component]) -> None:
         import ray
 
-        for actor in self.gpus.values():
-            ray.kill(actor, no_restart=True)
-        self.gpus.clear()
-        self.session.release_placements(list(gpu_components(self.plan.graph)))
+        for gpu in [gpu for each in components for gpu in each.gpus]:
+            ray.kill(self.gpus.pop(gpu), no_restart=True)
+        self.session.release_placements([each.name for each in components])
 
 
 def import_torch() -> None:
@@ -152,18 +156,24 @@ def import_torch() -> None:
     import miles_plan.backends.torch_engine.train_engine  # noqa: F401 - imported for its effect
 
 
-def gpu_components(graph: TaskGraph) -> dict[str, list[int]]:
-    """GPUs in use, by sets of groups that share some of them; each set is placed as a whole, named after its groups."""
-    components: list[tuple[list[str], set[int]]] = []
+def gpu_components(graph: TaskGraph) -> list[Component]:
+    """GPUs in use, by sets of groups that share some of them."""
+    found: list[Component] = []
     for group in graph.groups:
         if group.gpus is None:
             continue
-        names, gpus = [group.name], set(range(group.gpus.first, group.gpus.end))
-        for other in [each for each in components if each[1] & gpus]:
-            components.remove(other)
-            names, gpus = [*other[0], *names], other[1] | gpus
-        components.append((names, gpus))
-    return {"+".join(names): sorted(gpus) for names, gpus in components}
+        groups: tuple[str, ...] = (group.name,)
+        gpus = set(range(group.gpus.first, group.gpus.end))
+        for other in [each for each in found if gpus & set(each.gpus)]:
+            found.remove(other)
+            groups, gpus = (*other.groups, *groups), gpus | set(other.gpus)
+        found.append(Component(groups, tuple(sorted(gpus))))
+    return found
+
+
+def component_of(graph: TaskGraph, group: str) -> Component:
+    """The component that a group belongs to."""
+    return next(each for each in gpu_components(graph) if group in each.groups)
 
 
 def threads_of_rank(plan: Plan) -> int:
@@ -173,6 +183,5 @@ def threads_of_rank(plan: Plan) -> int:
     """
     overlap = any(edge.carries == "weights" and edge.distance > 1 for edge in plan.graph.edges)
     sizes = [group.gpus.count for group in plan.graph.groups if group.gpus is not None]
-    gpus = {gpu for ranks in gpu_components(plan.graph).values() for gpu in ranks}
-    busy = len(gpus) if overlap else max(sizes, default=1)
+    busy = sum(len(each.gpus) for each in gpu_components(plan.graph)) if overlap else max(sizes, default=1)
     return max(1, (os.cpu_count() or 1) // busy)

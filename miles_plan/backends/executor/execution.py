@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from miles_plan.backends.executor.actors import Members
-from miles_plan.backends.executor.checkpoints import Manifest
 from miles_plan.backends.executor.crew import HOST, Crew
 from miles_plan.backends.executor.dataflow import Dataflow, Instance
 from miles_plan.backends.executor.deadlines import Action, Failure, action_for, deadline_s
@@ -45,7 +44,6 @@ class Execution:
     state: RunState = field(default_factory=RunState)
     loop: str | None = None
     attempts: dict[Instance, int] = field(default_factory=dict)
-    checkpoint: Manifest | None = None
 
     def __post_init__(self) -> None:
         """Nothing runs yet."""
@@ -75,7 +73,6 @@ class Execution:
         restored = self._wait_for("restore", restore(self.services, self.crew, self.log))
         self.services, self.done, self.loop = restored.services, restored.done, restored.loop
         self.state = replace(restored.state, restarts=self.state.restarts)
-        self.checkpoint = restored.manifest
         self.values = Values(self.flow)
         self.log.restart_from(self.done)
 
@@ -184,21 +181,25 @@ class Execution:
         self.attempts.clear()
         self.crew.dismiss()
         self.restore()
-        place = f"{self.checkpoint.loop} {self.checkpoint.iteration}" if self.checkpoint else "the start"
+        place = (
+            f"{self.loop} {min(self.done[task.name] for task in self.flow.loop_tasks[self.loop]) - 1}"
+            if self.loop
+            else "the start"
+        )
         self.log.event("rolled_back", "run", place, restarts=self.state.restarts)
 
     def _wind_down(self) -> None:
         """Asked to stop: finish the iterations that have trained, save them, and leave. Raises InterruptedRunError."""
-        loop = self.flow.current_loop(self.done)
-        assert loop is not None, "the run is not over"
-        last = self._last_trained(loop)
-        self.log.event("interrupted", "run", f"finish {loop} up to iteration {last}, then save")
-        while any(self.done[task.name] <= last for task in self.flow.loop_tasks[loop]):
+        if self.loop is None:
+            raise InterruptedRunError  # nothing has run
+        last = self._last_trained(self.loop)
+        self.log.event("interrupted", "run", f"finish {self.loop} up to iteration {last}, then save")
+        while any(self.done[task.name] <= last for task in self.flow.loop_tasks[self.loop]):
             self._start_ready(limit=last)
             self._take_in(self.driver.poll(POLL_S))
-        cut = self.flow.cut(loop, last)
-        if self.state.trainer_version and (self.checkpoint is None or dict(self.checkpoint.done) != cut):
-            self._wait_for("save", save_now(self._context(Instance("interrupt", last)), loop, last, cut))
+        cut = self.flow.cut(self.loop, last)
+        if self.state.trainer_version and self.state.saved != cut:
+            self._wait_for("save", save_now(self._context(Instance("interrupt", last)), self.loop, last, cut))
         raise InterruptedRunError
 
     def _last_trained(self, loop: str) -> int:

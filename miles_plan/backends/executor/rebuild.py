@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from miles_plan.backends.executor.crew import Crew, gpu_components
+from miles_plan.backends.executor.crew import Crew, component_of
 from miles_plan.backends.executor.operations.operation import Context, Wait, Waiting, places
 from miles_plan.backends.executor.operations.publish import publish
 from miles_plan.backends.executor.operations.weight_sync import take_weights
@@ -16,13 +16,7 @@ class RollbackNeededError(Exception):
 
 def can_rebuild(graph: TaskGraph, group: str) -> bool:
     """Whether the group's processes hold no trainer: a trainer's state comes back from a checkpoint only."""
-    component = component_of(graph, group)
-    return not any(other.role == "train" and other.name in component for other in graph.groups)
-
-
-def component_of(graph: TaskGraph, group: str) -> list[str]:
-    """The groups whose engines share processes with this group's."""
-    return next(name.split("+") for name in gpu_components(graph) if group in name.split("+"))
+    return not any(graph.group(name).role == "train" for name in component_of(graph, group).groups)
 
 
 def rebuild(context: Context, crew: Crew, group: str) -> Waiting[None]:

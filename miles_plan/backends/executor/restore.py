@@ -66,6 +66,7 @@ def restore(services: Services, crew: Crew, log: RunLog) -> Waiting[Restored]:
         published=_older_weights(folder, manifest, trainer.slot, Path(crew.session.belongings.temporary)),
         weights_made={Instance.parse(made): version for made, version in manifest.weights_made.items()},
         cursors={Instance.parse(made): rows for made, rows in manifest.cursors.items()},
+        saved=dict(manifest.done),
     )
     yield from _publish_again(services, manifest.done, state)
     return Restored(services, manifest.done, state, manifest.loop, manifest)

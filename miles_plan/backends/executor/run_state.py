@@ -28,7 +28,8 @@ class RunState:
 
     trainer_version: of the policy as the trainer holds it; published: weights waiting to be taken, by version; weights_made:
     the version each training step and sync left behind, by instance; served: what the rollout engines acknowledged, by group,
-    None while they have nothing to serve; cursors: rows drawn when a Prompts task's iteration was over, by instance.
+    None while they have nothing to serve; cursors: rows drawn when a Prompts task's iteration was over, by instance; saved: the
+    cut of the newest checkpoint.
     """
 
     trainer_version: Version = 0
@@ -36,6 +37,7 @@ class RunState:
     weights_made: dict[Instance, Version] = field(default_factory=dict)
     served: dict[str, Version | None] = field(default_factory=dict)
     cursors: dict[Instance, int] = field(default_factory=dict)
+    saved: dict[str, int] | None = None
     restarts: int = 0
 
     def cursor_before(self, prompts: str, iteration: int) -> int:

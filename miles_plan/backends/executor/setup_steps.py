@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +50,8 @@ class Exported:
 
 
 def export(context: Context, folder: Path) -> Waiting[Exported]:
-    """The policy as a Hugging Face checkpoint, and the digest of its weights."""
+    """The policy as a Hugging Face checkpoint, and the digest of its weights. What a killed session left is written again."""
+    shutil.rmtree(folder, ignore_errors=True)
     trainer = context.members[train_group(context).name]
     calls = trainer.call(export_rank, context.state.trainer_version, folder)
     digests = yield Wait(f"{places(trainer)}: write the trained policy", calls)

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from miles_plan.backends.executor.crew import Component, gpu_components
 from miles_plan.backends.executor.dataflow import Dataflow, Instance, gpus_held
+from miles_plan.backends.executor.rebuild import can_rebuild
 from miles_plan.ir.graph import Loop, TaskGraph
 from miles_plan.ir.group import DeviceGroup, GpuSpan
 from miles_plan.ir.layout import RolloutLayout, TrainLayout
@@ -224,3 +226,12 @@ def test_out_of_order_completion_is_refused() -> None:
     flow = Dataflow(rl_graph(iterations=3, distance=1, colocated=True, checkpoint_every=9, capacity=12, warm=0))
     with pytest.raises(ValueError, match="prompts@0 is next"):
         flow.after(flow.start(), Instance("prompts", 1))
+
+
+def test_groups_that_share_gpus_are_placed_together() -> None:
+    together = rl_graph(iterations=1, distance=1, colocated=True, checkpoint_every=1, capacity=4, warm=0)
+    apart = rl_graph(iterations=1, distance=1, colocated=False, checkpoint_every=1, capacity=4, warm=0)
+    assert gpu_components(together) == [Component(("train", "rollout"), (0,))]
+    assert gpu_components(apart) == [Component(("train",), (0,)), Component(("rollout",), (1,))]
+    assert not can_rebuild(together, "rollout")
+    assert can_rebuild(apart, "rollout")

@@ -79,6 +79,7 @@ def saved(context: Context, loop: str, iteration: int, done: dict[str, int], *, 
         final = commit(folder, manifest)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    state.saved = dict(done)
     forgotten = keep_newest(context.services.directory.checkpoints, keep)
     context.event("checkpoint_written", final.name, iteration=iteration, loop=loop, forgotten=forgotten)
     return manifest
