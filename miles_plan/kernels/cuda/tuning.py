@@ -1,0 +1,297 @@
+"""Which tile a matrix kernel runs with: a table measured per GPU, and a prediction where the table is silent.
+
+Every tile computes the same bits (`gemm_kernel` says why, `prove` shows it on the GPU at hand), so a choice here can change
+time and nothing else. That is what makes it legal to choose by M: the tuner times only tiles that `prove` let through.
+
+The shipped tables are `tables/<gpu>.json`; `tune` measures one shape, and `Table.save` writes a file that the environment
+variable MILES_PLAN_KERNEL_TABLE names to be read in place of the shipped one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass, field, replace
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+SHARED_MEMORY_BYTES = 232_448  # what one Hopper thread block may use
+TABLE_VARIABLE = "MILES_PLAN_KERNEL_TABLE"
+BARRIER_BYTES = 1_024  # barriers and alignment, rounded up
+LARGEST_BUCKET = 65_536
+
+# Rates of an H200 at its usual clock, for `predict` only.
+CLOCK_HZ = 1.7e9
+L2_BYTES_PER_CYCLE = 60.0  # into one multiprocessor
+MEMORY_BYTES_PER_S = 4.2e12
+FIXED_S = 2.5e-6
+TILE_OVERHEAD_CYCLES = 900.0
+
+
+@dataclass(frozen=True, order=True)
+class GemmTile:
+    """How `gemm_kernel` cuts a product. `swap` puts the weights in the rows of the matrix unit and the tokens in its columns."""
+
+    swap: bool
+    rows: int  # rows of one consumer warp group
+    consumers: int
+    cols: int
+    extra: int  # a second, narrower column block, so that tiles such as 128 x 192 exist; 0 for none
+    depth: int  # K elements a stage
+    stages: int
+    group: int  # row tiles walked down before the next column tile
+    store: int  # 0 from registers, 1 by TMA, 2 from registers as whole rows
+    leaner: bool = False  # fewer registers, so that two thread blocks share a multiprocessor
+    direct: bool = False  # `gemm_direct_kernel`: no specialised warps
+    skew: int = 0  # stages the second warp group starts behind the first
+
+    @property
+    def height(self) -> int:
+        """Rows of a thread block's tile."""
+        return self.rows * self.consumers
+
+    @property
+    def width(self) -> int:
+        """Columns of a thread block's tile."""
+        return self.cols + self.extra
+
+    def shared_bytes(self, itemsize: int, out_itemsize: int, leaves: int) -> int:
+        """Shared memory the kernel will ask for."""
+        ring = self.stages * (self.height + self.width) * self.depth * itemsize
+        staging = self.height * self.width * out_itemsize if self.store else 0
+        stash = self.height * self.cols * 4 if self.stashes(leaves) else 0
+        return ring + staging + stash + BARRIER_BYTES
+
+    def stashes(self, leaves: int) -> bool:
+        """A full tree over a tile this wide keeps its third level in shared memory."""
+        return leaves == 8 and not self.direct and self.rows * self.cols >= 64 * 128
+
+    def fits(self, itemsize: int, out_itemsize: int, leaves: int) -> bool:
+        """Whether registers and shared memory suffice."""
+        accumulators = self.rows * self.width // 128 * (1 if leaves == 0 else 3)
+        limit = SHARED_MEMORY_BYTES // (2 if self.leaner else 1)
+        if self.leaner and accumulators > 96:
+            return False
+        return accumulators <= 192 and self.shared_bytes(itemsize, out_itemsize, leaves) <= limit
+
+
+@dataclass(frozen=True)
+class GemmProblem:
+    """One product C[M, N] = A[M, K] B[N, K]^T as the tuner sees it."""
+
+    m: int
+    n: int
+    k: int
+    dtype: torch.dtype = torch.bfloat16
+    out_dtype: torch.dtype = torch.bfloat16
+    leaves: int = 0
+    a_km: bool = False  # A lies as [K, M]
+    b_kn: bool = False  # B lies as [K, N]
+    experts: int = 0  # 0: one weight; otherwise rows sorted by expert and B is [experts, N, K]
+
+    @property
+    def key(self) -> str:
+        """The table's key: everything but M, which is bucketed to the next power of two."""
+        lying = ("t" if self.a_km else "n") + ("n" if self.b_kn else "t")
+        family = f"tree{self.leaves}" if self.leaves else "chain"
+        dtype, out = (str(d).removeprefix("torch.") for d in (self.dtype, self.out_dtype))
+        experts = f"/e{self.experts}" if self.experts else ""
+        return f"{family}/{lying}/{dtype}/{out}/{self.n}x{self.k}{experts}"
+
+    @property
+    def bucket(self) -> int:
+        """M rounded up to a power of two."""
+        return min(1 << max(self.m - 1, 0).bit_length(), LARGEST_BUCKET)
+
+
+def predict_s(tile: GemmTile, problem: GemmProblem, multiprocessors: int) -> float:
+    """Seconds the tile should take: the slowest of matrix unit, L2 port and memory, plus what each wave costs.
+
+    Good enough to rank tiles for shapes nobody measured; the table overrides it.
+    """
+    rows, cols = (problem.n, problem.m) if tile.swap else (problem.m, problem.n)
+    row_tiles = -(-rows // tile.height) + (problem.experts if problem.experts and not tile.swap else 0)
+    tiles = row_tiles * -(-cols // tile.width)
+    slots = multiprocessors * (2 if tile.leaner else 1)
+    waves = -(-tiles // slots)
+    itemsize = problem.dtype.itemsize
+    steps = problem.k / 16
+    mma = 0.0
+    for part in (tile.cols, tile.extra):
+        if part:
+            mma += max(part / 2, (64 + part) * 32 / 128) * tile.height / 64
+    mma_cycles = steps * mma * (2 if tile.leaner else 1)
+    load_cycles = problem.k * (tile.height + tile.width) * itemsize / L2_BYTES_PER_CYCLE * (2 if tile.leaner else 1)
+    busy_s = waves * (max(mma_cycles, load_cycles) + TILE_OVERHEAD_CYCLES) / CLOCK_HZ
+    touched = min(problem.experts, problem.m) if problem.experts else 1
+    moved = itemsize * (problem.m * problem.k + touched * problem.n * problem.k)
+    moved += problem.out_dtype.itemsize * problem.m * problem.n
+    # A ring must hold about a microsecond of the port's bandwidth, or latency shows.
+    in_flight = tile.stages * (tile.height + tile.width) * tile.depth * itemsize * (2 if tile.leaner else 1)
+    starved = max(1.0, 60_000 / in_flight)
+    return FIXED_S + max(busy_s * starved, moved / MEMORY_BYTES_PER_S)
+
+
+def _decode_tiles(store: int) -> Iterable[GemmTile]:
+    """Tiles for few tokens: the weights in the rows, or the tokens in one row tile of 64."""
+    for cols, depth, stages in ((8, 128, 9), (8, 256, 5), (16, 128, 8), (16, 256, 4), (32, 128, 8), (64, 128, 6)):
+        yield GemmTile(True, 64, 1, cols, 0, depth, stages, 1, 0)
+        yield GemmTile(True, 64, 1, cols, 0, depth, stages, 1, 0, direct=True)
+    for cols, depth, stages in ((8, 128, 5), (16, 128, 5), (32, 128, 4), (64, 128, 3)):
+        yield GemmTile(True, 64, 1, cols, 0, depth, stages, 1, 0, leaner=True, direct=True)
+    for cols, depth, stages in ((16, 128, 5), (32, 128, 4), (64, 128, 3)):
+        yield GemmTile(True, 64, 2, cols, 0, depth, stages, 1, 0, direct=True)
+    for cols, depth, stages in ((16, 128, 8), (32, 128, 8), (64, 128, 6), (128, 64, 8)):
+        yield GemmTile(False, 64, 1, cols, 0, depth, stages, 8, 0 if cols < 128 else store)
+        yield GemmTile(False, 64, 1, cols, 0, depth, stages, 8, 0 if cols < 128 else min(store, 1) * 2, direct=True)
+
+
+def _wide_tiles(store: int) -> Iterable[GemmTile]:
+    """Tiles for many tokens."""
+    shapes = [
+        (64, 1, 64, 0, 64, 10), (64, 1, 64, 0, 128, 6), (64, 1, 128, 0, 64, 8), (64, 1, 64, 32, 64, 8),
+        (64, 1, 128, 64, 64, 5), (64, 1, 256, 0, 64, 4), (64, 2, 64, 0, 64, 8), (64, 2, 64, 0, 128, 4),
+        (64, 2, 32, 0, 64, 9), (64, 2, 64, 16, 64, 7), (64, 2, 64, 32, 64, 6), (64, 2, 64, 32, 128, 3),
+        (64, 2, 128, 0, 64, 5), (64, 2, 128, 32, 64, 4), (64, 2, 128, 64, 64, 4), (64, 2, 256, 0, 64, 3),
+        (128, 2, 64, 0, 64, 4), (128, 2, 128, 0, 64, 3),
+    ]  # fmt: skip
+    for rows, consumers, cols, extra, depth, stages in shapes:
+        yield GemmTile(False, rows, consumers, cols, extra, depth, stages, 8, store)
+        if rows * consumers >= 128 and cols + extra >= 128:
+            yield GemmTile(False, rows, consumers, cols, extra, depth, stages, 16, store)
+    yield GemmTile(False, 64, 2, 128, 0, 32, 10, 8, store, skew=3)
+    whole = min(store, 1) * 2
+    yield GemmTile(False, 64, 1, 64, 0, 64, 5, 8, whole, leaner=True, direct=True)
+    yield GemmTile(False, 64, 1, 128, 0, 64, 4, 8, whole, leaner=True, direct=True)
+    yield GemmTile(False, 64, 2, 64, 0, 64, 4, 8, whole, leaner=True, direct=True)
+    yield GemmTile(False, 64, 2, 64, 0, 64, 8, 8, whole, direct=True)
+    yield GemmTile(False, 64, 2, 128, 0, 64, 6, 8, whole, direct=True)
+    yield GemmTile(True, 64, 2, 64, 0, 64, 8, 8, 0)
+
+
+def candidates(problem: GemmProblem) -> list[GemmTile]:
+    """Every tile that fits the problem. All of them compute the same bits."""
+    aligned = problem.n * problem.out_dtype.itemsize % 16 == 0
+    if problem.experts or not aligned:
+        store = 2 if aligned else 0
+    else:
+        store = 1 if problem.out_dtype.itemsize == 2 else 0
+    tiles = [*_decode_tiles(store), *_wide_tiles(store)]
+    leaf = problem.k // problem.leaves if problem.leaves else 0
+    kept = []
+    for shape in tiles:
+        plain = not (problem.experts or problem.a_km or problem.b_kn)
+        if (shape.swap or shape.direct) and not plain or shape.swap and problem.m > 4 * shape.width:
+            continue
+        tile = _within_memory(_with_depth(shape, leaf) if leaf else shape, problem)
+        if tile is not None:
+            kept.append(tile)
+    return list(dict.fromkeys(kept))
+
+
+def _within_memory(tile: GemmTile | None, problem: GemmProblem) -> GemmTile | None:
+    """The tile with as many of its stages as shared memory holds, or None if that is fewer than three."""
+    while tile is not None and not tile.fits(problem.dtype.itemsize, problem.out_dtype.itemsize, problem.leaves):
+        tile = replace(tile, stages=tile.stages - 1) if tile.stages > 3 else None
+    return tile
+
+
+def _with_depth(tile: GemmTile, leaf: int) -> GemmTile | None:
+    """The tile with the deepest stage that divides a leaf, or None where it has a second column block."""
+    depth = next((d for d in (128, 64, 32, 16) if d <= tile.depth and leaf % d == 0), 0)
+    if tile.extra or depth == 0:
+        return None
+    return replace(tile, depth=depth, stages=min(tile.stages * tile.depth // depth, 12))
+
+
+@dataclass
+class Table:
+    """Measured choices: problem key -> M bucket -> tile."""
+
+    gpu: str
+    choices: dict[str, dict[int, GemmTile]] = field(default_factory=dict)
+
+    def get(self, problem: GemmProblem) -> GemmTile | None:
+        """The measured tile, or None."""
+        return self.choices.get(problem.key, {}).get(problem.bucket)
+
+    def put(self, problem: GemmProblem, tile: GemmTile) -> None:
+        """Remember a choice."""
+        self.choices.setdefault(problem.key, {})[problem.bucket] = tile
+
+    def to_json(self) -> str:
+        """The file's text: one line a key, so that a change reads well in a diff."""
+        lines = []
+        for key in sorted(self.choices):
+            row = {str(m): [int(v) for v in astuple(tile)] for m, tile in sorted(self.choices[key].items())}
+            lines.append(f"  {json.dumps(key)}: {json.dumps(row)}")
+        body = ",\n".join(lines)
+        return f'{{"gpu": {json.dumps(self.gpu)}, "choices": {{\n{body}\n}}}}\n'
+
+    @classmethod
+    def from_json(cls, text: str) -> Table:
+        """Read what `to_json` wrote."""
+        data = json.loads(text)
+        choices = {
+            key: {int(m): _tile_of(values) for m, values in row.items()} for key, row in data["choices"].items()
+        }
+        return cls(data["gpu"], choices)
+
+    def save(self, path: Path) -> None:
+        """Write the table where MILES_PLAN_KERNEL_TABLE may point."""
+        path.write_text(self.to_json())
+
+
+def _tile_of(values: Sequence[int]) -> GemmTile:
+    swap, rows, consumers, cols, extra, depth, stages, group, store, leaner, direct, skew = values
+    flags = {"leaner": bool(leaner), "direct": bool(direct)}
+    return GemmTile(bool(swap), rows, consumers, cols, extra, depth, stages, group, store, skew=skew, **flags)
+
+
+def _slug(gpu: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+
+
+@lru_cache(maxsize=8)
+def table_for(gpu: str) -> Table:
+    """The table of the GPU with this name: the user's file if the environment names one, else the shipped one, else empty."""
+    if path := os.environ.get(TABLE_VARIABLE):
+        return Table.from_json(Path(path).read_text())
+    shipped = resources.files(__package__) / "tables" / f"{_slug(gpu)}.json"
+    return Table.from_json(shipped.read_text()) if shipped.is_file() else Table(gpu)
+
+
+@lru_cache(maxsize=4096)
+def choose(problem: GemmProblem, gpu: str, multiprocessors: int) -> GemmTile:
+    """The tile for a problem: measured if the table has it, else the one predicted fastest."""
+    if (tile := table_for(gpu).get(problem)) is not None:
+        return tile
+    return min(candidates(problem), key=lambda tile: predict_s(tile, problem, multiprocessors))
+
+
+def prove(
+    run: Callable[[GemmTile], torch.Tensor], tiles: Sequence[GemmTile], same: Callable[[torch.Tensor, torch.Tensor], bool]
+) -> list[GemmTile]:
+    """The tiles whose result equals the first's bit for bit; `run` must use fresh random inputs, the same for each."""
+    reference = run(tiles[0])
+    return [tile for tile in tiles if same(run(tile), reference)]
+
+
+def tune(
+    problem: GemmProblem,
+    run: Callable[[GemmTile], torch.Tensor],
+    time_s: Callable[[GemmTile], float],
+    multiprocessors: int,
+    table: Table,
+    keep: int = 10,
+) -> dict[GemmTile, float]:
+    """Time the `keep` tiles predicted fastest, among those proven bit-equal, and put the best into the table."""
+    ranked = sorted(candidates(problem), key=lambda tile: predict_s(tile, problem, multiprocessors))[:keep]
+    times = {tile: time_s(tile) for tile in prove(run, ranked, torch.equal)}
+    table.put(problem, min(times, key=lambda tile: times[tile]))
+    return times
