@@ -21,7 +21,7 @@ from .gemm import descriptor
 from .tuning import SHARED_MEMORY_BYTES
 
 SPLIT_BELOW = 4  # work items a multiprocessor; with more, decode rows are computed whole
-CHUNK_KEYS = 512  # keys after which the running state restarts; what a split decode computes alone
+CHUNK_KEYS = 1024  # keys after which the running state restarts; what a split decode computes alone
 LOG2_E = 1.4426950408889634
 DTYPES = (torch.bfloat16, torch.float16)
 NO_WINDOW = 2**30
@@ -104,7 +104,7 @@ def attention(
     max_q_len, max_kv_len: upper bounds, known without reading the device; None reads them (a synchronisation).
     causal: a query sees keys up to its own position. window: and only the last `window` of them. scale: default D ** -0.5.
 
-    Order of the sum: keys in ascending blocks of 128, restarting every 512, as `attention_kernel` states; it never depends
+    Order of the sum: keys in ascending blocks of 128, restarting every 1024, as `attention_kernel` states; it never depends
     on the batch, the tile, the page size, or where the prefill was cut.
 
     Raises ValueError naming the argument for a wrong dtype, shape, stride, device or head size.
@@ -262,15 +262,24 @@ def _launch_hopper(call: _Call, out: torch.Tensor, lse: torch.Tensor, want_lse: 
     k_desc = descriptor(k_rows, (box, d))
     attention_kernel[(min(items * chunks, sms),)](
         q, k_desc, descriptor(k_rows, (box, tail)) if tail else k_desc, descriptor(v_rows, (box, dv)), out, lse, *parts,
-        call.q_starts, call.kv_starts, call.kv_lens, call.table if call.table is not None else call.kv_lens,
-        call.table.stride(0) if call.table is not None else 0, call.seqs, heads, tiles, chunks, q.stride(0), q.stride(1),
+        _counters(q.device, items if split else 1), call.q_starts, call.kv_starts, call.kv_lens,
+        call.table if call.table is not None else call.kv_lens, call.table.stride(0) if call.table is not None else 0, call.seqs, heads, tiles, chunks, q.stride(0), q.stride(1),
         out.stride(0), out.stride(1), lse.stride(0), call.scale * LOG2_E, call.window,
         CAUSAL=call.causal, SPLIT=split, GROUP=group, HEAD_TILES=call.head_tiles, TOKENS=tokens, CHUNK=CHUNK_KEYS,
         BN=BLOCK_KEYS, PAGE=page, BOX=box, STAGES=stages, D=d, D_TAIL=tail, DV=dv, ROWS_KEPT=kept, LSE=want_lse,
-        TILE_TOKENS=tile_tokens, num_warps=4, maxnreg=168, launch_pdl=True,
+        TILE_TOKENS=tile_tokens, num_warps=4, maxnreg=168,
     )  # fmt: skip
-    if split:
-        _merge(call, out, lse, parts, items, tiles, chunks, tokens, tile_tokens, kept, want_lse, sequence_major=False)
+
+
+_COUNTERS: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def _counters(device: torch.device, slots: int) -> torch.Tensor:
+    """Zeros that split decodes count their finished chunks in and leave at zero again; one buffer a stream."""
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _COUNTERS or _COUNTERS[key].numel() < slots:
+        _COUNTERS[key] = torch.zeros(max(slots, 1 << 16), device=device, dtype=torch.int32)
+    return _COUNTERS[key]
 
 
 def _rows_kept(call: _Call, tokens: int) -> int:
@@ -287,16 +296,15 @@ def _partials(call: _Call, slots: int, kept: int, split: bool) -> tuple[torch.Te
 
 def _merge(
     call: _Call, out: torch.Tensor, lse: torch.Tensor, parts: tuple[torch.Tensor, ...], items: int, tiles: int, chunks: int,
-    tokens: int, tile_tokens: int, kept: int, want_lse: bool, *, sequence_major: bool,
+    tokens: int, kept: int, want_lse: bool,
 ) -> None:  # fmt: skip
     rows = min(call.max_q_len, tokens) * call.group
     dv = call.v.shape[-1]
     attention_merge_kernel[(items, rows)](
-        out, lse, *parts, call.q_starts, call.kv_lens, call.seqs, call.kv_heads * call.head_tiles, tiles, chunks,
-        out.stride(0), out.stride(1), lse.stride(0), call.window, SEQ_FIRST=sequence_major, CAUSAL=call.causal,
-        GROUP=call.group, TOKENS=tokens, TILE_TOKENS=tile_tokens, CHUNK=CHUNK_KEYS, BN=BLOCK_KEYS, DV=dv,
-        DV_PAD=1 << (dv - 1).bit_length(), ROWS_KEPT=kept, LSE=want_lse, UNROLL=8, PDL=runs_gluon(call.q.device),
-        num_warps=max(1, min(4, dv // 32)), **({"launch_pdl": True} if runs_gluon(call.q.device) else {}),
+        out, lse, *parts, call.q_starts, call.kv_lens, call.kv_heads * call.head_tiles, tiles, chunks,
+        out.stride(0), out.stride(1), lse.stride(0), call.window, CAUSAL=call.causal, GROUP=call.group, TOKENS=tokens, CHUNK=CHUNK_KEYS, BN=BLOCK_KEYS, DV=dv,
+        DV_PAD=1 << (dv - 1).bit_length(), ROWS_KEPT=kept, LSE=want_lse, UNROLL=8,
+        num_warps=max(1, min(4, dv // 32)),
     )  # fmt: skip
 
 
@@ -326,7 +334,7 @@ def _launch_portable(call: _Call, out: torch.Tensor, lse: torch.Tensor, want_lse
         ROWS=TILE_ROWS, ROWS_KEPT=kept, LSE=want_lse, num_warps=8 if wide else 4, num_stages=1 if wide else 2,
     )  # fmt: skip
     if split:
-        _merge(call, out, lse, parts, items, tiles, chunks, tokens, tokens, kept, want_lse, sequence_major=True)
+        _merge(call, out, lse, parts, items, tiles, chunks, tokens, kept, want_lse)
 
 
 class _Attention(torch.autograd.Function):

@@ -13,7 +13,8 @@ For every row the arithmetic is, whatever the batch, the tile, the page size, or
     l' = fma(l, 2^(m - m'), sum_j p_j); acc' = acc * 2^(m - m') + bf16(p) v, one tensor-core chain over the block;
     at a chunk's end the chunk's state is folded into the row's total in ascending order (`_fold`).
 
-A split decode computes one chunk a program and `attention_merge` does the same folds from memory.
+A split decode computes one chunk a work item; whoever finishes a row's last chunk does the same folds, from memory, in the same
+order.
 The online softmax is Milakov & Gimelshein 2018 (arXiv 1805.02867), the tiling FlashAttention-2/3 (arXiv 2307.08691, 2407.08608).
 """
 
@@ -21,8 +22,6 @@ from __future__ import annotations
 
 from .toolchain import (
     fence_async_shared,
-    gdc_launch_dependents,
-    gdc_wait,
     gl,
     gluon_jit,
     mbarrier,
@@ -51,10 +50,11 @@ def _span(
     CHUNK: gl.constexpr, BN: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
     """What work item `item` covers: its sequence, head, first token, chunk, and the range of key blocks [lo, hi)."""
-    chunk = item % CHUNKS
-    rest = gl.minimum(item, items - 1) // CHUNKS
-    head = rest % HEADS
+    rest = gl.minimum(item, items - 1)
+    head = rest % HEADS  # neighbours read neighbouring heads of the same keys
     rest = rest // HEADS
+    chunk = rest % CHUNKS
+    rest = rest // CHUNKS
     seq = rest % SEQS
     first_token = (TILES - 1 - rest // SEQS) * TOKENS  # long rows first
     q_start = gl.load(q_starts + seq)
@@ -105,7 +105,6 @@ def _produce(
     SEQS, HEADS, TILES, CHUNKS = sizes
     K_BYTES: gl.constexpr = BN * (D + D_TAIL) * k_desc.dtype.primitive_bitwidth // 8
     V_BYTES: gl.constexpr = BN * DV * v_desc.dtype.primitive_bitwidth // 8
-    gdc_wait()  # everything before may overlap the kernel before this one
     items = SEQS * HEADS * TILES * CHUNKS
     step = 0
     for turn in range(gl.cdiv(items, gl.num_programs(0))):
@@ -262,14 +261,49 @@ def _store_partial(
 
 
 @gluon_jit
+def _merge_chunks(
+    outs: gl.tensor, partials: gl.tensor, strides: gl.tensor, slot: gl.tensor, heads: gl.tensor, chunks: gl.tensor,
+    first_chunk: gl.tensor, last_chunk: gl.tensor, q_start: gl.tensor, first_token: gl.tensor, q_len: gl.tensor,
+    head: gl.tensor, GROUP: gl.constexpr, TOKENS: gl.constexpr, ROWS_KEPT: gl.constexpr, DV: gl.constexpr,
+    LSE: gl.constexpr,
+) -> None:  # fmt: skip
+    """Fold a tile's chunks [first_chunk, last_chunk) in ascending order and write its rows; four chunks' loads at a time."""
+    part_m, part_l, part_acc = partials
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // DV, DV // 4], [4, 1], [1, 0])
+    rows: gl.constexpr = gl.SliceLayout(1, layout)
+    r = gl.arange(0, ROWS_KEPT, layout=rows)
+    d = gl.arange(0, DV, layout=gl.SliceLayout(0, layout))
+    total_m = gl.full((ROWS_KEPT,), -1.0e30, gl.float32, rows)
+    total_l = gl.zeros((ROWS_KEPT,), gl.float32, rows)
+    total = gl.zeros((ROWS_KEPT, DV), gl.float32, layout)
+    for base in range(first_chunk, last_chunk, 4):
+        for ahead in gl.static_range(4):
+            there = base + ahead < last_chunk
+            item = ((slot // heads) * chunks + base + ahead) * heads + head
+            at = item.to(gl.int64) * ROWS_KEPT + r
+            mask = there & (r < ROWS_KEPT)
+            m = gl.load(part_m + at, mask=mask, other=-1.0e30, cache_modifier=".cg")
+            l = gl.load(part_l + at, mask=mask, other=0.0, cache_modifier=".cg")
+            acc = gl.load(part_acc + at[:, None] * DV + d[None, :], mask=mask[:, None], other=0.0, cache_modifier=".cg")
+            total_m, total_l, total = _fold(total_m, total_l, total, m, l, acc)
+    _store_rows(
+        outs, strides, total, total_m, total_l, q_start, first_token, q_len, head * GROUP, GROUP, TOKENS, ROWS_KEPT, DV, LSE
+    )
+
+
+@gluon_jit
 def _attend(
-    queries: gl.tensor, rings: gl.tensor, bars: gl.tensor, turns: gl.tensor, step: gl.tensor, lo: gl.tensor, hi: gl.tensor,
-    position: gl.tensor, kv_len: gl.tensor, scale: gl.tensor, window: gl.tensor,
+    queries: gl.tensor, rings: gl.tensor, bars: gl.tensor, turns: gl.tensor, step: gl.tensor, paced: gl.tensor,
+    lo: gl.tensor, hi: gl.tensor, position: gl.tensor, kv_len: gl.tensor, scale: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr,
     ROWS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr,
     TAKE_TURNS: gl.constexpr, ME: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
-    """Walk the key blocks [lo, hi): while a block's weights meet its values, the next block's scores are under way."""
+    """Walk the key blocks [lo, hi): while a block's weights meet its values, the next block's scores are under way.
+
+    Two warp groups that share an item start their products in turn, so that one computes weights while the other multiplies
+    (the ping-pong of FlashAttention-3); `paced` counts the turns.
+    """
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
@@ -294,9 +328,14 @@ def _attend(
     for block in range(lo + 1, hi):
         ahead = (step + 1) % STAGES
         mbarrier.wait(k_ready.index(ahead), ((step + 1) // STAGES) & 1)
+        if not TAKE_TURNS:
+            mbarrier.wait(turns.index(ME), (paced & 1) ^ (1 - ME))
         s_next = _scores(queries, rings, ahead, ME, ROWS, BN, D_TAIL)
         mbarrier.wait(v_ready.index(stage), phase)
         pending = warpgroup_mma(weights, v_ring.index(stage), acc, is_async=True)
+        if not TAKE_TURNS:
+            mbarrier.arrive(turns.index(1 - ME), count=1)
+            paced += 1
         s = warpgroup_mma_wait(num_outstanding=1, deps=(s_next,))
         gl.thread_barrier()
         mbarrier.arrive(k_empty.index(ahead), count=1)
@@ -336,13 +375,13 @@ def _attend(
     gl.thread_barrier()
     mbarrier.arrive(v_empty.index(stage), count=1)
     total_m, total_l, total = _fold(total_m, total_l, total, m, l, acc)
-    return total_m, total_l, total, step + 1
+    return total_m, total_l, total, step + 1, paced
 
 
 @gluon_jit
 def _consume(
     q: gl.tensor, outs: gl.tensor, partials: gl.tensor, queries: gl.tensor, rings: gl.tensor, bars: gl.tensor,
-    turns: gl.tensor, lengths: gl.tensor, sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
+    turns: gl.tensor, counters: gl.tensor, lengths: gl.tensor, sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr,
     BN: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr,
     ROWS_KEPT: gl.constexpr, LSE: gl.constexpr, TILE_TOKENS: gl.constexpr, ME: gl.constexpr,
@@ -357,10 +396,10 @@ def _consume(
     SEQS, HEADS, TILES, CHUNKS = sizes
     q_stride_token, q_stride_head, _, _, _ = strides
     q_buffer, tail_buffer = queries
-    gdc_wait()
     items = SEQS * HEADS * TILES * CHUNKS
     step = 0
     served = 0
+    paced = 0
     for turn in range(gl.cdiv(items, gl.num_programs(0))):
         item = _item_of(turn)
         seq, head, first_token, chunk, q_start, q_len, kv_len, position, lo, hi = _span(
@@ -394,12 +433,23 @@ def _consume(
             if TAKE_TURNS:
                 # `served` counts this item already; the j-th item of a group is number 2j or 2j + 1.
                 mbarrier.wait(turns.index(ME), (((served - 1) // 2) & 1) ^ (1 - ME))
-            m, l, acc, step = _attend(
-                queries, rings, bars, turns, step, lo, hi, place, kv_len, scale, window, CAUSAL, SPLIT, GROUP, TOKENS, CHUNK,
+            m, l, acc, step, paced = _attend(
+                queries, rings, bars, turns, step, paced, lo, hi, place, kv_len, scale, window, CAUSAL, SPLIT, GROUP, TOKENS, CHUNK,
                 ROWS, BN, STAGES, D_TAIL, DV, TAKE_TURNS, ME,
             )  # fmt: skip
             if SPLIT:
                 _store_partial(partials, acc, m, l, item, ROWS, ROWS_KEPT, DV)
+                gl.thread_barrier()
+                slot = (item // (HEADS * CHUNKS)) * HEADS + head
+                first_chunk = gl.maximum(position - window + 1, 0) // CHUNK
+                last_chunk = gl.cdiv(gl.minimum(kv_len, position + TILE_TOKENS) if CAUSAL else kv_len, CHUNK)
+                done = gl.atomic_add(counters + slot, 1, sem="acq_rel", scope="gpu")
+                if done == last_chunk - first_chunk - 1:
+                    gl.store(counters + slot, 0)
+                    _merge_chunks(
+                        outs, partials, strides, slot, HEADS, CHUNKS, first_chunk, last_chunk, q_start, mine, q_len, head,
+                        GROUP, TOKENS, ROWS_KEPT, DV, LSE,
+                    )  # fmt: skip
             else:
                 _store_rows(
                     outs, strides, acc, m, l, q_start, mine, q_len, head0, GROUP, TOKENS, ROWS, DV, LSE
@@ -409,14 +459,14 @@ def _consume(
 @gluon_jit
 def _consume_first(
     q: gl.tensor, outs: gl.tensor, partials: gl.tensor, queries: gl.tensor, rings: gl.tensor, bars: gl.tensor,
-    turns: gl.tensor, lengths: gl.tensor, sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
+    turns: gl.tensor, counters: gl.tensor, lengths: gl.tensor, sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr,
     BN: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr,
     ROWS_KEPT: gl.constexpr, LSE: gl.constexpr, TILE_TOKENS: gl.constexpr,
 ) -> None:  # fmt: skip
     """The first warp group's entry."""
     _consume(
-        q, outs, partials, queries, rings, bars, turns, lengths, sizes, strides, scale, window, CAUSAL, SPLIT, GROUP, TOKENS, CHUNK,
+        q, outs, partials, queries, rings, bars, turns, counters, lengths, sizes, strides, scale, window, CAUSAL, SPLIT, GROUP, TOKENS, CHUNK,
         BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, 0,
     )  # fmt: skip
 
@@ -424,14 +474,14 @@ def _consume_first(
 @gluon_jit
 def _consume_second(
     q: gl.tensor, outs: gl.tensor, partials: gl.tensor, queries: gl.tensor, rings: gl.tensor, bars: gl.tensor,
-    turns: gl.tensor, lengths: gl.tensor, sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
+    turns: gl.tensor, counters: gl.tensor, lengths: gl.tensor, sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr,
     BN: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr,
     ROWS_KEPT: gl.constexpr, LSE: gl.constexpr, TILE_TOKENS: gl.constexpr,
 ) -> None:  # fmt: skip
     """The second warp group's entry."""
     _consume(
-        q, outs, partials, queries, rings, bars, turns, lengths, sizes, strides, scale, window, CAUSAL, SPLIT, GROUP, TOKENS, CHUNK,
+        q, outs, partials, queries, rings, bars, turns, counters, lengths, sizes, strides, scale, window, CAUSAL, SPLIT, GROUP, TOKENS, CHUNK,
         BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, 1,
     )  # fmt: skip
 
@@ -439,7 +489,7 @@ def _consume_second(
 @gluon_jit(do_not_specialize=["SEQS", "TILES", "CHUNKS", "window", "table_stride"])
 def attention_kernel(
     q: gl.tensor, k_desc: gl.tensor, t_desc: gl.tensor, v_desc: gl.tensor, out: gl.tensor, lse: gl.tensor,
-    part_m: gl.tensor, part_l: gl.tensor, part_acc: gl.tensor, q_starts: gl.tensor, kv_starts: gl.tensor,
+    part_m: gl.tensor, part_l: gl.tensor, part_acc: gl.tensor, counters: gl.tensor, q_starts: gl.tensor, kv_starts: gl.tensor,
     kv_lens: gl.tensor, table: gl.tensor, table_stride: gl.tensor, SEQS: gl.tensor, HEADS: gl.tensor, TILES: gl.tensor,
     CHUNKS: gl.tensor, q_stride_token: gl.tensor, q_stride_head: gl.tensor, o_stride_token: gl.tensor,
     o_stride_head: gl.tensor, lse_stride: gl.tensor, scale: gl.tensor, window: gl.tensor,
@@ -472,7 +522,6 @@ def attention_kernel(
     mbarrier.init(turns.index(1), count=1)
     fence_async_shared()
     gl.thread_barrier()
-    gdc_launch_dependents()
     outs = (out, lse)
     partials = (part_m, part_l, part_acc)
     queries = (q_buffer, tail_buffer)
@@ -484,9 +533,9 @@ def attention_kernel(
     descs = (k_desc, t_desc, v_desc)
     gl.warp_specialize(
         [
-            (_consume_first, (q, outs, partials, queries, rings, bars, turns, lengths, sizes, strides, scale, window, CAUSAL, SPLIT,
+            (_consume_first, (q, outs, partials, queries, rings, bars, turns, counters, lengths, sizes, strides, scale, window, CAUSAL, SPLIT,
                               GROUP, TOKENS, CHUNK, BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS)),
-            (_consume_second, (q, outs, partials, queries, rings, bars, turns, lengths, sizes, strides, scale, window, CAUSAL, SPLIT,
+            (_consume_second, (q, outs, partials, queries, rings, bars, turns, counters, lengths, sizes, strides, scale, window, CAUSAL, SPLIT,
                                GROUP, TOKENS, CHUNK, BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS)),
             (_produce, (descs, rings, bars, lengths, sizes, table, table_stride, window, CAUSAL, SPLIT, TILE_TOKENS, CHUNK,
                         BN, PAGE, BOX, STAGES, D, D_TAIL, DV, HEAD_TILES)),

@@ -6,7 +6,7 @@ The arithmetic of the forward kernel is the one `attention_kernel` documents, bl
 
 from __future__ import annotations
 
-from .toolchain import gdc_launch_dependents, gdc_wait, jit, tl
+from .toolchain import jit, tl
 
 
 @jit
@@ -150,42 +150,32 @@ def attention_portable_kernel(
                 tl.store(lse + at, tl.where(total_l > 0, total_m + tl.log2(total_l), float("-inf")), mask=valid)
 
 
-@jit(do_not_specialize=["SEQS", "TILES", "CHUNKS", "window"])
+@jit(do_not_specialize=["TILES", "CHUNKS", "window"])
 def attention_merge_kernel(
     out: tl.tensor, lse: tl.tensor, part_m: tl.tensor, part_l: tl.tensor, part_acc: tl.tensor, q_starts: tl.tensor,
-    kv_lens: tl.tensor, SEQS: tl.tensor, HEADS: tl.tensor, TILES: tl.tensor, CHUNKS: tl.tensor, o_stride_token: tl.tensor,
+    kv_lens: tl.tensor, HEADS: tl.tensor, TILES: tl.tensor, CHUNKS: tl.tensor, o_stride_token: tl.tensor,
     o_stride_head: tl.tensor, lse_stride: tl.tensor, window: tl.tensor,
-    SEQ_FIRST: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, TILE_TOKENS: tl.constexpr,
+    CAUSAL: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr,
     CHUNK: tl.constexpr, BN: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, ROWS_KEPT: tl.constexpr,
-    LSE: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr,
+    LSE: tl.constexpr, UNROLL: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program (sequence x head x token tile, row): fold the row's chunks in ascending order, as the unsplit kernels do.
-
-    SEQ_FIRST says how work items were numbered: sequence-major (portable) or longest tile first (Hopper).
-    """
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    """Program (sequence x head x token tile, row): fold the row's chunks in ascending order, as the unsplit kernels do."""
     slot = tl.program_id(0)
     row = tl.program_id(1)
     head = slot % HEADS
     rest = slot // HEADS
-    if SEQ_FIRST:
-        tile = rest % TILES
-        seq = rest // TILES
-    else:
-        seq = rest % SEQS
-        tile = TILES - 1 - rest // SEQS
+    tile = rest % TILES
+    seq = rest // TILES
     q_start = tl.load(q_starts + seq)
     q_len = tl.load(q_starts + seq + 1) - q_start
     kv_len = tl.load(kv_lens + seq)
-    first_token = tile * TILE_TOKENS
+    first_token = tile * TOKENS
     token = first_token + row // GROUP
     if token < q_len:
         position = kv_len - q_len + first_token
         hi = kv_len
         if CAUSAL:
-            hi = tl.minimum(kv_len, position + TILE_TOKENS)
+            hi = tl.minimum(kv_len, position + TOKENS)
         first_chunk = tl.maximum(position - window + 1, 0) // CHUNK
         last_chunk = tl.cdiv(hi, CHUNK)
         d = tl.arange(0, DV_PAD)

@@ -44,3 +44,16 @@ def runs_gluon(device: torch.device) -> bool:
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of the device; a small number stands in for it when kernels are interpreted."""
     return _multiprocessors(_index(device)) if device.type == "cuda" else 4
+
+
+def steady(x: torch.Tensor) -> torch.Tensor:
+    """x itself, or a contiguous copy if its address or strides would make Triton vectorise its loads differently.
+
+    A reduction's order follows the layout the compiler picks, and that depends on alignment. So kernels that reduce see
+    either aligned rows a multiple of 16 elements apart, or plain contiguous rows; both compile to one layout a width.
+    """
+    aligned = x.data_ptr() % 16 == 0
+    regular = all(stride % 16 == 0 for stride in x.stride()[:-1]) and x.shape[-1] % 16 == 0
+    if aligned and (x.is_contiguous() or regular):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)

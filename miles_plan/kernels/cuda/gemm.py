@@ -11,8 +11,9 @@ from .device import multiprocessors, runs_gluon
 from .gemm_direct import gemm_direct_kernel
 from .gemm_kernel import gemm_kernel
 from .gemm_portable import gemm_portable_kernel
+from .gemm_skinny import gemm_skinny_kernel
 from .toolchain import gl, gluon_descriptor, triton
-from .tuning import GemmProblem, GemmTile, choose
+from .tuning import DIRECT, RING, SKINNY, GemmProblem, GemmTile, choose
 
 TREE_LEAVES = 8  # slices of K in the tree family: what tensor-parallel sizes 1, 2, 4 and 8 share
 HALF = (torch.bfloat16, torch.float16)
@@ -66,24 +67,27 @@ def gemm(
         if tile is None:
             tile = choose(problem, torch.cuda.get_device_name(a.device), multiprocessors(a.device))
             if plan_height:
-                tile = fit_height(tile, problem, plan_height)
+                tile = fit_height(tile, plan_height)
         _launch_hopper(a, b, out, problem, tile, plan)
     else:
         _launch_portable(a, b, out, problem, plan, plan_height)
 
 
-def fit_height(tile: GemmTile, problem: GemmProblem, height: int) -> GemmTile:
-    """The tile with the row height that an existing plan was made for."""
+def fit_height(tile: GemmTile, height: int) -> GemmTile:
+    """The tile, or one with the row height that an existing plan was made for."""
     if tile.height == height:
         return tile
     if height == 64:
-        return GemmTile(False, 64, 1, 128, 0, 64, 6, 8, tile.store)
-    return GemmTile(False, 64, 2, 128, 0, 64, 5, 8, tile.store)
+        return GemmTile(RING, False, 64, 1, 128, 0, 64, 6, 8, tile.store)
+    return GemmTile(RING, False, height // 2, 2, 128 if height == 128 else 64, 0, 64, 4, 8, tile.store)
 
 
 def _launch_hopper(
     a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, problem: GemmProblem, tile: GemmTile, plan: torch.Tensor | None
 ) -> None:
+    if tile.engine == SKINNY:
+        _launch_skinny(a, b, out, problem, tile)
+        return
     if tile.store == 1 and not addressable(out):
         tile = replace(tile, store=0)
     m, n = problem.m, problem.n
@@ -91,9 +95,14 @@ def _launch_hopper(
     a_km, b_kn = problem.a_km, problem.b_kn
     if tile.swap:
         a, b, m, n, stride_m, stride_n, a_km, b_kn = b, a, n, m, stride_n, stride_m, b_kn, a_km
-    width = -(-n // 16) * 16 if tile.swap else n  # see `gemm_kernel` on N
-    if tile.direct:
-        _launch_direct(a, b, out, (m, width, n, problem.k), (stride_m, stride_n), tile, problem.leaves)
+    width = -(-n // tile.width) * tile.width if tile.swap else n  # see `gemm_kernel` on N
+    sizes = (m, width, n, problem.k, stride_m, stride_n)
+    if tile.engine == DIRECT:
+        gemm_direct_kernel[(triton.cdiv(m, tile.height) * triton.cdiv(n, tile.width),)](
+            descriptor(a, (tile.height, tile.depth)), descriptor(b, (tile.cols, tile.depth)), out, *sizes, GROUP=tile.group,
+            STAGES=tile.stages, ROWS=tile.height, COLS=tile.cols, DEPTH=tile.depth, LEAVES=problem.leaves,
+            COALESCE=tile.store == 2, WARPS=4 * tile.consumers, num_warps=4 * tile.consumers,
+        )  # fmt: skip
         return
     a_desc = descriptor(a, (tile.depth, tile.rows) if a_km else (tile.rows, tile.depth))
     b_desc = descriptor(b, (tile.depth, tile.cols) if b_kn else (tile.cols, tile.depth))
@@ -105,26 +114,20 @@ def _launch_hopper(
         target = descriptor(out, (tile.rows, tile.cols))
         target_e = descriptor(out, (tile.rows, tile.extra)) if tile.extra else target
     row_tiles = _row_tiles(m, tile.height, problem.experts)
-    programs = multiprocessors(out.device) * (2 if tile.leaner else 1)
-    grid = (min(programs, row_tiles * triton.cdiv(n, tile.width)),)
-    gemm_kernel[grid](
-        a_desc, b_desc, e_desc, target, target_e, plan if plan is not None else out, m, width, n, problem.k, stride_m,
-        stride_n, GROUPED=problem.experts > 0, A_KM=a_km, B_KN=b_kn, GROUP=tile.group, CONSUMERS=tile.consumers,
-        STAGES=tile.stages, ROWS=tile.rows, COLS=tile.cols, EXTRA=tile.extra, DEPTH=tile.depth, LEAVES=problem.leaves,
-        STASH=tile.stashes(problem.leaves), STORE=tile.store, SKEW=tile.skew, num_warps=4,
-        maxnreg=128 if tile.leaner else 168, launch_pdl=True,
+    gemm_kernel[(min(multiprocessors(out.device), row_tiles * triton.cdiv(n, tile.width)),)](
+        a_desc, b_desc, e_desc, target, target_e, plan if plan is not None else out, *sizes, GROUPED=problem.experts > 0,
+        A_KM=a_km, B_KN=b_kn, GROUP=tile.group, CONSUMERS=tile.consumers, STAGES=tile.stages, ROWS=tile.rows, COLS=tile.cols,
+        EXTRA=tile.extra, DEPTH=tile.depth, LEAVES=problem.leaves, STASH=tile.stashes(problem.leaves), STORE=tile.store,
+        num_warps=4, maxnreg=168,
     )  # fmt: skip
 
 
-def _launch_direct(
-    a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, sizes: tuple[int, int, int, int], strides: tuple[int, int],
-    tile: GemmTile, leaves: int,
-) -> None:  # fmt: skip
-    m, width, n, k = sizes
-    gemm_direct_kernel[(triton.cdiv(m, tile.height) * triton.cdiv(n, tile.width),)](
-        descriptor(a, (tile.height, tile.depth)), descriptor(b, (tile.cols, tile.depth)), out, m, width, n, k, *strides,
-        GROUP=tile.group, STAGES=tile.stages, ROWS=tile.height, COLS=tile.cols, DEPTH=tile.depth, LEAVES=leaves,
-        COALESCE=tile.store == 2, WARPS=4 * tile.consumers, num_warps=4 * tile.consumers, launch_pdl=True,
+def _launch_skinny(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, problem: GemmProblem, tile: GemmTile) -> None:
+    grid = (triton.cdiv(problem.n, tile.rows), triton.cdiv(problem.m, tile.cols))
+    gemm_skinny_kernel[grid](
+        b, a, out, problem.m, problem.n, problem.k, b.stride(0), a.stride(0), out.stride(0), LEAVES=problem.leaves,
+        ROWS=tile.rows, TOKENS=tile.cols, DEPTH=tile.depth, STAGES=tile.stages, num_warps=tile.consumers,
+        num_stages=tile.stages,
     )  # fmt: skip
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 from .gemm_kernel import _leaf_combine, _store_tile, _tile_position
 from .toolchain import (
     fence_async_shared,
-    gdc_launch_dependents,
-    gdc_wait,
     gl,
     gluon_jit,
     mbarrier,
@@ -69,8 +67,6 @@ def gemm_direct_kernel(
         mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
     gl.thread_barrier()
-    gdc_launch_dependents()
-    gdc_wait()  # everything before may overlap the kernel before this one
     descs = (a_desc, b_desc)
     rings = (a_ring, b_ring)
     tile_m, tile_n = _tile_position(gl.program_id(0), gl.cdiv(M, ROWS), gl.cdiv(N, COLS), GROUP)

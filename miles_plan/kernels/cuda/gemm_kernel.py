@@ -14,7 +14,7 @@ A value outside a matrix is loaded as zero and adds nothing, so ragged M, N and 
 from __future__ import annotations
 
 
-from .toolchain import fence_async_shared, gdc_launch_dependents, gdc_wait, gl, gluon_jit, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from .toolchain import fence_async_shared, gl, gluon_jit, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 
 @gluon_jit
@@ -63,9 +63,8 @@ def _produce(
     STAGE_BYTES: gl.constexpr = (
         a_desc.block_type.nbytes * CONSUMERS + b_desc.block_type.nbytes + (e_desc.block_type.nbytes if EXTRA else 0)
     )
-    gdc_wait()  # everything before may overlap the kernel before this one
-    num_m = _row_tiles(plan, M, ROWS * CONSUMERS, GROUPED)
     num_n = gl.cdiv(N, COLS + EXTRA)
+    num_m = _row_tiles(plan, M, ROWS * CONSUMERS, GROUPED)
     step = 0
     for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
         tile_m, tile_n = _tile_position(tile, num_m, num_n, GROUP)
@@ -140,44 +139,83 @@ def _leaf_combine(leaf: gl.tensor, acc: gl.tensor, level0: gl.tensor, level1: gl
 
 
 @gluon_jit
+def _leaf_pair(
+    rings: gl.tensor, bars: gl.tensor, step: gl.tensor, steps: gl.tensor,
+    A_KM: gl.constexpr, B_KN: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
+    COLS: gl.constexpr, ME: gl.constexpr,
+) -> gl.tensor:  # fmt: skip
+    """Two neighbouring leaves and their sum; the second chain starts before the first has drained."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+    left = gl.zeros((ROWS, COLS), gl.float32, layout)
+    right = gl.zeros((ROWS, COLS), gl.float32, layout)
+    left, step = _mma_leaf(left, rings, bars, step, steps, 0, A_KM, B_KN, CONSUMERS, STAGES, ME)
+    right, step = _mma_leaf(right, rings, bars, step, steps, 1, A_KM, B_KN, CONSUMERS, STAGES, ME)
+    left, right = warpgroup_mma_wait(num_outstanding=0, deps=(left, right))
+    gl.thread_barrier()
+    mbarrier.arrive(bars[1].index((step + STAGES - 1) % STAGES), count=1)
+    return left + right, step
+
+
+@gluon_jit
+def _mma_leaf(
+    acc: gl.tensor, rings: gl.tensor, bars: gl.tensor, step: gl.tensor, steps: gl.tensor, follows: gl.constexpr,
+    A_KM: gl.constexpr, B_KN: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, ME: gl.constexpr,
+) -> gl.tensor:  # fmt: skip
+    """One leaf's steps, leaving the last in flight; `follows` a leaf whose last stage is still to be given back."""
+    a_ring, b_ring, _ = rings
+    ready, empty = bars
+    for k in range(steps):
+        stage = step % STAGES
+        mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
+        a = a_ring.index(stage * CONSUMERS + ME)
+        a = a.permute((1, 0)) if A_KM else a
+        b = b_ring.index(stage)
+        b = b if B_KN else b.permute((1, 0))
+        acc = warpgroup_mma(a, b, acc, is_async=True)
+        acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
+        gl.thread_barrier()
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=(k > 0) | (follows == 1))
+        step += 1
+    return acc, step
+
+
+@gluon_jit
 def _leaf_tree(
     rings: gl.tensor, bars: gl.tensor, stash: gl.tensor, step: gl.tensor, steps: gl.tensor,
     A_KM: gl.constexpr, B_KN: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     ROWS: gl.constexpr, COLS: gl.constexpr, LEAVES: gl.constexpr, STASH: gl.constexpr, ME: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
-    """LEAVES chains of `steps` stages, added as a balanced binary tree the way a binary counter carries.
+    """LEAVES chains of `steps` stages, added as a balanced binary tree.
 
-    level0 holds a lone leaf, level1 a sum of two, level2 a sum of four; level2 lives in shared memory when STASH, because
-    four accumulators of a 64 x 128 tile do not fit the registers.
+    Leaves come in pairs; level1 holds a lone pair, level2 the sum of two pairs. Both live in shared memory when STASH: two
+    chains of a 64 x 128 tile fill the registers, and spilling would go through L2 beside the loads.
     """
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
-    level0 = gl.zeros((ROWS, COLS), gl.float32, layout)
     level1 = gl.zeros((ROWS, COLS), gl.float32, layout)
     level2 = gl.zeros((ROWS, COLS), gl.float32, layout)
-    unused = gl.zeros((ROWS, 8), gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16]))
-    for leaf in range(LEAVES - 1):  # unrolled, the assembler would wait for every step
-        acc = gl.zeros((ROWS, COLS), gl.float32, layout)
-        acc, _, step = _mma_steps(acc, unused, rings, bars, step, steps, A_KM, B_KN, CONSUMERS, STAGES, 0, ME)
-        if leaf & 1:
-            acc = level0 + acc
-            if leaf & 2:
-                acc = level1 + acc
-                if STASH:
-                    stash.index(ME).store(acc)
-                else:
-                    level2 = acc
+    for pair in range(LEAVES // 2 - 1):  # unrolled, the assembler would wait for every step
+        acc, step = _leaf_pair(rings, bars, step, steps, A_KM, B_KN, CONSUMERS, STAGES, ROWS, COLS, ME)
+        if pair & 1:
+            if STASH:
+                stash.index(2 * ME + 1).store(stash.index(2 * ME).load(layout) + acc)
+            else:
+                level2 = level1 + acc
+        else:
+            if STASH:
+                stash.index(2 * ME).store(acc)
             else:
                 level1 = acc
-        else:
-            level0 = acc
-    total = gl.zeros((ROWS, COLS), gl.float32, layout)
-    total, _, step = _mma_steps(total, unused, rings, bars, step, steps, A_KM, B_KN, CONSUMERS, STAGES, 0, ME)
-    if LEAVES >= 2:
-        total = level0 + total
+    if LEAVES == 1:
+        total, step = _mma_leaf(level1, rings, bars, step, steps, 0, A_KM, B_KN, CONSUMERS, STAGES, ME)
+        total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
+        gl.thread_barrier()
+        mbarrier.arrive(bars[1].index((step + STAGES - 1) % STAGES), count=1)
+    else:
+        total, step = _leaf_pair(rings, bars, step, steps, A_KM, B_KN, CONSUMERS, STAGES, ROWS, COLS, ME)
     if LEAVES >= 4:
-        total = level1 + total
+        total = (stash.index(2 * ME).load(layout) if STASH else level1) + total
     if LEAVES >= 8:
-        total = (stash.index(ME).load(layout) if STASH else level2) + total
+        total = (stash.index(2 * ME + 1).load(layout) if STASH else level2) + total
     return total, step
 
 
@@ -214,20 +252,14 @@ def _consume(
     outs: gl.tensor, rings: gl.tensor, bars: gl.tensor, buffers: gl.tensor, plan: gl.tensor, M: gl.tensor,
     N: gl.tensor, n_end: gl.tensor, K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor, GROUPED: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     ROWS: gl.constexpr, COLS: gl.constexpr, EXTRA: gl.constexpr, DEPTH: gl.constexpr, LEAVES: gl.constexpr,
-    STASH: gl.constexpr, STORE: gl.constexpr, SKEW: gl.constexpr, ME: gl.constexpr,
+    STASH: gl.constexpr, STORE: gl.constexpr, ME: gl.constexpr,
 ) -> None:  # fmt: skip
-    """Consumer warp group ME: its ROWS rows of every tile this program walks.
-
-    The second group starts SKEW stages behind the first, so that one multiplies while the other adds or stores.
-    """
+    """Consumer warp group ME: its ROWS rows of every tile this program walks."""
     out, out_e = outs
     c_buffers, e_buffers, stash = buffers
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     COLS_E: gl.constexpr = max(EXTRA, 8)
     layout_e: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS_E, 16])
-    gdc_wait()
-    if SKEW and ME == 1:
-        mbarrier.wait(bars[0].index(SKEW), 0)
     num_m = _row_tiles(plan, M, ROWS * CONSUMERS, GROUPED)
     num_n = gl.cdiv(N, COLS + EXTRA)
     step = 0
@@ -269,12 +301,12 @@ def _consume_first(
     outs: gl.tensor, rings: gl.tensor, bars: gl.tensor, buffers: gl.tensor, plan: gl.tensor, M: gl.tensor,
     N: gl.tensor, n_end: gl.tensor, K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor, GROUPED: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     ROWS: gl.constexpr, COLS: gl.constexpr, EXTRA: gl.constexpr, DEPTH: gl.constexpr, LEAVES: gl.constexpr,
-    STASH: gl.constexpr, STORE: gl.constexpr, SKEW: gl.constexpr,
+    STASH: gl.constexpr, STORE: gl.constexpr,
 ) -> None:  # fmt: skip
     """The first warp group's entry."""
     _consume(
         outs, rings, bars, buffers, plan, M, N, n_end, K, stride_m, stride_n, GROUPED, A_KM, B_KN, GROUP, CONSUMERS, STAGES, ROWS, COLS,
-        EXTRA, DEPTH, LEAVES, STASH, STORE, SKEW, 0,
+        EXTRA, DEPTH, LEAVES, STASH, STORE, 0,
     )  # fmt: skip
 
 
@@ -283,12 +315,12 @@ def _consume_second(
     outs: gl.tensor, rings: gl.tensor, bars: gl.tensor, buffers: gl.tensor, plan: gl.tensor, M: gl.tensor,
     N: gl.tensor, n_end: gl.tensor, K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor, GROUPED: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     ROWS: gl.constexpr, COLS: gl.constexpr, EXTRA: gl.constexpr, DEPTH: gl.constexpr, LEAVES: gl.constexpr,
-    STASH: gl.constexpr, STORE: gl.constexpr, SKEW: gl.constexpr,
+    STASH: gl.constexpr, STORE: gl.constexpr,
 ) -> None:  # fmt: skip
     """The second warp group's entry."""
     _consume(
         outs, rings, bars, buffers, plan, M, N, n_end, K, stride_m, stride_n, GROUPED, A_KM, B_KN, GROUP, CONSUMERS, STAGES, ROWS, COLS,
-        EXTRA, DEPTH, LEAVES, STASH, STORE, SKEW, 1,
+        EXTRA, DEPTH, LEAVES, STASH, STORE, 1,
     )  # fmt: skip
 
 
@@ -297,10 +329,10 @@ def gemm_kernel(
     a_desc: gl.tensor, b_desc: gl.tensor, e_desc: gl.tensor, out: gl.tensor, out_e: gl.tensor, plan: gl.tensor, M: gl.tensor,
     N: gl.tensor, n_end: gl.tensor, K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor, GROUPED: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     ROWS: gl.constexpr, COLS: gl.constexpr, EXTRA: gl.constexpr, DEPTH: gl.constexpr, LEAVES: gl.constexpr,
-    STASH: gl.constexpr, STORE: gl.constexpr, SKEW: gl.constexpr,
+    STASH: gl.constexpr, STORE: gl.constexpr,
 ) -> None:  # fmt: skip
     """C[M, N] = A[M, K] B[N, K]^T; A may lie as [K, M] (A_KM) and B as [K, N] (B_KN). `n_end` is N again:
-    N itself is rounded up to 16 where it counts tokens, because a compiler that knows N is 1 drops unused columns of the
+    N itself is rounded up to a whole tile where it counts tokens, because a compiler that knows N is 1 drops unused columns of the
     accumulator and then waits for every step."""
     a_ring = gl.allocate_shared_memory(a_desc.dtype, [STAGES * CONSUMERS] + a_desc.block_shape, a_desc.layout)
     b_ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES] + b_desc.block_shape, b_desc.layout)
@@ -316,7 +348,7 @@ def gemm_kernel(
     stash = b_ring
     if STASH:
         stash_layout: gl.constexpr = gl.NVMMASharedLayout(128, 32)
-        stash = gl.allocate_shared_memory(gl.float32, [CONSUMERS, ROWS, COLS], stash_layout)
+        stash = gl.allocate_shared_memory(gl.float32, [2 * CONSUMERS, ROWS, COLS], stash_layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -324,7 +356,6 @@ def gemm_kernel(
         mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
     gl.thread_barrier()
-    gdc_launch_dependents()
     rings = (a_ring, b_ring, e_ring)
     bars = (ready, empty)
     outs = (out, out_e)
@@ -335,9 +366,9 @@ def gemm_kernel(
         gl.warp_specialize(
             [
                 (_consume_first, (outs, rings, bars, buffers, plan, M, N, n_end, K, stride_m, stride_n, GROUPED, A_KM, B_KN, GROUP, CONSUMERS,
-                                  STAGES, ROWS, COLS, EXTRA, DEPTH, LEAVES, STASH, STORE, SKEW)),
+                                  STAGES, ROWS, COLS, EXTRA, DEPTH, LEAVES, STASH, STORE)),
                 (_consume_second, (outs, rings, bars, buffers, plan, M, N, n_end, K, stride_m, stride_n, GROUPED, A_KM, B_KN, GROUP, CONSUMERS,
-                                   STAGES, ROWS, COLS, EXTRA, DEPTH, LEAVES, STASH, STORE, SKEW)),
+                                   STAGES, ROWS, COLS, EXTRA, DEPTH, LEAVES, STASH, STORE)),
                 (_produce, (descs, rings, bars, plan, M, N, K, GROUPED, A_KM, B_KN, GROUP, CONSUMERS, STAGES, ROWS, COLS, EXTRA, DEPTH)),
             ],
             [4, 1],
@@ -347,7 +378,7 @@ def gemm_kernel(
         gl.warp_specialize(
             [
                 (_consume_first, (outs, rings, bars, buffers, plan, M, N, n_end, K, stride_m, stride_n, GROUPED, A_KM, B_KN, GROUP, CONSUMERS,
-                                  STAGES, ROWS, COLS, EXTRA, DEPTH, LEAVES, STASH, STORE, SKEW)),
+                                  STAGES, ROWS, COLS, EXTRA, DEPTH, LEAVES, STASH, STORE)),
                 (_produce, (descs, rings, bars, plan, M, N, K, GROUPED, A_KM, B_KN, GROUP, CONSUMERS, STAGES, ROWS, COLS, EXTRA, DEPTH)),
             ],
             [1],

@@ -13,10 +13,7 @@ __all__ = [
     "HAVE_GLUON",
     "HAVE_TRITON",
     "TensorDescriptor",
-    "async_copy",
     "fence_async_shared",
-    "gdc_launch_dependents",
-    "gdc_wait",
     "gl",
     "gluon_descriptor",
     "gluon_jit",
@@ -48,9 +45,6 @@ def _missing(function: Callable[..., Any] | None = None, **_: object) -> Any:
 triton: Any = None
 tl: Any = None
 gl: Any = None
-gdc_launch_dependents: Any = None
-gdc_wait: Any = None
-async_copy: Any = None
 tma: Any = None
 mbarrier: Any = None
 warpgroup_mma: Any = None
@@ -64,7 +58,6 @@ gluon_jit: Any = _missing
 try:
     import triton
     import triton.language as tl
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     jit = triton.jit
@@ -76,7 +69,6 @@ try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.hopper import (
-        async_copy,
         fence_async_shared,
         mbarrier,
         tma,

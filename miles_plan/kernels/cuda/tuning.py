@@ -33,27 +33,28 @@ FIXED_S = 2.5e-6
 TILE_OVERHEAD_CYCLES = 900.0
 
 
+RING, DIRECT, SKINNY = 0, 1, 2  # `gemm_kernel`, `gemm_direct_kernel`, `gemm_skinny_kernel`
+
+
 @dataclass(frozen=True, order=True)
 class GemmTile:
-    """How `gemm_kernel` cuts a product. `swap` puts the weights in the rows of the matrix unit and the tokens in its columns."""
+    """How a product is cut, and by which kernel."""
 
-    swap: bool
-    rows: int  # rows of one consumer warp group
-    consumers: int
+    engine: int
+    swap: bool  # the weights in the rows of the matrix unit, the tokens in its columns
+    rows: int  # rows of one warp group (of the tile, for SKINNY)
+    consumers: int  # warp groups that multiply (warps, for SKINNY)
     cols: int
     extra: int  # a second, narrower column block, so that tiles such as 128 x 192 exist; 0 for none
     depth: int  # K elements a stage
     stages: int
     group: int  # row tiles walked down before the next column tile
     store: int  # 0 from registers, 1 by TMA, 2 from registers as whole rows
-    leaner: bool = False  # fewer registers, so that two thread blocks share a multiprocessor
-    direct: bool = False  # `gemm_direct_kernel`: no specialised warps
-    skew: int = 0  # stages the second warp group starts behind the first
 
     @property
     def height(self) -> int:
         """Rows of a thread block's tile."""
-        return self.rows * self.consumers
+        return self.rows if self.engine == SKINNY else self.rows * self.consumers
 
     @property
     def width(self) -> int:
@@ -64,20 +65,23 @@ class GemmTile:
         """Shared memory the kernel will ask for."""
         ring = self.stages * (self.height + self.width) * self.depth * itemsize
         staging = self.height * self.width * out_itemsize if self.store else 0
-        stash = self.height * self.cols * 4 if self.stashes(leaves) else 0
+        stash = 2 * self.height * self.cols * 4 if self.stashes(leaves) else 0
         return ring + staging + stash + BARRIER_BYTES
 
     def stashes(self, leaves: int) -> bool:
-        """A full tree over a tile this wide keeps its third level in shared memory."""
-        return leaves == 8 and not self.direct and self.rows * self.cols >= 64 * 128
+        """A full tree over a tile this wide keeps its upper levels in shared memory."""
+        return leaves == 8 and self.engine == RING and self.rows * self.cols >= 64 * 128
 
     def fits(self, itemsize: int, out_itemsize: int, leaves: int) -> bool:
         """Whether registers and shared memory suffice."""
-        accumulators = self.rows * self.width // 128 * (1 if leaves == 0 else 3)
-        limit = SHARED_MEMORY_BYTES // (2 if self.leaner else 1)
-        if self.leaner and accumulators > 96:
-            return False
-        return accumulators <= 192 and self.shared_bytes(itemsize, out_itemsize, leaves) <= limit
+        accumulators = self.rows * self.width // 128 * (1 if leaves == 0 else 2 if self.stashes(leaves) else 4)
+        return accumulators <= 192 and self.shared_bytes(itemsize, out_itemsize, leaves) <= SHARED_MEMORY_BYTES
+
+    def per_multiprocessor(self, itemsize: int, out_itemsize: int, leaves: int) -> int:
+        """Thread blocks that run beside each other on one multiprocessor; a ring kernel takes it whole."""
+        if self.engine == RING:
+            return 1
+        return max(1, min(8, SHARED_MEMORY_BYTES // self.shared_bytes(itemsize, out_itemsize, leaves)))
 
 
 @dataclass(frozen=True)
@@ -117,76 +121,87 @@ def predict_s(tile: GemmTile, problem: GemmProblem, multiprocessors: int) -> flo
     rows, cols = (problem.n, problem.m) if tile.swap else (problem.m, problem.n)
     row_tiles = -(-rows // tile.height) + (problem.experts if problem.experts and not tile.swap else 0)
     tiles = row_tiles * -(-cols // tile.width)
-    slots = multiprocessors * (2 if tile.leaner else 1)
-    waves = -(-tiles // slots)
     itemsize = problem.dtype.itemsize
-    steps = problem.k / 16
-    mma = 0.0
-    for part in (tile.cols, tile.extra):
-        if part:
-            mma += max(part / 2, (64 + part) * 32 / 128) * tile.height / 64
-    mma_cycles = steps * mma * (2 if tile.leaner else 1)
-    load_cycles = problem.k * (tile.height + tile.width) * itemsize / L2_BYTES_PER_CYCLE * (2 if tile.leaner else 1)
-    busy_s = waves * (max(mma_cycles, load_cycles) + TILE_OVERHEAD_CYCLES) / CLOCK_HZ
+    beside = tile.per_multiprocessor(itemsize, problem.out_dtype.itemsize, problem.leaves)
+    beside = min(beside, -(-tiles // multiprocessors))
+    waves = -(-tiles // (multiprocessors * beside))
+    mma_cycles = problem.k / 16 * _mma_cycles(tile) * beside
+    load_cycles = problem.k * (tile.height + tile.width) * itemsize / L2_BYTES_PER_CYCLE * beside
+    # A ring must hold about a microsecond of the port's bandwidth, or latency shows.
+    in_flight = (tile.stages - 1) * (tile.height + tile.width) * tile.depth * itemsize * beside
+    starved = max(1.0, 70_000 / in_flight)
+    busy_s = waves * (max(mma_cycles, load_cycles * starved) + TILE_OVERHEAD_CYCLES) / CLOCK_HZ
     touched = min(problem.experts, problem.m) if problem.experts else 1
     moved = itemsize * (problem.m * problem.k + touched * problem.n * problem.k)
     moved += problem.out_dtype.itemsize * problem.m * problem.n
-    # A ring must hold about a microsecond of the port's bandwidth, or latency shows.
-    in_flight = tile.stages * (tile.height + tile.width) * tile.depth * itemsize * (2 if tile.leaner else 1)
-    starved = max(1.0, 60_000 / in_flight)
-    return FIXED_S + max(busy_s * starved, moved / MEMORY_BYTES_PER_S)
+    return FIXED_S + max(busy_s, moved / MEMORY_BYTES_PER_S)
 
 
-def _decode_tiles(store: int) -> Iterable[GemmTile]:
+def _mma_cycles(tile: GemmTile) -> float:
+    """Matrix-unit cycles of one k16 step of a tile; narrow parts wait for shared memory instead."""
+    parts = [part for part in (tile.cols, tile.extra) if part]
+    return sum(max(part / 2, (64 + part) * 32 / 128) for part in parts) * max(tile.height, 16) / 64
+
+
+def _skinny_tiles(problem: GemmProblem) -> Iterable[GemmTile]:
+    """Tiles for up to 64 tokens, whose stages must divide K (of a leaf)."""
+    tokens = max(16, 1 << (problem.m - 1).bit_length())
+    chain = problem.k // max(problem.leaves, 1)
+    if tokens > 64 or problem.n % 16:
+        return
+    shapes = [
+        (16, 1, 256, 4), (16, 1, 512, 3), (16, 2, 256, 4), (16, 2, 512, 4), (16, 4, 512, 4), (32, 2, 256, 4), (32, 2, 512, 3),
+        (32, 4, 256, 4), (64, 4, 128, 6), (64, 4, 256, 4),
+    ]  # fmt: skip
+    for rows, warps, depth, stages in shapes:
+        if chain % depth == 0:
+            yield GemmTile(SKINNY, True, rows, warps, tokens, 0, depth, stages, 1, 0)
+
+
+def _decode_tiles(whole: int) -> Iterable[GemmTile]:
     """Tiles for few tokens: the weights in the rows, or the tokens in one row tile of 64."""
     for cols, depth, stages in ((8, 128, 9), (8, 256, 5), (16, 128, 8), (16, 256, 4), (32, 128, 8), (64, 128, 6)):
-        yield GemmTile(True, 64, 1, cols, 0, depth, stages, 1, 0)
-        yield GemmTile(True, 64, 1, cols, 0, depth, stages, 1, 0, direct=True)
+        yield GemmTile(RING, True, 64, 1, cols, 0, depth, stages, 1, 0)
+        yield GemmTile(DIRECT, True, 64, 1, cols, 0, depth, stages, 1, 0)
     for cols, depth, stages in ((8, 128, 5), (16, 128, 5), (32, 128, 4), (64, 128, 3)):
-        yield GemmTile(True, 64, 1, cols, 0, depth, stages, 1, 0, leaner=True, direct=True)
-    for cols, depth, stages in ((16, 128, 5), (32, 128, 4), (64, 128, 3)):
-        yield GemmTile(True, 64, 2, cols, 0, depth, stages, 1, 0, direct=True)
+        yield GemmTile(DIRECT, True, 64, 1, cols, 0, depth, stages, 1, 0)
     for cols, depth, stages in ((16, 128, 8), (32, 128, 8), (64, 128, 6), (128, 64, 8)):
-        yield GemmTile(False, 64, 1, cols, 0, depth, stages, 8, 0 if cols < 128 else store)
-        yield GemmTile(False, 64, 1, cols, 0, depth, stages, 8, 0 if cols < 128 else min(store, 1) * 2, direct=True)
+        yield GemmTile(RING, False, 64, 1, cols, 0, depth, stages, 8, 0)
+        yield GemmTile(DIRECT, False, 64, 1, cols, 0, depth, stages, 8, 0 if cols < 128 else whole)
 
 
-def _wide_tiles(store: int) -> Iterable[GemmTile]:
+def _wide_tiles(store: int, whole: int) -> Iterable[GemmTile]:
     """Tiles for many tokens."""
     shapes = [
         (64, 1, 64, 0, 64, 10), (64, 1, 64, 0, 128, 6), (64, 1, 128, 0, 64, 8), (64, 1, 64, 32, 64, 8),
-        (64, 1, 128, 64, 64, 5), (64, 1, 256, 0, 64, 4), (64, 2, 64, 0, 64, 8), (64, 2, 64, 0, 128, 4),
-        (64, 2, 32, 0, 64, 9), (64, 2, 64, 16, 64, 7), (64, 2, 64, 32, 64, 6), (64, 2, 64, 32, 128, 3),
-        (64, 2, 128, 0, 64, 5), (64, 2, 128, 32, 64, 4), (64, 2, 128, 64, 64, 4), (64, 2, 256, 0, 64, 3),
-        (128, 2, 64, 0, 64, 4), (128, 2, 128, 0, 64, 3),
+        (64, 1, 128, 64, 64, 5), (64, 1, 256, 0, 64, 4), (64, 2, 64, 0, 64, 8), (64, 2, 32, 0, 64, 9),
+        (64, 2, 64, 16, 64, 7), (64, 2, 64, 32, 64, 6), (64, 2, 128, 0, 64, 5), (64, 2, 128, 32, 64, 4),
+        (64, 2, 128, 64, 64, 4), (64, 2, 256, 0, 64, 3), (128, 2, 64, 0, 64, 4), (128, 2, 128, 0, 64, 3),
     ]  # fmt: skip
     for rows, consumers, cols, extra, depth, stages in shapes:
-        yield GemmTile(False, rows, consumers, cols, extra, depth, stages, 8, store)
+        yield GemmTile(RING, False, rows, consumers, cols, extra, depth, stages, 8, store)
         if rows * consumers >= 128 and cols + extra >= 128:
-            yield GemmTile(False, rows, consumers, cols, extra, depth, stages, 16, store)
-    yield GemmTile(False, 64, 2, 128, 0, 32, 10, 8, store, skew=3)
-    whole = min(store, 1) * 2
-    yield GemmTile(False, 64, 1, 64, 0, 64, 5, 8, whole, leaner=True, direct=True)
-    yield GemmTile(False, 64, 1, 128, 0, 64, 4, 8, whole, leaner=True, direct=True)
-    yield GemmTile(False, 64, 2, 64, 0, 64, 4, 8, whole, leaner=True, direct=True)
-    yield GemmTile(False, 64, 2, 64, 0, 64, 8, 8, whole, direct=True)
-    yield GemmTile(False, 64, 2, 128, 0, 64, 6, 8, whole, direct=True)
-    yield GemmTile(True, 64, 2, 64, 0, 64, 8, 8, 0)
+            yield GemmTile(RING, False, rows, consumers, cols, extra, depth, stages, 16, store)
+    for consumers, cols, depth, stages in ((1, 64, 64, 5), (1, 128, 64, 4), (2, 64, 64, 4), (2, 64, 64, 8), (2, 128, 64, 6)):
+        yield GemmTile(DIRECT, False, 64, consumers, cols, 0, depth, stages, 8, whole)
+    yield GemmTile(RING, True, 64, 2, 64, 0, 64, 8, 8, 0)
 
 
 def candidates(problem: GemmProblem) -> list[GemmTile]:
     """Every tile that fits the problem. All of them compute the same bits."""
-    aligned = problem.n * problem.out_dtype.itemsize % 16 == 0
-    if problem.experts or not aligned:
-        store = 2 if aligned else 0
-    else:
-        store = 1 if problem.out_dtype.itemsize == 2 else 0
-    tiles = [*_decode_tiles(store), *_wide_tiles(store)]
+    aligned = problem.n * problem.out_dtype.itemsize % 16 == 0 and problem.out_dtype.itemsize == 2
+    whole = 2 if aligned else 0
+    store = whole if problem.experts else min(whole, 1)
+    plain = not (problem.experts or problem.a_km or problem.b_kn)
+    tiles = [*_decode_tiles(whole), *_wide_tiles(store, whole)]
+    if problem.leaves == 8:
+        tiles += [GemmTile(RING, False, 64, 2, 128, 0, depth, stages, 8, 0) for depth, stages in ((64, 3), (32, 6))]
+    kept = list(_skinny_tiles(problem)) if plain else []
     leaf = problem.k // problem.leaves if problem.leaves else 0
-    kept = []
     for shape in tiles:
-        plain = not (problem.experts or problem.a_km or problem.b_kn)
-        if (shape.swap or shape.direct) and not plain or shape.swap and problem.m > 4 * shape.width:
+        if (shape.swap or shape.engine == DIRECT) and not plain:
+            continue
+        if shape.swap and problem.m > 4 * shape.width:
             continue
         tile = _within_memory(_with_depth(shape, leaf) if leaf else shape, problem)
         if tile is not None:
@@ -203,7 +218,7 @@ def _within_memory(tile: GemmTile | None, problem: GemmProblem) -> GemmTile | No
 
 def _with_depth(tile: GemmTile, leaf: int) -> GemmTile | None:
     """The tile with the deepest stage that divides a leaf, or None where it has a second column block."""
-    depth = next((d for d in (128, 64, 32, 16) if d <= tile.depth and leaf % d == 0), 0)
+    depth = next((d for d in (256, 128, 64, 32, 16) if d <= tile.depth and leaf % d == 0), 0)
     if tile.extra or depth == 0:
         return None
     return replace(tile, depth=depth, stages=min(tile.stages * tile.depth // depth, 12))
@@ -248,9 +263,8 @@ class Table:
 
 
 def _tile_of(values: Sequence[int]) -> GemmTile:
-    swap, rows, consumers, cols, extra, depth, stages, group, store, leaner, direct, skew = values
-    flags = {"leaner": bool(leaner), "direct": bool(direct)}
-    return GemmTile(bool(swap), rows, consumers, cols, extra, depth, stages, group, store, skew=skew, **flags)
+    engine, swap, *rest = values
+    return GemmTile(engine, bool(swap), *rest)
 
 
 def _slug(gpu: str) -> str:
