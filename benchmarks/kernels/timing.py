@@ -56,9 +56,7 @@ def time_side_by_side(
     before: Mapping[str, Call] | None = None,
 ) -> dict[str, float]:
     """Microseconds per call of each contender; its calls do the same work on rotating inputs."""
-    graphs = {
-        name: _capture(calls, budget_ms, (before or {}).get(name)) for name, calls in contenders.items()
-    }
+    graphs = {name: _capture(calls, budget_ms, (before or {}).get(name)) for name, calls in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(2):
         for graph, _ in graphs.values():

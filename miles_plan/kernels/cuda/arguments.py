@@ -38,9 +38,7 @@ def require_size(name: str, size: int, allowed: Sequence[int]) -> None:
 def require_contiguous_rows(name: str, tensor: torch.Tensor) -> None:
     """The last dimension must be laid out without gaps; earlier ones may have any stride."""
     if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(
-            f"{name} has stride {tensor.stride(-1)} in its last dimension; allowed: 1 (call .contiguous() first)"
-        )
+        raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension; allowed: 1 (call .contiguous() first)")
 
 
 def require_contiguous(name: str, tensor: torch.Tensor) -> None:

@@ -21,6 +21,7 @@ from .gemm import descriptor
 from .tuning import SHARED_MEMORY_BYTES
 
 SPLIT_BELOW = 4  # work items a multiprocessor; with more, decode rows are computed whole
+MERGE_INSIDE_BELOW = 8  # split work items a multiprocessor; with more, the chunks are merged by a kernel of their own
 CHUNK_KEYS = 1024  # keys after which the running state restarts; what a split decode computes alone
 LOG2_E = 1.4426950408889634
 DTYPES = (torch.bfloat16, torch.float16)
@@ -109,9 +110,7 @@ def attention(
 
     Raises ValueError naming the argument for a wrong dtype, shape, stride, device or head size.
     """
-    call = _check(
-        q, k, v, q_starts, kv_starts, kv_lens, page_table, max_q_len, max_kv_len, causal, window, scale
-    )
+    call = _check(q, k, v, q_starts, kv_starts, kv_lens, page_table, max_q_len, max_kv_len, causal, window, scale)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         if page_table is not None:
             raise ValueError("page_table is given with inputs that require gradients; allowed: packed keys for training")
@@ -251,6 +250,7 @@ def _launch_hopper(call: _Call, out: torch.Tensor, lse: torch.Tensor, want_lse: 
     split = call.chunks > 1 and tile_tokens == tokens and items < SPLIT_BELOW * sms
     chunks = call.chunks if split else 1
     kept = _rows_kept(call, tokens) if split else TILE_ROWS
+    merge_inside = split and items * chunks < MERGE_INSIDE_BELOW * sms
     parts = _partials(call, items * chunks, kept, split)
     key_bytes = (d + tail + dv) * 2 * BLOCK_KEYS
     stages = max(2, min(6, (SHARED_MEMORY_BYTES - 1024 - 2 * TILE_ROWS * (d + tail) * 2) // key_bytes))
@@ -262,13 +262,15 @@ def _launch_hopper(call: _Call, out: torch.Tensor, lse: torch.Tensor, want_lse: 
     k_desc = descriptor(k_rows, (box, d))
     attention_kernel[(min(items * chunks, sms),)](
         q, k_desc, descriptor(k_rows, (box, tail)) if tail else k_desc, descriptor(v_rows, (box, dv)), out, lse, *parts,
-        _counters(q.device, items if split else 1), call.q_starts, call.kv_starts, call.kv_lens,
+        _counters(q.device, items if merge_inside else 1), call.q_starts, call.kv_starts, call.kv_lens,
         call.table if call.table is not None else call.kv_lens, call.table.stride(0) if call.table is not None else 0, call.seqs, heads, tiles, chunks, q.stride(0), q.stride(1),
         out.stride(0), out.stride(1), lse.stride(0), call.scale * LOG2_E, call.window,
-        CAUSAL=call.causal, SPLIT=split, GROUP=group, HEAD_TILES=call.head_tiles, TOKENS=tokens, CHUNK=CHUNK_KEYS,
-        BN=BLOCK_KEYS, PAGE=page, BOX=box, STAGES=stages, D=d, D_TAIL=tail, DV=dv, ROWS_KEPT=kept, LSE=want_lse,
+        CAUSAL=call.causal, SPLIT=int(split) + int(split and not merge_inside), GROUP=group, HEAD_TILES=call.head_tiles,
+        TOKENS=tokens, CHUNK=CHUNK_KEYS, BN=BLOCK_KEYS, PAGE=page, BOX=box, STAGES=stages, D=d, D_TAIL=tail, DV=dv, ROWS_KEPT=kept, LSE=want_lse,
         TILE_TOKENS=tile_tokens, num_warps=4, maxnreg=168,
     )  # fmt: skip
+    if split and not merge_inside:
+        _merge(call, out, lse, parts, items, tiles, chunks, tokens, kept, want_lse)
 
 
 _COUNTERS: dict[tuple[torch.device, int], torch.Tensor] = {}

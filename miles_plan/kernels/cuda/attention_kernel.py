@@ -13,8 +13,9 @@ For every row the arithmetic is, whatever the batch, the tile, the page size, or
     l' = fma(l, 2^(m - m'), sum_j p_j); acc' = acc * 2^(m - m') + bf16(p) v, one tensor-core chain over the block;
     at a chunk's end the chunk's state is folded into the row's total in ascending order (`_fold`).
 
-A split decode computes one chunk a work item; whoever finishes a row's last chunk does the same folds, from memory, in the same
-order.
+A split decode computes one chunk a work item and leaves its state in memory. The same folds in the same order are then done by
+whoever finishes a row's last chunk (SPLIT = 1, which saves a launch), or by a kernel of their own (SPLIT = 2, which does not
+interrupt the stream of a long batch).
 The online softmax is Milakov & Gimelshein 2018 (arXiv 1805.02867), the tiling FlashAttention-2/3 (arXiv 2307.08691, 2407.08608).
 """
 
@@ -51,10 +52,16 @@ def _span(
 ) -> gl.tensor:  # fmt: skip
     """What work item `item` covers: its sequence, head, first token, chunk, and the range of key blocks [lo, hi)."""
     rest = gl.minimum(item, items - 1)
-    head = rest % HEADS  # neighbours read neighbouring heads of the same keys
-    rest = rest // HEADS
-    chunk = rest % CHUNKS
-    rest = rest // CHUNKS
+    if SPLIT == 1:
+        head = rest % HEADS
+        rest = rest // HEADS
+        chunk = rest % CHUNKS
+        rest = rest // CHUNKS
+    else:
+        chunk = rest % CHUNKS
+        rest = rest // CHUNKS
+        head = rest % HEADS
+        rest = rest // HEADS
     seq = rest % SEQS
     first_token = (TILES - 1 - rest // SEQS) * TOKENS  # long rows first
     q_start = gl.load(q_starts + seq)
@@ -267,7 +274,7 @@ def _merge_chunks(
     head: gl.tensor, GROUP: gl.constexpr, TOKENS: gl.constexpr, ROWS_KEPT: gl.constexpr, DV: gl.constexpr,
     LSE: gl.constexpr,
 ) -> None:  # fmt: skip
-    """Fold a tile's chunks [first_chunk, last_chunk) in ascending order and write its rows; four chunks' loads at a time."""
+    """Fold a tile's chunks [first_chunk, last_chunk) in ascending order and write its rows; eight chunks' loads at a time."""
     part_m, part_l, part_acc = partials
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // DV, DV // 4], [4, 1], [1, 0])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
@@ -276,8 +283,8 @@ def _merge_chunks(
     total_m = gl.full((ROWS_KEPT,), -1.0e30, gl.float32, rows)
     total_l = gl.zeros((ROWS_KEPT,), gl.float32, rows)
     total = gl.zeros((ROWS_KEPT, DV), gl.float32, layout)
-    for base in range(first_chunk, last_chunk, 4):
-        for ahead in gl.static_range(4):
+    for base in range(first_chunk, last_chunk, 8):
+        for ahead in gl.static_range(8):
             there = base + ahead < last_chunk
             item = ((slot // heads) * chunks + base + ahead) * heads + head
             at = item.to(gl.int64) * ROWS_KEPT + r
@@ -440,20 +447,19 @@ def _consume(
             if SPLIT:
                 _store_partial(partials, acc, m, l, item, ROWS, ROWS_KEPT, DV)
                 gl.thread_barrier()
-                slot = (item // (HEADS * CHUNKS)) * HEADS + head
-                first_chunk = gl.maximum(position - window + 1, 0) // CHUNK
-                last_chunk = gl.cdiv(gl.minimum(kv_len, position + TILE_TOKENS) if CAUSAL else kv_len, CHUNK)
-                done = gl.atomic_add(counters + slot, 1, sem="acq_rel", scope="gpu")
-                if done == last_chunk - first_chunk - 1:
-                    gl.store(counters + slot, 0)
-                    _merge_chunks(
-                        outs, partials, strides, slot, HEADS, CHUNKS, first_chunk, last_chunk, q_start, mine, q_len, head,
-                        GROUP, TOKENS, ROWS_KEPT, DV, LSE,
-                    )  # fmt: skip
+                if SPLIT == 1:
+                    slot = (item // (HEADS * CHUNKS)) * HEADS + head
+                    first_chunk = gl.maximum(position - window + 1, 0) // CHUNK
+                    last_chunk = gl.cdiv(gl.minimum(kv_len, position + TILE_TOKENS) if CAUSAL else kv_len, CHUNK)
+                    done = gl.atomic_add(counters + slot, 1, sem="acq_rel", scope="gpu")
+                    if done == last_chunk - first_chunk - 1:
+                        gl.store(counters + slot, 0)
+                        _merge_chunks(
+                            outs, partials, strides, slot, HEADS, CHUNKS, first_chunk, last_chunk, q_start, mine, q_len, head,
+                            GROUP, TOKENS, ROWS_KEPT, DV, LSE,
+                        )  # fmt: skip
             else:
-                _store_rows(
-                    outs, strides, acc, m, l, q_start, mine, q_len, head0, GROUP, TOKENS, ROWS, DV, LSE
-                )
+                _store_rows(outs, strides, acc, m, l, q_start, mine, q_len, head0, GROUP, TOKENS, ROWS, DV, LSE)
 
 
 @gluon_jit

@@ -19,9 +19,7 @@ def _fold(total_m: tl.tensor, total_l: tl.tensor, total: tl.tensor, m: tl.tensor
 
 
 @jit
-def _load_rows(
-    x: tl.tensor, offset: tl.tensor, valid: tl.tensor, D: tl.constexpr, D_PAD: tl.constexpr
-) -> tl.tensor:
+def _load_rows(x: tl.tensor, offset: tl.tensor, valid: tl.tensor, D: tl.constexpr, D_PAD: tl.constexpr) -> tl.tensor:
     """Rows at `offset`, D_PAD wide, zeros where the row or the column is not there."""
     d = tl.arange(0, D_PAD)
     mask = valid[:, None]
@@ -31,9 +29,7 @@ def _load_rows(
 
 
 @jit
-def _key_rows(
-    key: tl.tensor, seen: tl.tensor, table: tl.tensor, kv_start: tl.tensor, PAGE: tl.constexpr
-) -> tl.tensor:
+def _key_rows(key: tl.tensor, seen: tl.tensor, table: tl.tensor, kv_start: tl.tensor, PAGE: tl.constexpr) -> tl.tensor:
     """Where the keys lie: consecutive rows of a packed tensor, or rows of the pages that the table names."""
     if PAGE == 0:
         rows = (kv_start + key).to(tl.int64)

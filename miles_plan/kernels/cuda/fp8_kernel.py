@@ -276,7 +276,11 @@ def fp8_portable_kernel(
             scale = tl.load(x_scale + m_at * x_row + block * x_k, mask=m < end, other=0.0)
             scale = scale * tl.load(w_scale + expert * w_expert + ((tile % num_n) * COLS // 128) * w_n + block * w_k)
             acc = tl.fma(part, tl.zeros_like(part) + scale[:, None], acc)
-        tl.store(out + m_at[:, None] * stride_m + n[None, :], acc.to(out.dtype.element_ty), mask=(m < end)[:, None] & (n < N)[None, :])
+        tl.store(
+            out + m_at[:, None] * stride_m + n[None, :],
+            acc.to(out.dtype.element_ty),
+            mask=(m < end)[:, None] & (n < N)[None, :],
+        )
 
 
 @jit

@@ -53,17 +53,19 @@ def gemm(
     plan: torch.Tensor | None = None,
     plan_height: int = 0,
     tile: GemmTile | None = None,
+    portable: bool = False,
 ) -> None:
     """out[M, N] = A[M, K] B[N, K]^T, the order of the sum as `gemm_kernel` documents.
 
     a: [M, K], or [K, M] with a_km. b: [N, K], or [K, N] with b_kn; with experts, their weights stacked in the first dimension.
     leaves: 0 for one chain over K, else the slices of the binary tree. plan, plan_height: the row tiles of `grouped_matmul`.
-    tile: overrides the tuner's choice. Shapes are the caller's to check.
+    tile: overrides the tuner's choice. portable: takes the kernel for any GPU. Shapes are the caller's to check.
     """
     problem = problem_of(a, b, out, leaves=leaves, a_km=a_km, b_kn=b_kn, experts=experts)
     if problem.m == 0 or problem.n == 0:
         return
-    if runs_gluon(a.device) and a.dtype in HALF and addressable(a) and addressable(b) and problem.k > 0:
+    hopper = runs_gluon(a.device) and a.dtype in HALF and addressable(a) and addressable(b) and problem.k > 0
+    if hopper and not portable:
         if tile is None:
             tile = choose(problem, torch.cuda.get_device_name(a.device), multiprocessors(a.device))
             if plan_height:

@@ -6,7 +6,7 @@ One output tile a program. The warps that multiply also start the loads: as soon
 
 from __future__ import annotations
 
-from .gemm_kernel import _leaf_combine, _store_tile, _tile_position
+from .gemm_kernel import _store_tile, _tile_position
 from .toolchain import (
     fence_async_shared,
     gl,
@@ -16,6 +16,20 @@ from .toolchain import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+
+
+@gluon_jit
+def _leaf_combine(leaf: gl.tensor, acc: gl.tensor, level0: gl.tensor, level1: gl.tensor, level2: gl.tensor) -> gl.tensor:
+    """Carry one leaf into the levels of the tree, as a binary counter carries; `leaf` is not the last one."""
+    if leaf & 1:
+        acc = level0 + acc
+        if leaf & 2:
+            level2 = level1 + acc
+        else:
+            level1 = acc
+    else:
+        level0 = acc
+    return level0, level1, level2
 
 
 @gluon_jit
@@ -84,9 +98,7 @@ def gemm_direct_kernel(
         level2 = zero
         leaf_steps = steps // LEAVES
         for leaf in range(LEAVES - 1):
-            acc = _chain(
-                zero, descs, rings, ready, leaf * leaf_steps, (leaf + 1) * leaf_steps, steps, row, col, STAGES, DEPTH
-            )
+            acc = _chain(zero, descs, rings, ready, leaf * leaf_steps, (leaf + 1) * leaf_steps, steps, row, col, STAGES, DEPTH)
             level0, level1, level2 = _leaf_combine(leaf, acc, level0, level1, level2)
         total = _chain(zero, descs, rings, ready, (LEAVES - 1) * leaf_steps, steps, steps, row, col, STAGES, DEPTH)
         if LEAVES >= 2:

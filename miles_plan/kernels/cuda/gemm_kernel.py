@@ -125,20 +125,6 @@ def _mma_steps(
 
 
 @gluon_jit
-def _leaf_combine(leaf: gl.tensor, acc: gl.tensor, level0: gl.tensor, level1: gl.tensor, level2: gl.tensor) -> gl.tensor:
-    """Carry one leaf into the levels of the tree, as a binary counter carries; `leaf` is not the last one."""
-    if leaf & 1:
-        acc = level0 + acc
-        if leaf & 2:
-            level2 = level1 + acc
-        else:
-            level1 = acc
-    else:
-        level0 = acc
-    return level0, level1, level2
-
-
-@gluon_jit
 def _leaf_pair(
     rings: gl.tensor, bars: gl.tensor, step: gl.tensor, steps: gl.tensor,
     A_KM: gl.constexpr, B_KN: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
@@ -153,6 +139,18 @@ def _leaf_pair(
     left, right = warpgroup_mma_wait(num_outstanding=0, deps=(left, right))
     gl.thread_barrier()
     mbarrier.arrive(bars[1].index((step + STAGES - 1) % STAGES), count=1)
+    return left + right, step
+
+
+@gluon_jit
+def _leaf_quad(
+    rings: gl.tensor, bars: gl.tensor, step: gl.tensor, steps: gl.tensor,
+    A_KM: gl.constexpr, B_KN: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
+    COLS: gl.constexpr, ME: gl.constexpr,
+) -> gl.tensor:  # fmt: skip
+    """Two neighbouring pairs and their sum."""
+    left, step = _leaf_pair(rings, bars, step, steps, A_KM, B_KN, CONSUMERS, STAGES, ROWS, COLS, ME)
+    right, step = _leaf_pair(rings, bars, step, steps, A_KM, B_KN, CONSUMERS, STAGES, ROWS, COLS, ME)
     return left + right, step
 
 
@@ -187,35 +185,25 @@ def _leaf_tree(
 ) -> gl.tensor:  # fmt: skip
     """LEAVES chains of `steps` stages, added as a balanced binary tree.
 
-    Leaves come in pairs; level1 holds a lone pair, level2 the sum of two pairs. Both live in shared memory when STASH: two
-    chains of a 64 x 128 tile fill the registers, and spilling would go through L2 beside the loads.
+    Leaves come in pairs; level1 holds a lone pair, level2 the sum of two pairs, the latter in shared memory when STASH: with it
+    the registers of a 64 x 128 tile would overflow, and spilling would go through L2 beside the loads.
     """
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
-    level1 = gl.zeros((ROWS, COLS), gl.float32, layout)
-    level2 = gl.zeros((ROWS, COLS), gl.float32, layout)
-    for pair in range(LEAVES // 2 - 1):  # unrolled, the assembler would wait for every step
-        acc, step = _leaf_pair(rings, bars, step, steps, A_KM, B_KN, CONSUMERS, STAGES, ROWS, COLS, ME)
-        if pair & 1:
-            if STASH:
-                stash.index(2 * ME + 1).store(stash.index(2 * ME).load(layout) + acc)
-            else:
-                level2 = level1 + acc
-        else:
-            if STASH:
-                stash.index(2 * ME).store(acc)
-            else:
-                level1 = acc
     if LEAVES == 1:
-        total, step = _mma_leaf(level1, rings, bars, step, steps, 0, A_KM, B_KN, CONSUMERS, STAGES, ME)
+        total = gl.zeros((ROWS, COLS), gl.float32, layout)
+        total, step = _mma_leaf(total, rings, bars, step, steps, 0, A_KM, B_KN, CONSUMERS, STAGES, ME)
         total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
         gl.thread_barrier()
         mbarrier.arrive(bars[1].index((step + STAGES - 1) % STAGES), count=1)
-    else:
+    elif LEAVES == 2:
         total, step = _leaf_pair(rings, bars, step, steps, A_KM, B_KN, CONSUMERS, STAGES, ROWS, COLS, ME)
-    if LEAVES >= 4:
-        total = (stash.index(2 * ME).load(layout) if STASH else level1) + total
-    if LEAVES >= 8:
-        total = (stash.index(2 * ME + 1).load(layout) if STASH else level2) + total
+    else:
+        total, step = _leaf_quad(rings, bars, step, steps, A_KM, B_KN, CONSUMERS, STAGES, ROWS, COLS, ME)
+    if LEAVES == 8:
+        if STASH:
+            stash.index(ME).store(total)
+        right, step = _leaf_quad(rings, bars, step, steps, A_KM, B_KN, CONSUMERS, STAGES, ROWS, COLS, ME)
+        total = (stash.index(ME).load(layout) if STASH else total) + right
     return total, step
 
 
@@ -348,7 +336,7 @@ def gemm_kernel(
     stash = b_ring
     if STASH:
         stash_layout: gl.constexpr = gl.NVMMASharedLayout(128, 32)
-        stash = gl.allocate_shared_memory(gl.float32, [2 * CONSUMERS, ROWS, COLS], stash_layout)
+        stash = gl.allocate_shared_memory(gl.float32, [CONSUMERS, ROWS, COLS], stash_layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):

@@ -112,11 +112,9 @@ def plan_tiles(counts: torch.Tensor, rows: int, height: int) -> torch.Tensor:
     experts = counts.numel()
     plan = torch.empty(1 + 3 * (rows // height + experts), device=counts.device, dtype=torch.int32)
     pad = 1 << (experts - 1).bit_length()
-    at_once = max(1, min(8, rows // height // max(experts, 1)))
-    at_once = 1 << (at_once - 1).bit_length()
-    plan_kernel[(1,)](
-        counts, plan, EXPERTS=experts, EXPERTS_PAD=pad, HEIGHT=height, AT_ONCE=at_once, num_warps=4
-    )
+    each = max(1, min(32, 2 * rows // height // experts))  # twice an expert's even share, so that one step usually does
+    at_once = 1 << (each - 1).bit_length()
+    plan_kernel[(1,)](counts, plan, EXPERTS=experts, EXPERTS_PAD=pad, HEIGHT=height, AT_ONCE=at_once, num_warps=4)
     return plan
 
 
@@ -170,9 +168,7 @@ class _GroupedMatmul(torch.autograd.Function):
     """grouped_matmul with both gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor, out_dtype: torch.dtype
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
         ctx.save_for_backward(x, weight, counts)
         return _forward(x, weight, counts, out_dtype)
 
@@ -190,5 +186,3 @@ class _GroupedMatmul(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dw = grouped_weight_gradient(grad, x, counts)
         return dx, dw, None, None
-
-

@@ -63,14 +63,31 @@ def partial_kernel(
 
 
 @jit
+def _target_logit(
+    logits: tl.tensor, targets: tl.tensor, row: tl.tensor, there: tl.tensor, stride: tl.tensor, vocab_start: tl.tensor,
+    columns: tl.tensor,
+) -> tl.tensor:  # fmt: skip
+    """The logit of each row's target, or 0 where these columns do not hold it."""
+    column = tl.load(targets + row, mask=there, other=0).to(tl.int64) - vocab_start
+    mine = there & (column >= 0) & (column < columns)
+    return tl.load(logits + row.to(tl.int64) * stride + column, mask=mine, other=0.0).to(tl.float32)
+
+
+@jit
 def combine_kernel(
-    part_m: tl.tensor, part_s: tl.tensor, chosen: tl.tensor, log_probs: tl.tensor, lse: tl.tensor, rows: tl.tensor,
-    scale: tl.tensor, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+    part_m: tl.tensor, part_s: tl.tensor, chosen: tl.tensor, logits: tl.tensor, targets: tl.tensor, log_probs: tl.tensor,
+    lse: tl.tensor, rows: tl.tensor, stride: tl.tensor, columns: tl.tensor, scale: tl.tensor, CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr, PICK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program: BLOCK rows; fold each row's pairs in ascending order."""
+    """Program: BLOCK rows; fold each row's pairs in ascending order. PICK takes the target's logit from the logits, which are
+    then whole; otherwise it is in `chosen`."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = row < rows
     at = row.to(tl.int64) * CHUNKS
+    if PICK:
+        picked = _target_logit(logits, targets, row, mask, stride, 0, columns)
+    else:
+        picked = tl.load(chosen + row, mask=mask, other=0.0)
     m = tl.full((BLOCK,), -1.0e30, tl.float32)
     s = tl.zeros((BLOCK,), tl.float32)
     for chunk in tl.static_range(CHUNKS):
@@ -81,7 +98,6 @@ def combine_kernel(
         m = m_new
     total = (m + tl.log2(s)) * 0.6931471805599453
     tl.store(lse + row, total, mask=mask)
-    picked = tl.load(chosen + row, mask=mask, other=0.0)
     tl.store(log_probs + row, tl.fma(picked, tl.zeros_like(picked) + scale, -total), mask=mask)
 
 
@@ -93,10 +109,7 @@ def chosen_kernel(
     """The target's logit, or 0 where another shard owns the target."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = row < rows
-    column = tl.load(targets + row, mask=there, other=0).to(tl.int64) - vocab_start
-    mine = there & (column >= 0) & (column < columns)
-    value = tl.load(logits + row.to(tl.int64) * stride + column, mask=mine, other=0.0).to(tl.float32)
-    tl.store(chosen + row, value, mask=there)
+    tl.store(chosen + row, _target_logit(logits, targets, row, there, stride, vocab_start, columns), mask=there)
 
 
 @jit
@@ -123,7 +136,9 @@ def gradient_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < COLUMNS
     x = tl.load(logits + row * stride + column, mask=mask, other=0.0).to(tl.float32)
-    p = tl.exp2(tl.fma(x, tl.zeros_like(x) + scale * 1.4426950408889634, tl.zeros_like(x) - tl.load(lse + row) * 1.4426950408889634))
+    p = tl.exp2(
+        tl.fma(x, tl.zeros_like(x) + scale * 1.4426950408889634, tl.zeros_like(x) - tl.load(lse + row) * 1.4426950408889634)
+    )
     hot = tl.where(column == tl.load(targets + row).to(tl.int64) - vocab_start, 1.0, 0.0)
     value = tl.load(grad + row) * scale * (hot - p)
     tl.store(out + row * COLUMNS + column, value.to(out.dtype.element_ty), mask=mask)
@@ -251,9 +266,7 @@ def log_prob_partials(logits: torch.Tensor, vocab_size: int, temperature: float 
     return m, s
 
 
-def _reference_partials(
-    logits: torch.Tensor, chunk: int, here: int, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _reference_partials(logits: torch.Tensor, chunk: int, here: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The same chunks, lanes and steps in plain torch."""
     rows, columns = logits.shape
     scale = float(torch.tensor(_scale(temperature) * LOG2_E, dtype=torch.float32))
@@ -282,21 +295,39 @@ def combine_log_prob(
 
     chosen: float32 [rows], each target's logit as it is in the logits.
     """
+    if not runs_triton(m.device):
+        return _reference_combine(m, s, chosen, temperature)
+    return _combine(m, s, temperature, chosen=chosen)
+
+
+def _combine(
+    m: torch.Tensor, s: torch.Tensor, temperature: float, *, chosen: torch.Tensor | None = None,
+    logits: torch.Tensor | None = None, targets: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Launch `combine_kernel` with the targets' logits, or with the whole logits to take them from."""
     rows, chunks = m.shape
     log_probs, lse = (torch.empty(rows, device=m.device, dtype=torch.float32) for _ in range(2))
-    if not runs_triton(m.device):
-        top, total = torch.full((rows,), -1.0e30, device=m.device), torch.zeros(rows, device=m.device)
-        for c in range(chunks):
-            new = torch.maximum(top, m[:, c])
-            total = s[:, c] * torch.exp2(m[:, c] - new) + total * torch.exp2(top - new)
-            top = new
-        lse = (top + torch.log2(total)) * LN_2
-        return _fused(chosen, _scale(temperature), -lse), lse
+    pick = logits is not None
+    stride, columns = (logits.stride(0), logits.shape[1]) if logits is not None else (0, 0)
     if rows:
         combine_kernel[(-(-rows // 32),)](
-            m, s, chosen, log_probs, lse, rows, _scale(temperature), CHUNKS=chunks, BLOCK=32, num_warps=1,
+            m, s, m if chosen is None else chosen, logits if pick else m, targets if pick else m, log_probs, lse, rows, stride,
+            columns, _scale(temperature), CHUNKS=chunks, BLOCK=32, PICK=pick, num_warps=1,
         )  # fmt: skip
     return log_probs, lse
+
+
+def _reference_combine(
+    m: torch.Tensor, s: torch.Tensor, chosen: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, chunks = m.shape
+    top, total = torch.full((rows,), -1.0e30, device=m.device), torch.zeros(rows, device=m.device)
+    for c in range(chunks):
+        new = torch.maximum(top, m[:, c])
+        total = s[:, c] * torch.exp2(m[:, c] - new) + total * torch.exp2(top - new)
+        top = new
+    lse = (top + torch.log2(total)) * LN_2
+    return _fused(chosen, _scale(temperature), -lse), lse
 
 
 def _chosen(logits: torch.Tensor, targets: torch.Tensor, vocab_start: int) -> torch.Tensor:
@@ -317,8 +348,10 @@ def _chosen(logits: torch.Tensor, targets: torch.Tensor, vocab_start: int) -> to
 def _forward(
     logits: torch.Tensor, targets: torch.Tensor, temperature: float, vocab_start: int, vocab_size: int, group: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    chosen = _chosen(logits, targets, vocab_start)
     m, s = log_prob_partials(logits, vocab_size, temperature)
+    if logits.shape[1] == vocab_size and runs_triton(logits.device):
+        return _combine(m, s, temperature, logits=logits, targets=targets)
+    chosen = _chosen(logits, targets, vocab_start)
     if group is not None:
         m, s = _gather_chunks(m, group), _gather_chunks(s, group)
         torch.distributed.all_reduce(chosen, group=group)  # one rank adds the logit, the others zeros

@@ -95,9 +95,7 @@ def matmul_reference(x: torch.Tensor, weight: torch.Tensor, leaves: int = 0) -> 
     return total.view(*x.shape[:-1], weight.shape[0])
 
 
-def _check(
-    x: torch.Tensor, weight: torch.Tensor, order: str, grad_order: str, out_dtype: torch.dtype | None
-) -> None:
+def _check(x: torch.Tensor, weight: torch.Tensor, order: str, grad_order: str, out_dtype: torch.dtype | None) -> None:
     arguments.require_dtype("x", x, DTYPES)
     arguments.require_dtype("weight", weight, (x.dtype,))
     arguments.require_dims("weight", weight, 2, "[N, K]")

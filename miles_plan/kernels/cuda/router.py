@@ -40,9 +40,7 @@ def _first_best(values: tl.tensor, e: tl.tensor, PAD: tl.constexpr) -> tl.tensor
 
 
 @jit
-def _allowed(
-    values: tl.tensor, GROUPS: tl.constexpr, KEEP: tl.constexpr, PAD: tl.constexpr
-) -> tl.tensor:
+def _allowed(values: tl.tensor, GROUPS: tl.constexpr, KEEP: tl.constexpr, PAD: tl.constexpr) -> tl.tensor:
     """Values of the KEEP groups whose two best add up highest; -inf elsewhere."""
     SIZE: tl.constexpr = PAD // GROUPS
     grid = tl.reshape(values, (GROUPS, SIZE))
@@ -149,9 +147,7 @@ def router(
     return _forward(logits, top_k, scoring, bias, renormalize, groups, groups_kept, scale)
 
 
-def _check(
-    logits: torch.Tensor, top_k: int, scoring: str, bias: torch.Tensor | None, groups: int, groups_kept: int
-) -> None:
+def _check(logits: torch.Tensor, top_k: int, scoring: str, bias: torch.Tensor | None, groups: int, groups_kept: int) -> None:
     arguments.require_dims("logits", logits, 2, "[tokens, experts]")
     arguments.require_dtype("logits", logits, (torch.float32,))
     arguments.require_contiguous("logits", logits)
@@ -172,7 +168,9 @@ def _check(
                 "more experts a group, and 1 to groups kept"
             )
         if top_k > experts // groups * groups_kept:
-            raise ValueError(f"top_k is {top_k}; allowed: at most the {experts // groups * groups_kept} experts of the kept groups")
+            raise ValueError(
+                f"top_k is {top_k}; allowed: at most the {experts // groups * groups_kept} experts of the kept groups"
+            )
 
 
 def router_reference(

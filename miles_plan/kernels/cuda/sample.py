@@ -130,9 +130,7 @@ def _wide_product(factor: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return (high >> 16) & _MASK, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def sample_reference(
-    logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, temperature: float
-) -> torch.Tensor:
+def sample_reference(logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, temperature: float) -> torch.Tensor:
     """The same in plain torch."""
     score = logits.float() * (1.0 / temperature if temperature > 0 else 1.0)
     if temperature > 0:

@@ -15,9 +15,7 @@ BLOCK = 1024
 
 
 @jit
-def swiglu_kernel(
-    x: tl.tensor, y: tl.tensor, x_stride: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-) -> None:
+def swiglu_kernel(x: tl.tensor, y: tl.tensor, x_stride: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> None:
     """Program (row, block of columns): y = gate / (1 + exp(-gate)) * up."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -65,17 +65,18 @@ class GemmTile:
         """Shared memory the kernel will ask for."""
         ring = self.stages * (self.height + self.width) * self.depth * itemsize
         staging = self.height * self.width * out_itemsize if self.store else 0
-        stash = 2 * self.height * self.cols * 4 if self.stashes(leaves) else 0
+        stash = self.height * self.cols * 4 if self.stashes(leaves) else 0
         return ring + staging + stash + BARRIER_BYTES
 
     def stashes(self, leaves: int) -> bool:
-        """A full tree over a tile this wide keeps its upper levels in shared memory."""
+        """A full tree over a tile this wide keeps its uppermost level in shared memory."""
         return leaves == 8 and self.engine == RING and self.rows * self.cols >= 64 * 128
 
     def fits(self, itemsize: int, out_itemsize: int, leaves: int) -> bool:
         """Whether registers and shared memory suffice."""
-        accumulators = self.rows * self.width // 128 * (1 if leaves == 0 else 2 if self.stashes(leaves) else 4)
-        return accumulators <= 192 and self.shared_bytes(itemsize, out_itemsize, leaves) <= SHARED_MEMORY_BYTES
+        levels = 1 if leaves == 0 else 3 if self.stashes(leaves) else min(leaves.bit_length(), 4)
+        registers = self.rows * self.width // 128 * levels
+        return registers <= 192 and self.shared_bytes(itemsize, out_itemsize, leaves) <= SHARED_MEMORY_BYTES
 
     def per_multiprocessor(self, itemsize: int, out_itemsize: int, leaves: int) -> int:
         """Thread blocks that run beside each other on one multiprocessor; a ring kernel takes it whole."""
@@ -144,17 +145,16 @@ def _mma_cycles(tile: GemmTile) -> float:
 
 
 def _skinny_tiles(problem: GemmProblem) -> Iterable[GemmTile]:
-    """Tiles for up to 64 tokens, whose stages must divide K (of a leaf)."""
+    """Tiles for up to 64 tokens, whose stages must divide K. A tree would keep its levels in the registers of few warps."""
     tokens = max(16, 1 << (problem.m - 1).bit_length())
-    chain = problem.k // max(problem.leaves, 1)
-    if tokens > 64 or problem.n % 16:
+    if tokens > 64 or problem.n % 16 or problem.leaves:
         return
     shapes = [
         (16, 1, 256, 4), (16, 1, 512, 3), (16, 2, 256, 4), (16, 2, 512, 4), (16, 4, 512, 4), (32, 2, 256, 4), (32, 2, 512, 3),
         (32, 4, 256, 4), (64, 4, 128, 6), (64, 4, 256, 4),
     ]  # fmt: skip
     for rows, warps, depth, stages in shapes:
-        if chain % depth == 0:
+        if problem.k % depth == 0:
             yield GemmTile(SKINNY, True, rows, warps, tokens, 0, depth, stages, 1, 0)
 
 
@@ -165,9 +165,10 @@ def _decode_tiles(whole: int) -> Iterable[GemmTile]:
         yield GemmTile(DIRECT, True, 64, 1, cols, 0, depth, stages, 1, 0)
     for cols, depth, stages in ((8, 128, 5), (16, 128, 5), (32, 128, 4), (64, 128, 3)):
         yield GemmTile(DIRECT, True, 64, 1, cols, 0, depth, stages, 1, 0)
-    for cols, depth, stages in ((16, 128, 8), (32, 128, 8), (64, 128, 6), (128, 64, 8)):
+    for cols, depth, stages in ((16, 128, 8), (32, 128, 8), (64, 128, 6)):
         yield GemmTile(RING, False, 64, 1, cols, 0, depth, stages, 8, 0)
-        yield GemmTile(DIRECT, False, 64, 1, cols, 0, depth, stages, 8, 0 if cols < 128 else whole)
+        yield GemmTile(DIRECT, False, 64, 1, cols, 0, depth, stages, 8, 0)
+    yield GemmTile(DIRECT, False, 64, 1, 128, 0, 64, 8, 8, whole)
 
 
 def _wide_tiles(store: int, whole: int) -> Iterable[GemmTile]:
@@ -194,9 +195,8 @@ def candidates(problem: GemmProblem) -> list[GemmTile]:
     store = whole if problem.experts else min(whole, 1)
     plain = not (problem.experts or problem.a_km or problem.b_kn)
     tiles = [*_decode_tiles(whole), *_wide_tiles(store, whole)]
-    if problem.leaves == 8:
-        tiles += [GemmTile(RING, False, 64, 2, 128, 0, depth, stages, 8, 0) for depth, stages in ((64, 3), (32, 6))]
-    kept = list(_skinny_tiles(problem)) if plain else []
+    itemsizes = (problem.dtype.itemsize, problem.out_dtype.itemsize)
+    kept = [tile for tile in _skinny_tiles(problem) if plain and tile.fits(*itemsizes, problem.leaves)]
     leaf = problem.k // problem.leaves if problem.leaves else 0
     for shape in tiles:
         if (shape.swap or shape.engine == DIRECT) and not plain:
@@ -252,9 +252,7 @@ class Table:
     def from_json(cls, text: str) -> Table:
         """Read what `to_json` wrote."""
         data = json.loads(text)
-        choices = {
-            key: {int(m): _tile_of(values) for m, values in row.items()} for key, row in data["choices"].items()
-        }
+        choices = {key: {int(m): _tile_of(values) for m, values in row.items()} for key, row in data["choices"].items()}
         return cls(data["gpu"], choices)
 
     def save(self, path: Path) -> None:
@@ -289,23 +287,38 @@ def choose(problem: GemmProblem, gpu: str, multiprocessors: int) -> GemmTile:
 
 
 def prove(
-    run: Callable[[GemmTile], torch.Tensor], tiles: Sequence[GemmTile], same: Callable[[torch.Tensor, torch.Tensor], bool]
+    run: Callable[[GemmTile], torch.Tensor],
+    tiles: Sequence[GemmTile],
+    reference: torch.Tensor,
+    same: Callable[[torch.Tensor, torch.Tensor], bool] = torch.equal,
 ) -> list[GemmTile]:
-    """The tiles whose result equals the first's bit for bit; `run` must use fresh random inputs, the same for each."""
-    reference = run(tiles[0])
+    """The tiles whose result is `reference` bit for bit; `run` computes on the random inputs that gave the reference."""
     return [tile for tile in tiles if same(run(tile), reference)]
+
+
+def ranked(problem: GemmProblem, multiprocessors: int, keep: int = 8) -> list[GemmTile]:
+    """The tiles worth timing: the `keep` predicted fastest, and every skinny one, whose prediction is coarse."""
+    tiles = sorted(candidates(problem), key=lambda tile: predict_s(tile, problem, multiprocessors))
+    skinny = [tile for tile in tiles if tile.engine == SKINNY]
+    return skinny + [tile for tile in tiles if tile.engine != SKINNY][:keep]
 
 
 def tune(
     problem: GemmProblem,
     run: Callable[[GemmTile], torch.Tensor],
-    time_s: Callable[[GemmTile], float],
+    reference: torch.Tensor,
+    time_s: Callable[[Sequence[GemmTile]], dict[GemmTile, float]],
     multiprocessors: int,
     table: Table,
-    keep: int = 10,
 ) -> dict[GemmTile, float]:
-    """Time the `keep` tiles predicted fastest, among those proven bit-equal, and put the best into the table."""
-    ranked = sorted(candidates(problem), key=lambda tile: predict_s(tile, problem, multiprocessors))[:keep]
-    times = {tile: time_s(tile) for tile in prove(run, ranked, torch.equal)}
+    """Time the tiles of `ranked` that `prove` lets through, put the fastest into the table, and return all times.
+
+    run, reference: as `prove`'s; the reference is the portable kernel's result. time_s: seconds of each tile.
+    Raises ValueError if no tile is bit-equal.
+    """
+    proven = prove(run, ranked(problem, multiprocessors), reference)
+    if not proven:
+        raise ValueError(f"no tile of {problem.key} at {problem.m} rows gives the portable kernel's bits")
+    times = time_s(proven)
     table.put(problem, min(times, key=lambda tile: times[tile]))
     return times

@@ -160,7 +160,9 @@ def check_grouped_rows(draw: Draw, dtype: torch.dtype) -> int:
     for rank in range(ranks):
         mine = (ids.reshape(-1) // share) == rank
         local = ids.reshape(-1)[mine] - rank * share
-        part = _expert_rows(x.repeat_interleave(2, 0)[mine], weight[rank * share : (rank + 1) * share].contiguous(), local[:, None])
+        part = _expert_rows(
+            x.repeat_interleave(2, 0)[mine], weight[rank * share : (rank + 1) * share].contiguous(), local[:, None]
+        )
         bad += differing(part, whole[mine])
     return bad
 
@@ -232,9 +234,7 @@ def _ints(draw: Draw, *values: int) -> torch.Tensor:
     return torch.tensor(values, device=draw.device, dtype=torch.int32)
 
 
-def _paged(
-    draw: Draw, x: torch.Tensor, page: int, table: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _paged(draw: Draw, x: torch.Tensor, page: int, table: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys or values scattered over pages, what no key fills being NaN."""
     pages = -(-x.shape[0] // page)
     if table is None:
@@ -461,7 +461,9 @@ class Report:
             word = "ok" if op.ok else "DIFFERS" if op.error is None else f"FAILED: {op.error}"
             lines.append(f"{op.op:26s} {op.dtype:9s} {op.draws:6d} draws  {word}")
             if op.differing_draws:
-                lines.append(f"  {op.differing_elements} elements in {op.differing_draws} draws, first with seed {op.first_seed}")
+                lines.append(
+                    f"  {op.differing_elements} elements in {op.differing_draws} draws, first with seed {op.first_seed}"
+                )
         first = self.first
         lines.append("every op is invariant" if first is None else f"first to differ: {first.op} ({first.dtype})")
         return "\n".join(lines)
