@@ -13,7 +13,6 @@ A value outside a matrix is loaded as zero and adds nothing, so ragged M, N and 
 
 from __future__ import annotations
 
-
 from .toolchain import fence_async_shared, gl, gluon_jit, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 

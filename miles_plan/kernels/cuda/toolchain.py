@@ -7,7 +7,7 @@ raises `RuntimeError` when launched, so the planner's machines, documentation bu
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __all__ = [
     "HAVE_GLUON",
