@@ -1,0 +1,396 @@
+"""Log-probabilities over a vocabulary, without float32 logits in memory, the same bits on 1, 2, 4, 8 or 16 ranks.
+
+The vocabulary is cut into 16 equal chunks by absolute column. Each (row, chunk) leaves its maximum and its sum of exponentials
+(Milakov & Gimelshein 2018, arXiv 1805.02867); a row's 16 pairs are then folded in ascending order. A rank that owns whole
+chunks leaves whole pairs, so tensor parallelism changes who computes a pair and nothing else. Maxima and exponents are in units
+of log2, which is what the hardware's exponential takes.
+
+Within a chunk, column c belongs to lane (c // 8) % 256; a lane keeps a running maximum and sum over its groups of eight columns
+in ascending order, and the 256 lanes are then reduced in one fixed layout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+
+from . import arguments
+from .device import runs_triton
+from .matmul import matmul
+from .toolchain import jit, tl
+
+CHUNKS = 16
+LANES = 256
+GROUP = 8
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@jit(do_not_specialize=["stride"])
+def partial_kernel(
+    logits: tl.tensor, part_m: tl.tensor, part_s: tl.tensor, stride: tl.tensor, scale: tl.tensor,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    STEPS: tl.constexpr, ALIGNED: tl.constexpr,
+) -> None:  # fmt: skip
+    """Program (row, chunk): the chunk's maximum and sum of exp2(x - maximum), x = logit * scale, one fused multiply-add each.
+
+    ALIGNED (rows and chunks begin at multiples of 16 bytes) is a property of the vocabulary, never of the shard: it decides
+    which thread holds which column, and so the order in which a lane's eight columns are added.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    if ALIGNED:
+        stride = stride // 8 * 8  # says what the compiler cannot know of an argument
+    lane = tl.arange(0, LANES)[:, None]
+    member = tl.arange(0, GROUP)[None, :]
+    base = logits + row * stride + chunk * CHUNK
+    left = COLUMNS - chunk * CHUNK
+    m = tl.full((LANES,), -1.0e30, tl.float32)
+    s = tl.zeros((LANES,), tl.float32)
+    for step in tl.static_range(STEPS):
+        column = step * (LANES * GROUP) + lane * GROUP + member
+        mask = (column < CHUNK) & (column < left)
+        x = tl.load(base + column, mask=mask, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
+        m_new = tl.maximum(m, tl.max(x, 1) * scale)
+        s = tl.fma(s, tl.exp2(m - m_new), tl.sum(tl.exp2(tl.fma(x, tl.zeros_like(x) + scale, -m_new[:, None])), 1))
+        m = m_new
+    top = tl.max(m, 0)
+    tl.store(part_m + row * CHUNKS + chunk, top)
+    tl.store(part_s + row * CHUNKS + chunk, tl.sum(s * tl.exp2(m - top), 0))
+
+
+@jit
+def _target_logit(
+    logits: tl.tensor, targets: tl.tensor, row: tl.tensor, there: tl.tensor, stride: tl.tensor, vocab_start: tl.tensor,
+    columns: tl.tensor,
+) -> tl.tensor:  # fmt: skip
+    """The logit of each row's target, or 0 where these columns do not hold it."""
+    column = tl.load(targets + row, mask=there, other=0).to(tl.int64) - vocab_start
+    mine = there & (column >= 0) & (column < columns)
+    return tl.load(logits + row.to(tl.int64) * stride + column, mask=mine, other=0.0).to(tl.float32)
+
+
+@jit
+def combine_kernel(
+    part_m: tl.tensor, part_s: tl.tensor, chosen: tl.tensor, logits: tl.tensor, targets: tl.tensor, log_probs: tl.tensor,
+    lse: tl.tensor, rows: tl.tensor, stride: tl.tensor, columns: tl.tensor, scale: tl.tensor, CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr, PICK: tl.constexpr,
+) -> None:  # fmt: skip
+    """Program: BLOCK rows; fold each row's pairs in ascending order. PICK takes the target's logit from the logits, which are
+    then whole; otherwise it is in `chosen`."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = row < rows
+    at = row.to(tl.int64) * CHUNKS
+    if PICK:
+        picked = _target_logit(logits, targets, row, mask, stride, 0, columns)
+    else:
+        picked = tl.load(chosen + row, mask=mask, other=0.0)
+    m = tl.full((BLOCK,), -1.0e30, tl.float32)
+    s = tl.zeros((BLOCK,), tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        m_chunk = tl.load(part_m + at + chunk, mask=mask, other=-1.0e30)
+        s_chunk = tl.load(part_s + at + chunk, mask=mask, other=0.0)
+        m_new = tl.maximum(m, m_chunk)
+        s = tl.fma(s_chunk, tl.exp2(m_chunk - m_new), s * tl.exp2(m - m_new))
+        m = m_new
+    total = (m + tl.log2(s)) * 0.6931471805599453
+    tl.store(lse + row, total, mask=mask)
+    tl.store(log_probs + row, tl.fma(picked, tl.zeros_like(picked) + scale, -total), mask=mask)
+
+
+@jit
+def chosen_kernel(
+    logits: tl.tensor, targets: tl.tensor, chosen: tl.tensor, stride: tl.tensor, vocab_start: tl.tensor, columns: tl.tensor,
+    rows: tl.tensor, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """The target's logit, or 0 where another shard owns the target."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = row < rows
+    tl.store(chosen + row, _target_logit(logits, targets, row, there, stride, vocab_start, columns), mask=there)
+
+
+@jit
+def shift_kernel(
+    logits: tl.tensor, lse: tl.tensor, out: tl.tensor, stride: tl.tensor, scale: tl.tensor, COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """Program (row, block of columns): log-softmax = logit * scale - lse, one fused multiply-add as in `combine_kernel`."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < COLUMNS
+    x = tl.load(logits + row * stride + column, mask=mask, other=0.0).to(tl.float32)
+    value = tl.fma(x, tl.zeros_like(x) + scale, tl.zeros_like(x) - tl.load(lse + row))
+    tl.store(out + row * COLUMNS + column, value.to(out.dtype.element_ty), mask=mask)
+
+
+@jit
+def gradient_kernel(
+    logits: tl.tensor, targets: tl.tensor, lse: tl.tensor, grad: tl.tensor, out: tl.tensor, stride: tl.tensor,
+    scale: tl.tensor, vocab_start: tl.tensor, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """Program (row, block of columns): d logit = grad * scale * (one-hot - exp(x - lse))."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < COLUMNS
+    x = tl.load(logits + row * stride + column, mask=mask, other=0.0).to(tl.float32)
+    p = tl.exp2(
+        tl.fma(x, tl.zeros_like(x) + scale * 1.4426950408889634, tl.zeros_like(x) - tl.load(lse + row) * 1.4426950408889634)
+    )
+    hot = tl.where(column == tl.load(targets + row).to(tl.int64) - vocab_start, 1.0, 0.0)
+    value = tl.load(grad + row) * scale * (hot - p)
+    tl.store(out + row * COLUMNS + column, value.to(out.dtype.element_ty), mask=mask)
+
+
+def log_prob(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
+    group: Any = None,
+) -> torch.Tensor:
+    """log softmax(logits / temperature)[target] of each row, float32 [rows].
+
+    logits: [rows, columns] bf16, fp16 or fp32, last dimension contiguous: the whole vocabulary, or with `group` this rank's
+    columns, which begin at `vocab_start` of `vocab_size`; shards are whole sixteenths of the vocabulary.
+    targets: int32 or int64 [rows], ids of the whole vocabulary. temperature: positive.
+
+    Order of the sum: see the module's text. Reads the logits once. Differentiable in logits (also on a shard).
+    Raises ValueError naming a wrong argument.
+    """
+    vocab_size = logits.shape[-1] if vocab_size is None else vocab_size
+    _check(logits, targets, temperature, vocab_start, vocab_size)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _LogProb.apply(logits, targets, temperature, vocab_start, vocab_size, group)  # type: ignore[no-any-return, no-untyped-call]  # torch's apply is untyped
+    return _forward(logits, targets, temperature, vocab_start, vocab_size, group)[0]
+
+
+def log_softmax(logits: torch.Tensor, *, temperature: float = 1.0, out_dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """log softmax(logits / temperature), [rows, columns] in `out_dtype`; the same bits as `log_prob` in each target's column.
+
+    Arguments as `log_prob`'s, whole vocabulary; no gradients. Raises ValueError naming a wrong argument.
+    """
+    targets = torch.zeros(logits.shape[0], device=logits.device, dtype=torch.int64)
+    _check(logits, targets, temperature, 0, logits.shape[-1])
+    arguments.require_dtype("out_dtype", torch.empty(0, dtype=out_dtype), DTYPES)
+    lse = _forward(logits, targets, temperature, 0, logits.shape[1], None)[1]
+    if not runs_triton(logits.device):
+        return _fused(logits.float(), _scale(temperature), -lse[:, None]).to(out_dtype)
+    out = torch.empty(logits.shape, device=logits.device, dtype=out_dtype)
+    if out.numel():
+        shift_kernel[(logits.shape[0], -(-logits.shape[1] // 4096))](
+            logits, lse, out, logits.stride(0), _scale(temperature), COLUMNS=logits.shape[1], BLOCK=4096, num_warps=8
+        )
+    return out
+
+
+def linear_log_prob(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, temperature: float = 1.0, rows_at_once: int = 2048
+) -> torch.Tensor:
+    """log_prob(hidden @ weight.T, targets) with the logits of `rows_at_once` rows in memory at a time.
+
+    hidden: [rows, K], weight: [vocabulary, K], as `matmul`; targets and temperature as `log_prob`. The backward computes each
+    block's logits again. The same bits as the two calls, whatever `rows_at_once`, except the weight's gradient, whose blocks
+    are added in ascending order in float32.
+    """
+    arguments.require_dims("hidden", hidden, 2, "[rows, K]")
+    if rows_at_once < 1:
+        raise ValueError(f"rows_at_once is {rows_at_once}; allowed: 1 or more")
+    parts = []
+    for first in range(0, hidden.shape[0], rows_at_once):
+        block = slice(first, first + rows_at_once)
+        parts.append(
+            torch.utils.checkpoint.checkpoint(
+                _linear_block, hidden[block], weight, targets[block], temperature, use_reentrant=False
+            )
+        )
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def _linear_block(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+    return log_prob(matmul(hidden, weight), targets, temperature=temperature)
+
+
+def _check(logits: torch.Tensor, targets: torch.Tensor, temperature: float, vocab_start: int, vocab_size: int) -> None:
+    arguments.require_dims("logits", logits, 2, "[rows, columns]")
+    arguments.require_dtype("logits", logits, DTYPES)
+    arguments.require_contiguous_rows("logits", logits)
+    arguments.require_dtype("targets", targets, (torch.int32, torch.int64))
+    arguments.require_shape("targets", targets, (logits.shape[0],), "[rows]")
+    arguments.require_same_device(logits=logits, targets=targets)
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; allowed: a positive number")
+    if logits.shape[1] != vocab_size:
+        chunk = vocab_size // CHUNKS
+        if vocab_size % CHUNKS or vocab_start % chunk or logits.shape[1] % chunk:
+            raise ValueError(
+                f"logits has {logits.shape[1]} columns from {vocab_start} of vocab_size {vocab_size}; allowed: whole "
+                f"sixteenths of the vocabulary ({chunk} columns each), vocab_size a multiple of {CHUNKS}"
+            )
+
+
+def _scale(temperature: float) -> float:
+    return 1.0 / temperature
+
+
+def _fused(x: torch.Tensor, factor: float, addend: torch.Tensor) -> torch.Tensor:
+    """x * factor + addend rounded once, for the references."""
+    return (x.double() * torch.tensor(factor, dtype=torch.float32).double() + addend.double()).float()
+
+
+def chunk_columns(vocab_size: int) -> int:
+    """Columns of a chunk."""
+    return -(-vocab_size // CHUNKS)
+
+
+def log_prob_partials(logits: torch.Tensor, vocab_size: int, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each chunk's maximum and sum of exponentials for the columns at hand: two float32 [rows, chunks here]."""
+    chunk = chunk_columns(vocab_size)
+    rows, columns = logits.shape
+    here = CHUNKS if columns == vocab_size else columns // chunk
+    if not runs_triton(logits.device):
+        return _reference_partials(logits, chunk, here, temperature)
+    aligned = chunk % 8 == 0
+    if aligned and (logits.data_ptr() % 16 or logits.stride(0) % 8):
+        logits = logits.clone(memory_format=torch.contiguous_format)
+    m, s = (torch.empty(rows, here, device=logits.device, dtype=torch.float32) for _ in range(2))
+    if rows:
+        partial_kernel[(rows, here)](
+            logits, m, s, logits.stride(0), _scale(temperature) * LOG2_E, COLUMNS=columns, CHUNK=chunk, CHUNKS=here, LANES=LANES,
+            GROUP=GROUP, STEPS=-(-chunk // (LANES * GROUP)), ALIGNED=aligned, num_warps=8,
+        )  # fmt: skip
+    return m, s
+
+
+def _reference_partials(logits: torch.Tensor, chunk: int, here: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same chunks, lanes and steps in plain torch."""
+    rows, columns = logits.shape
+    scale = float(torch.tensor(_scale(temperature) * LOG2_E, dtype=torch.float32))
+    width = LANES * GROUP
+    steps = -(-chunk // width)
+    padded = torch.full((rows, here, steps * width), float("-inf"), device=logits.device)
+    for c in range(here):
+        values = logits[:, c * chunk : min((c + 1) * chunk, columns)].float()
+        padded[:, c, : values.shape[1]] = values
+    lanes = padded.view(rows, here, steps, LANES, GROUP)
+    m = torch.full((rows, here, LANES), -1.0e30, device=logits.device)
+    s = torch.zeros_like(m)
+    for step in range(steps):
+        x = lanes[:, :, step]
+        m_new = torch.maximum(m, x.amax(-1) * scale)
+        s = s * torch.exp2(m - m_new) + torch.exp2(_fused(x, scale, -m_new[..., None])).sum(-1)
+        m = m_new
+    top = m.amax(-1)
+    return top, (s * torch.exp2(m - top[..., None])).sum(-1)
+
+
+def combine_log_prob(
+    m: torch.Tensor, s: torch.Tensor, chosen: torch.Tensor, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fold all chunks' pairs [rows, 16] in ascending order: log-probabilities and log-sum-exps, float32 [rows].
+
+    chosen: float32 [rows], each target's logit as it is in the logits.
+    """
+    if not runs_triton(m.device):
+        return _reference_combine(m, s, chosen, temperature)
+    return _combine(m, s, temperature, chosen=chosen)
+
+
+def _combine(
+    m: torch.Tensor, s: torch.Tensor, temperature: float, *, chosen: torch.Tensor | None = None,
+    logits: torch.Tensor | None = None, targets: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Launch `combine_kernel` with the targets' logits, or with the whole logits to take them from."""
+    rows, chunks = m.shape
+    log_probs, lse = (torch.empty(rows, device=m.device, dtype=torch.float32) for _ in range(2))
+    pick = logits is not None
+    stride, columns = (logits.stride(0), logits.shape[1]) if logits is not None else (0, 0)
+    if rows:
+        combine_kernel[(-(-rows // 32),)](
+            m, s, m if chosen is None else chosen, logits if pick else m, targets if pick else m, log_probs, lse, rows, stride,
+            columns, _scale(temperature), CHUNKS=chunks, BLOCK=32, PICK=pick, num_warps=1,
+        )  # fmt: skip
+    return log_probs, lse
+
+
+def _reference_combine(
+    m: torch.Tensor, s: torch.Tensor, chosen: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, chunks = m.shape
+    top, total = torch.full((rows,), -1.0e30, device=m.device), torch.zeros(rows, device=m.device)
+    for c in range(chunks):
+        new = torch.maximum(top, m[:, c])
+        total = s[:, c] * torch.exp2(m[:, c] - new) + total * torch.exp2(top - new)
+        top = new
+    lse = (top + torch.log2(total)) * LN_2
+    return _fused(chosen, _scale(temperature), -lse), lse
+
+
+def _chosen(logits: torch.Tensor, targets: torch.Tensor, vocab_start: int) -> torch.Tensor:
+    rows, columns = logits.shape
+    if not runs_triton(logits.device):
+        column = targets.long() - vocab_start
+        mine = (column >= 0) & (column < columns)
+        picked = logits.gather(1, column.clamp(0, columns - 1)[:, None])[:, 0].float()
+        return torch.where(mine, picked, 0.0)
+    out = torch.empty(rows, device=logits.device, dtype=torch.float32)
+    if rows:
+        chosen_kernel[(-(-rows // 32),)](
+            logits, targets, out, logits.stride(0), vocab_start, columns, rows, BLOCK=32, num_warps=1
+        )
+    return out
+
+
+def _forward(
+    logits: torch.Tensor, targets: torch.Tensor, temperature: float, vocab_start: int, vocab_size: int, group: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    m, s = log_prob_partials(logits, vocab_size, temperature)
+    if logits.shape[1] == vocab_size and runs_triton(logits.device):
+        return _combine(m, s, temperature, logits=logits, targets=targets)
+    chosen = _chosen(logits, targets, vocab_start)
+    if group is not None:
+        m, s = _gather_chunks(m, group), _gather_chunks(s, group)
+        torch.distributed.all_reduce(chosen, group=group)  # one rank adds the logit, the others zeros
+    return combine_log_prob(m, s, chosen, temperature)
+
+
+def _gather_chunks(x: torch.Tensor, group: Any) -> torch.Tensor:
+    ranks = torch.distributed.get_world_size(group)
+    parts = [torch.empty_like(x) for _ in range(ranks)]
+    torch.distributed.all_gather(parts, x, group=group)
+    return torch.cat(parts, 1)
+
+
+class _LogProb(torch.autograd.Function):
+    """log_prob whose backward writes softmax gradients in the logits' dtype."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperature: float, vocab_start: int, vocab_size: int,
+        group: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        log_probs, lse = _forward(logits, targets, temperature, vocab_start, vocab_size, group)
+        ctx.save_for_backward(logits, targets, lse)
+        ctx.temperature, ctx.vocab_start = temperature, vocab_start
+        return log_probs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        logits, targets, lse = ctx.saved_tensors
+        scale = _scale(ctx.temperature)
+        if not runs_triton(logits.device):
+            p = torch.exp(logits.float() * scale - lse[:, None])
+            column = targets.long()[:, None] - ctx.vocab_start
+            hot = (torch.arange(logits.shape[1], device=logits.device)[None, :] == column).float()
+            return ((grads[0].float()[:, None] * scale * (hot - p)).to(logits.dtype), None, None, None, None, None)
+        out = torch.empty(logits.shape, device=logits.device, dtype=logits.dtype)
+        if out.numel():
+            gradient_kernel[(logits.shape[0], -(-logits.shape[1] // 4096))](
+                logits, targets, lse, grads[0].contiguous(), out, logits.stride(0), scale, ctx.vocab_start,
+                COLUMNS=logits.shape[1], BLOCK=4096, num_warps=8,
+            )  # fmt: skip
+        return out, None, None, None, None, None

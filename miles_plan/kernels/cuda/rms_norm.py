@@ -1,0 +1,212 @@
+"""RMSNorm, with the residual addition that usually stands before it.
+
+Zhang & Sennrich 2019 (arXiv 1910.07467). One row a program and one layout a width, so a row's bits depend on the row alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import arguments
+from .device import runs_triton, steady
+from .toolchain import jit, tl
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_WIDTH = 32_768
+GRADIENT_ROWS = 64  # rows whose weight gradients are added before anything else; fixed, so the order is
+
+
+@jit
+def rms_norm_kernel(
+    x: tl.tensor, residual: tl.tensor, weight: tl.tensor, y: tl.tensor, total: tl.tensor, inverse: tl.tensor,
+    x_stride: tl.tensor, residual_stride: tl.tensor, eps: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, KEEP: tl.constexpr,
+) -> None:  # fmt: skip
+    """y = t * rsqrt(mean(t^2) + eps) * weight with t = x, or x + residual rounded to its dtype, in float32."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < WIDTH
+    t = tl.load(x + row * x_stride + column, mask=mask, other=0.0)
+    if ADD:
+        added = t.to(tl.float32) + tl.load(residual + row * residual_stride + column, mask=mask, other=0.0).to(tl.float32)
+        t = added.to(total.dtype.element_ty)
+        tl.store(total + row * WIDTH + column, t, mask=mask)
+    t = t.to(tl.float32)
+    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt_rn(tl.sum(t * t, axis=0) / WIDTH + eps)
+    if KEEP:
+        tl.store(inverse + row, scale)
+    tl.store(y + row * WIDTH + column, (t * scale * w).to(y.dtype.element_ty), mask=mask)
+
+
+@jit
+def rms_norm_gradient_kernel(
+    grad: tl.tensor, t: tl.tensor, weight: tl.tensor, inverse: tl.tensor, dt: tl.tensor, partial: tl.tensor, rows: tl.tensor,
+    grad_stride: tl.tensor, t_stride: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+) -> None:  # fmt: skip
+    """Program i: rows i * ROWS upwards, one after another; their weight gradients added in that order."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    column = tl.arange(0, BLOCK)
+    mask = column < WIDTH
+    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    dw = tl.zeros((BLOCK,), tl.float32)
+    for i in range(tl.minimum(ROWS, rows - first).to(tl.int32)):
+        at = first + i
+        g = tl.load(grad + at * grad_stride + column, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(t + at * t_stride + column, mask=mask, other=0.0).to(tl.float32)
+        scale = tl.load(inverse + at)
+        normal = value * scale
+        gw = g * w
+        mean = tl.sum(gw * normal, axis=0) / WIDTH
+        tl.store(dt + at * WIDTH + column, ((gw - normal * mean) * scale).to(dt.dtype.element_ty), mask=mask)
+        dw += g * normal
+    tl.store(partial + tl.program_id(0).to(tl.int64) * WIDTH + column, dw, mask=mask)
+
+
+@jit
+def ordered_sum_kernel(partial: tl.tensor, out: tl.tensor, rows: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    """out[c] = partial[0, c] + partial[1, c] + ... in that order."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < WIDTH
+    total = tl.zeros((BLOCK,), tl.float32)
+    at = partial + column
+    for _ in range(rows):
+        total += tl.load(at, mask=mask, other=0.0)
+        at += WIDTH
+    tl.store(out + column, total.to(out.dtype.element_ty), mask=mask)
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, residual: torch.Tensor | None = None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Root-mean-square norm over the last dimension, in float32, rounded once.
+
+    x: [..., width] bf16, fp16 or fp32, rows of any stride, last dimension contiguous. weight: [width]. residual: like x.
+    Returns y, or (y, x + residual) with a residual; the sum is rounded to x's dtype before it is squared, because that is
+    what the residual stream stores.
+
+    Order of the sum: the row's squares in the one layout of its width; rows never meet. The weight's gradient adds rows of
+    blocks of 64 in ascending order, then the blocks. Differentiable. Raises ValueError naming a wrong argument.
+    """
+    _check(x, weight, eps, residual)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (residual is not None and residual.requires_grad)
+    ):
+        y, total = _RmsNorm.apply(x, weight, eps, residual)  # type: ignore[no-untyped-call]  # torch's apply is untyped
+    else:
+        y, total, _ = _forward(x, weight, eps, residual, keep=False)
+    return y if residual is None else (y, total)
+
+
+def rms_norm_reference(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same in plain torch: y, what was normalised, and 1 / rms."""
+    t = x if residual is None else (x.float() + residual.float()).to(x.dtype)
+    wide = t.float()
+    inverse = 1.0 / torch.sqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * inverse * weight.float()).to(x.dtype), t, inverse[..., 0]
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None) -> None:
+    arguments.require_dtype("x", x, DTYPES)
+    arguments.require_dtype("weight", weight, DTYPES)
+    arguments.require_contiguous_rows("x", x)
+    arguments.require_same_device(x=x, weight=weight, residual=residual)
+    if x.dim() == 0:
+        raise ValueError("x has no dimensions; allowed: [..., width]")
+    arguments.require_range("the width of x", x.shape[-1], 1, LARGEST_WIDTH)
+    arguments.require_shape("weight", weight, (x.shape[-1],), "[width]")
+    arguments.require_contiguous("weight", weight)
+    if residual is not None:
+        arguments.require_shape("residual", residual, x.shape, "x's shape")
+        arguments.require_dtype("residual", residual, (x.dtype,))
+        arguments.require_contiguous_rows("residual", residual)
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps}; allowed: 0 or more")
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """x as [rows, width] without a copy where its strides allow it."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _warps(block: int) -> int:
+    """Measured on an H200; a function of the width alone, because it decides the order of the sum."""
+    return max(1, block // 512) if block <= 2048 else min(16, max(4, block // 1024))
+
+
+def _forward(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if not runs_triton(x.device):
+        return rms_norm_reference(x, weight, eps, residual)
+    rows = steady(rows_of(x))
+    other = rows if residual is None else steady(rows_of(residual))
+    weight = steady(weight)
+    y = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    total = rows if residual is None else torch.empty_like(y)
+    inverse = torch.empty(rows.shape[0] if keep else 1, device=x.device, dtype=torch.float32)
+    width = rows.shape[1]
+    block = 1 << (width - 1).bit_length()
+    if rows.shape[0]:
+        rms_norm_kernel[(rows.shape[0],)](
+            rows, other, weight, y, total, inverse, rows.stride(0), other.stride(0), eps, WIDTH=width, BLOCK=block,
+            ADD=residual is not None, KEEP=keep, num_warps=_warps(block),
+        )  # fmt: skip
+    return y.view(x.shape), total.view(x.shape), inverse
+
+
+def gradient_programs(rows: int) -> int:
+    """How many blocks of GRADIENT_ROWS there are."""
+    return -(-rows // GRADIENT_ROWS)
+
+
+class _RmsNorm(torch.autograd.Function):
+    """rms_norm with gradients for x, the residual and the weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        y, total, inverse = _forward(x, weight, eps, residual, keep=True)
+        ctx.save_for_backward(total, weight, inverse)
+        ctx.added = residual is not None
+        if not ctx.added:
+            total = total.detach()
+            ctx.mark_non_differentiable(total)
+        return y, total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        total, weight, inverse = ctx.saved_tensors
+        dt, dw = _gradients(grads[0], total, weight, inverse)
+        if ctx.added and grads[1] is not None:
+            dt = dt + grads[1]
+        return dt, dw, None, dt if ctx.added else None
+
+
+def _gradients(
+    grad: torch.Tensor, total: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not runs_triton(total.device):
+        normal = total.float() * inverse.reshape(*total.shape[:-1], 1)
+        gw = grad.float() * weight.float()
+        dt = (gw - normal * (gw * normal).mean(-1, keepdim=True)) * inverse.reshape(*total.shape[:-1], 1)
+        return dt.to(total.dtype), rows_of(grad.float() * normal).sum(0).to(weight.dtype)
+    rows, g = steady(rows_of(total)), rows_of(grad)
+    g = steady(g if g.stride(-1) == 1 else g.contiguous())
+    width = rows.shape[1]
+    block = 1 << (width - 1).bit_length()
+    programs = gradient_programs(rows.shape[0])
+    dt = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    partial = torch.empty(programs, width, device=rows.device, dtype=torch.float32)
+    dw = torch.empty_like(weight)
+    rms_norm_gradient_kernel[(programs,)](
+        g, rows, weight, inverse, dt, partial, rows.shape[0], g.stride(0), rows.stride(0), WIDTH=width, BLOCK=block,
+        ROWS=GRADIENT_ROWS, num_warps=_warps(block),
+    )  # fmt: skip
+    ordered_sum_kernel[(-(-width // 128),)](partial, dw, programs, WIDTH=width, BLOCK=128, num_warps=1)
+    return dt.view(total.shape), dw

@@ -1,0 +1,261 @@
+"""Choosing experts: scores, top k with ties to the lower index, and the weights of the chosen.
+
+Softmax or sigmoid scores, the selection bias and the group limit of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2). One token a
+program in float32; the router's product itself is `matmul(x, weight, out_dtype=torch.float32)`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+
+from . import arguments
+from .device import runs_triton, steady
+from .toolchain import jit, tl
+
+Scoring = Literal["softmax", "sigmoid"]
+SCORINGS = ("softmax", "sigmoid")
+MOST_EXPERTS = 1024
+MOST_CHOSEN = 32
+
+
+@jit
+def _scores(logits: tl.tensor, at: tl.tensor, e: tl.tensor, EXPERTS: tl.constexpr, SIGMOID: tl.constexpr) -> tl.tensor:
+    """Scores of one token's experts, zero past the last expert."""
+    there = e < EXPERTS
+    x = tl.load(logits + at + e, mask=there, other=float("-inf"))
+    if SIGMOID:
+        scores = 1.0 / (1.0 + tl.exp(-x))
+    else:
+        weights = tl.exp(x - tl.max(x, 0))
+        scores = weights / tl.sum(weights, 0)
+    return tl.where(there, scores, 0.0)
+
+
+@jit
+def _first_best(values: tl.tensor, e: tl.tensor, PAD: tl.constexpr) -> tl.tensor:
+    """The index of the largest value, the lowest one among equals."""
+    return tl.min(tl.where(values == tl.max(values, 0), e, PAD), 0)
+
+
+@jit
+def _allowed(values: tl.tensor, GROUPS: tl.constexpr, KEEP: tl.constexpr, PAD: tl.constexpr) -> tl.tensor:
+    """Values of the KEEP groups whose two best add up highest; -inf elsewhere."""
+    SIZE: tl.constexpr = PAD // GROUPS
+    grid = tl.reshape(values, (GROUPS, SIZE))
+    member = tl.arange(0, SIZE)[None, :]
+    best = tl.max(grid, 1)
+    where = tl.min(tl.where(grid == best[:, None], member, SIZE), 1)
+    second = tl.max(tl.where(member == where[:, None], float("-inf"), grid), 1)
+    group = tl.arange(0, GROUPS)
+    score = best + second
+    kept = tl.zeros((GROUPS,), tl.int32)
+    for _ in tl.static_range(KEEP):
+        chosen = _first_best(score, group, GROUPS)
+        kept = tl.where(group == chosen, 1, kept)
+        score = tl.where(group == chosen, float("-inf"), score)
+    return tl.reshape(tl.where(kept[:, None] == 1, grid, float("-inf")), (PAD,))
+
+
+@jit
+def router_kernel(
+    logits: tl.tensor, bias: tl.tensor, weights: tl.tensor, ids: tl.tensor, scale: tl.tensor,
+    EXPERTS: tl.constexpr, PAD: tl.constexpr, CHOSEN: tl.constexpr, SIGMOID: tl.constexpr, BIAS: tl.constexpr,
+    RENORMALIZE: tl.constexpr, GROUPS: tl.constexpr, KEEP: tl.constexpr,
+) -> None:  # fmt: skip
+    """Program: one token."""
+    token = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, PAD)
+    scores = _scores(logits, token * EXPERTS, e, EXPERTS, SIGMOID)
+    ranked = tl.where(e < EXPERTS, scores, float("-inf"))
+    if BIAS:
+        ranked += tl.load(bias + e, mask=e < EXPERTS, other=0.0)
+    if GROUPS > 1:
+        ranked = _allowed(ranked, GROUPS, KEEP, PAD)
+    total = 0.0
+    left = ranked
+    for _ in tl.static_range(CHOSEN):
+        chosen = _first_best(left, e, PAD)
+        total += tl.sum(tl.where(e == chosen, scores, 0.0), 0)
+        left = tl.where(e == chosen, float("-inf"), left)
+    left = ranked
+    for slot in tl.static_range(CHOSEN):
+        chosen = _first_best(left, e, PAD)
+        value = tl.sum(tl.where(e == chosen, scores, 0.0), 0)
+        if RENORMALIZE:
+            value = value / total
+        tl.store(weights + token * CHOSEN + slot, value * scale)
+        tl.store(ids + token * CHOSEN + slot, chosen)
+        left = tl.where(e == chosen, float("-inf"), left)
+
+
+@jit
+def router_gradient_kernel(
+    logits: tl.tensor, ids: tl.tensor, grad: tl.tensor, out: tl.tensor, scale: tl.tensor,
+    EXPERTS: tl.constexpr, PAD: tl.constexpr, CHOSEN: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr,
+) -> None:  # fmt: skip
+    """Program: one token; the chosen are constants, sums over them run in slot order."""
+    token = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, PAD)
+    scores = _scores(logits, token * EXPERTS, e, EXPERTS, SIGMOID)
+    total = 0.0
+    inner = 0.0
+    for slot in tl.static_range(CHOSEN):
+        chosen = tl.load(ids + token * CHOSEN + slot)
+        value = tl.sum(tl.where(e == chosen, scores, 0.0), 0)
+        total += value
+        inner += tl.load(grad + token * CHOSEN + slot) * value
+    d_scores = tl.zeros((PAD,), tl.float32)
+    for slot in tl.static_range(CHOSEN):
+        chosen = tl.load(ids + token * CHOSEN + slot)
+        d = tl.load(grad + token * CHOSEN + slot) * scale
+        if RENORMALIZE:
+            d = d / total - scale * inner / (total * total)
+        d_scores = tl.where(e == chosen, d_scores + d, d_scores)
+    if SIGMOID:
+        d_logits = d_scores * scores * (1.0 - scores)
+    else:
+        d_logits = scores * (d_scores - tl.sum(scores * d_scores, 0))
+    tl.store(out + token * EXPERTS + e, d_logits, mask=e < EXPERTS)
+
+
+def router(
+    logits: torch.Tensor,
+    top_k: int,
+    *,
+    scoring: Scoring = "softmax",
+    bias: torch.Tensor | None = None,
+    renormalize: bool = True,
+    groups: int = 1,
+    groups_kept: int = 1,
+    scale: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The top_k experts of each token: weights float32 [tokens, top_k] and ids int32 [tokens, top_k], best first.
+
+    logits: float32 [tokens, experts], contiguous, at most 1024 experts. scoring: "softmax" or "sigmoid".
+    bias: float32 [experts], added for the choice only. renormalize: weights of a token add up to 1 before `scale`.
+    groups, groups_kept: only the experts of the best groups may be chosen (a group's score is its two best); both powers of
+        two of a power-of-two number of experts.
+
+    Ties go to the lower index. One token's sums: the layout of `experts` columns, then slot order. Differentiable in logits
+    through the weights. Raises ValueError naming a wrong argument.
+    """
+    _check(logits, top_k, scoring, bias, groups, groups_kept)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _Router.apply(logits, top_k, scoring, bias, renormalize, groups, groups_kept, scale)  # type: ignore[no-any-return, no-untyped-call]  # torch's apply is untyped
+    return _forward(logits, top_k, scoring, bias, renormalize, groups, groups_kept, scale)
+
+
+def _check(logits: torch.Tensor, top_k: int, scoring: str, bias: torch.Tensor | None, groups: int, groups_kept: int) -> None:
+    arguments.require_dims("logits", logits, 2, "[tokens, experts]")
+    arguments.require_dtype("logits", logits, (torch.float32,))
+    arguments.require_contiguous("logits", logits)
+    experts = logits.shape[1]
+    arguments.require_range("the number of experts in logits", experts, 1, MOST_EXPERTS)
+    arguments.require_range("top_k", top_k, 1, min(experts, MOST_CHOSEN))
+    arguments.require_same_device(logits=logits, bias=bias)
+    if scoring not in SCORINGS:
+        raise ValueError(f"scoring is {scoring!r}; allowed: {', '.join(SCORINGS)}")
+    if bias is not None:
+        arguments.require_dtype("bias", bias, (torch.float32,))
+        arguments.require_shape("bias", bias, (experts,), "[experts]")
+    if groups != 1:
+        powers = all(n & (n - 1) == 0 for n in (groups, experts))
+        if not powers or experts < 2 * groups or not 1 <= groups_kept <= groups:
+            raise ValueError(
+                f"groups is {groups} with groups_kept {groups_kept} and {experts} experts; allowed: powers of two, two or "
+                "more experts a group, and 1 to groups kept"
+            )
+        if top_k > experts // groups * groups_kept:
+            raise ValueError(
+                f"top_k is {top_k}; allowed: at most the {experts // groups * groups_kept} experts of the kept groups"
+            )
+
+
+def router_reference(
+    logits: torch.Tensor, top_k: int, scoring: str, bias: torch.Tensor | None, renormalize: bool, groups: int,
+    groups_kept: int, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The same in plain torch."""
+    scores = torch.softmax(logits, -1) if scoring == "softmax" else 1.0 / (1.0 + torch.exp(-logits))
+    ranked = scores if bias is None else scores + bias
+    if groups > 1:
+        grid = ranked.view(logits.shape[0], groups, -1)
+        two = torch.sort(grid, dim=-1, descending=True, stable=True).values[..., :2].sum(-1)
+        kept = torch.sort(two, dim=-1, descending=True, stable=True).indices[:, :groups_kept]
+        mask = torch.zeros_like(two, dtype=torch.bool).scatter(1, kept, True)
+        ranked = grid.masked_fill(~mask[..., None], float("-inf")).view(logits.shape)
+    ids = torch.sort(ranked, dim=-1, descending=True, stable=True).indices[:, :top_k]
+    weights = scores.gather(1, ids)
+    if renormalize:
+        total = torch.zeros(logits.shape[0], device=logits.device)
+        for slot in range(top_k):
+            total = total + weights[:, slot]
+        weights = weights / total[:, None]
+    return weights * scale, ids.to(torch.int32)
+
+
+def _forward(
+    logits: torch.Tensor, top_k: int, scoring: str, bias: torch.Tensor | None, renormalize: bool, groups: int,
+    groups_kept: int, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    if not runs_triton(logits.device):
+        return router_reference(logits, top_k, scoring, bias, renormalize, groups, groups_kept, scale)
+    tokens, experts = logits.shape
+    logits = steady(logits)
+    weights = torch.empty(tokens, top_k, device=logits.device, dtype=torch.float32)
+    ids = torch.empty(tokens, top_k, device=logits.device, dtype=torch.int32)
+    if tokens:
+        router_kernel[(tokens,)](
+            logits, logits if bias is None else bias, weights, ids, scale, EXPERTS=experts,
+            PAD=1 << (experts - 1).bit_length(), CHOSEN=top_k, SIGMOID=scoring == "sigmoid", BIAS=bias is not None,
+            RENORMALIZE=renormalize, GROUPS=groups, KEEP=groups_kept, num_warps=1,
+        )  # fmt: skip
+    return weights, ids
+
+
+class _Router(torch.autograd.Function):
+    """router with the gradient of its weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, top_k: int, scoring: str, bias: torch.Tensor | None, renormalize: bool, groups: int,
+        groups_kept: int, scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        weights, ids = _forward(logits, top_k, scoring, bias, renormalize, groups, groups_kept, scale)
+        ctx.save_for_backward(logits, ids)
+        ctx.options = (scoring, renormalize, scale)
+        ctx.mark_non_differentiable(ids)
+        return weights, ids
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        logits, ids = ctx.saved_tensors
+        scoring, renormalize, scale = ctx.options
+        grad = grads[0].contiguous()
+        nothing = (None,) * 7
+        if not runs_triton(logits.device):
+            return _reference_gradient(logits, ids, grad, scoring, renormalize, scale), *nothing
+        out = torch.empty_like(logits)
+        if ids.numel():
+            router_gradient_kernel[(logits.shape[0],)](
+                steady(logits), ids, grad, out, scale, EXPERTS=logits.shape[1],
+                PAD=1 << (logits.shape[1] - 1).bit_length(), CHOSEN=ids.shape[1], SIGMOID=scoring == "sigmoid",
+                RENORMALIZE=renormalize, num_warps=1,
+            )  # fmt: skip
+        return out, *nothing
+
+
+def _reference_gradient(
+    logits: torch.Tensor, ids: torch.Tensor, grad: torch.Tensor, scoring: str, renormalize: bool, scale: float
+) -> torch.Tensor:
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        scores = torch.softmax(leaf, -1) if scoring == "softmax" else torch.sigmoid(leaf)
+        weights = scores.gather(1, ids.long())
+        if renormalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        (weights * scale).backward(grad)  # type: ignore[no-untyped-call]  # torch's backward is untyped
+    assert leaf.grad is not None
+    return leaf.grad

@@ -1,0 +1,324 @@
+"""Which tile a matrix kernel runs with: a table measured per GPU, and a prediction where the table is silent.
+
+Every tile computes the same bits (`gemm_kernel` says why, `prove` shows it on the GPU at hand), so a choice here can change
+time and nothing else. That is what makes it legal to choose by M: the tuner times only tiles that `prove` let through.
+
+The shipped tables are `tables/<gpu>.json`; `tune` measures one shape, and `Table.save` writes a file that the environment
+variable MILES_PLAN_KERNEL_TABLE names to be read in place of the shipped one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass, field, replace
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+SHARED_MEMORY_BYTES = 232_448  # what one Hopper thread block may use
+TABLE_VARIABLE = "MILES_PLAN_KERNEL_TABLE"
+BARRIER_BYTES = 1_024  # barriers and alignment, rounded up
+LARGEST_BUCKET = 65_536
+
+# Rates of an H200 at its usual clock, for `predict` only.
+CLOCK_HZ = 1.7e9
+L2_BYTES_PER_CYCLE = 60.0  # into one multiprocessor
+MEMORY_BYTES_PER_S = 4.2e12
+FIXED_S = 2.5e-6
+TILE_OVERHEAD_CYCLES = 900.0
+
+
+RING, DIRECT, SKINNY = 0, 1, 2  # `gemm_kernel`, `gemm_direct_kernel`, `gemm_skinny_kernel`
+
+
+@dataclass(frozen=True, order=True)
+class GemmTile:
+    """How a product is cut, and by which kernel."""
+
+    engine: int
+    swap: bool  # the weights in the rows of the matrix unit, the tokens in its columns
+    rows: int  # rows of one warp group (of the tile, for SKINNY)
+    consumers: int  # warp groups that multiply (warps, for SKINNY)
+    cols: int
+    extra: int  # a second, narrower column block, so that tiles such as 128 x 192 exist; 0 for none
+    depth: int  # K elements a stage
+    stages: int
+    group: int  # row tiles walked down before the next column tile
+    store: int  # 0 from registers, 1 by TMA, 2 from registers as whole rows
+
+    @property
+    def height(self) -> int:
+        """Rows of a thread block's tile."""
+        return self.rows if self.engine == SKINNY else self.rows * self.consumers
+
+    @property
+    def width(self) -> int:
+        """Columns of a thread block's tile."""
+        return self.cols + self.extra
+
+    def shared_bytes(self, itemsize: int, out_itemsize: int, leaves: int) -> int:
+        """Shared memory the kernel will ask for."""
+        ring = self.stages * (self.height + self.width) * self.depth * itemsize
+        staging = self.height * self.width * out_itemsize if self.store else 0
+        stash = self.height * self.cols * 4 if self.stashes(leaves) else 0
+        return ring + staging + stash + BARRIER_BYTES
+
+    def stashes(self, leaves: int) -> bool:
+        """A full tree over a tile this wide keeps its uppermost level in shared memory."""
+        return leaves == 8 and self.engine == RING and self.rows * self.cols >= 64 * 128
+
+    def fits(self, itemsize: int, out_itemsize: int, leaves: int) -> bool:
+        """Whether registers and shared memory suffice."""
+        levels = 1 if leaves == 0 else 3 if self.stashes(leaves) else min(leaves.bit_length(), 4)
+        registers = self.rows * self.width // 128 * levels
+        return registers <= 192 and self.shared_bytes(itemsize, out_itemsize, leaves) <= SHARED_MEMORY_BYTES
+
+    def per_multiprocessor(self, itemsize: int, out_itemsize: int, leaves: int) -> int:
+        """Thread blocks that run beside each other on one multiprocessor; a ring kernel takes it whole."""
+        if self.engine == RING:
+            return 1
+        return max(1, min(8, SHARED_MEMORY_BYTES // self.shared_bytes(itemsize, out_itemsize, leaves)))
+
+
+@dataclass(frozen=True)
+class GemmProblem:
+    """One product C[M, N] = A[M, K] B[N, K]^T as the tuner sees it."""
+
+    m: int
+    n: int
+    k: int
+    dtype: torch.dtype = torch.bfloat16
+    out_dtype: torch.dtype = torch.bfloat16
+    leaves: int = 0
+    a_km: bool = False  # A lies as [K, M]
+    b_kn: bool = False  # B lies as [K, N]
+    experts: int = 0  # 0: one weight; otherwise rows sorted by expert and B is [experts, N, K]
+
+    @property
+    def key(self) -> str:
+        """The table's key: everything but M, which is bucketed to the next power of two."""
+        lying = ("t" if self.a_km else "n") + ("n" if self.b_kn else "t")
+        family = f"tree{self.leaves}" if self.leaves else "chain"
+        dtype, out = (str(d).removeprefix("torch.") for d in (self.dtype, self.out_dtype))
+        experts = f"/e{self.experts}" if self.experts else ""
+        return f"{family}/{lying}/{dtype}/{out}/{self.n}x{self.k}{experts}"
+
+    @property
+    def bucket(self) -> int:
+        """M rounded up to a power of two."""
+        return min(1 << max(self.m - 1, 0).bit_length(), LARGEST_BUCKET)
+
+
+def predict_s(tile: GemmTile, problem: GemmProblem, multiprocessors: int) -> float:
+    """Seconds the tile should take: the slowest of matrix unit, L2 port and memory, plus what each wave costs.
+
+    Good enough to rank tiles for shapes nobody measured; the table overrides it.
+    """
+    rows, cols = (problem.n, problem.m) if tile.swap else (problem.m, problem.n)
+    row_tiles = -(-rows // tile.height) + (problem.experts if problem.experts and not tile.swap else 0)
+    tiles = row_tiles * -(-cols // tile.width)
+    itemsize = problem.dtype.itemsize
+    beside = tile.per_multiprocessor(itemsize, problem.out_dtype.itemsize, problem.leaves)
+    beside = min(beside, -(-tiles // multiprocessors))
+    waves = -(-tiles // (multiprocessors * beside))
+    mma_cycles = problem.k / 16 * _mma_cycles(tile) * beside
+    load_cycles = problem.k * (tile.height + tile.width) * itemsize / L2_BYTES_PER_CYCLE * beside
+    # A ring must hold about a microsecond of the port's bandwidth, or latency shows.
+    in_flight = (tile.stages - 1) * (tile.height + tile.width) * tile.depth * itemsize * beside
+    starved = max(1.0, 70_000 / in_flight)
+    busy_s = waves * (max(mma_cycles, load_cycles * starved) + TILE_OVERHEAD_CYCLES) / CLOCK_HZ
+    touched = min(problem.experts, problem.m) if problem.experts else 1
+    moved = itemsize * (problem.m * problem.k + touched * problem.n * problem.k)
+    moved += problem.out_dtype.itemsize * problem.m * problem.n
+    return FIXED_S + max(busy_s, moved / MEMORY_BYTES_PER_S)
+
+
+def _mma_cycles(tile: GemmTile) -> float:
+    """Matrix-unit cycles of one k16 step of a tile; narrow parts wait for shared memory instead."""
+    parts = [part for part in (tile.cols, tile.extra) if part]
+    return sum(max(part / 2, (64 + part) * 32 / 128) for part in parts) * max(tile.height, 16) / 64
+
+
+def _skinny_tiles(problem: GemmProblem) -> Iterable[GemmTile]:
+    """Tiles for up to 64 tokens, whose stages must divide K. A tree would keep its levels in the registers of few warps."""
+    tokens = max(16, 1 << (problem.m - 1).bit_length())
+    if tokens > 64 or problem.n % 16 or problem.leaves:
+        return
+    shapes = [
+        (16, 1, 256, 4), (16, 1, 512, 3), (16, 2, 256, 4), (16, 2, 512, 4), (16, 4, 512, 4), (32, 2, 256, 4), (32, 2, 512, 3),
+        (32, 4, 256, 4), (64, 4, 128, 6), (64, 4, 256, 4),
+    ]  # fmt: skip
+    for rows, warps, depth, stages in shapes:
+        if problem.k % depth == 0:
+            yield GemmTile(SKINNY, True, rows, warps, tokens, 0, depth, stages, 1, 0)
+
+
+def _decode_tiles(whole: int) -> Iterable[GemmTile]:
+    """Tiles for few tokens: the weights in the rows, or the tokens in one row tile of 64."""
+    for cols, depth, stages in ((8, 128, 9), (8, 256, 5), (16, 128, 8), (16, 256, 4), (32, 128, 8), (64, 128, 6)):
+        yield GemmTile(RING, True, 64, 1, cols, 0, depth, stages, 1, 0)
+        yield GemmTile(DIRECT, True, 64, 1, cols, 0, depth, stages, 1, 0)
+    for cols, depth, stages in ((8, 128, 5), (16, 128, 5), (32, 128, 4), (64, 128, 3)):
+        yield GemmTile(DIRECT, True, 64, 1, cols, 0, depth, stages, 1, 0)
+    for cols, depth, stages in ((16, 128, 8), (32, 128, 8), (64, 128, 6)):
+        yield GemmTile(RING, False, 64, 1, cols, 0, depth, stages, 8, 0)
+        yield GemmTile(DIRECT, False, 64, 1, cols, 0, depth, stages, 8, 0)
+    yield GemmTile(DIRECT, False, 64, 1, 128, 0, 64, 8, 8, whole)
+
+
+def _wide_tiles(store: int, whole: int) -> Iterable[GemmTile]:
+    """Tiles for many tokens."""
+    shapes = [
+        (64, 1, 64, 0, 64, 10), (64, 1, 64, 0, 128, 6), (64, 1, 128, 0, 64, 8), (64, 1, 64, 32, 64, 8),
+        (64, 1, 128, 64, 64, 5), (64, 1, 256, 0, 64, 4), (64, 2, 64, 0, 64, 8), (64, 2, 32, 0, 64, 9),
+        (64, 2, 64, 16, 64, 7), (64, 2, 64, 32, 64, 6), (64, 2, 128, 0, 64, 5), (64, 2, 128, 32, 64, 4),
+        (64, 2, 128, 64, 64, 4), (64, 2, 256, 0, 64, 3), (128, 2, 64, 0, 64, 4), (128, 2, 128, 0, 64, 3),
+    ]  # fmt: skip
+    for rows, consumers, cols, extra, depth, stages in shapes:
+        yield GemmTile(RING, False, rows, consumers, cols, extra, depth, stages, 8, store)
+        if rows * consumers >= 128 and cols + extra >= 128:
+            yield GemmTile(RING, False, rows, consumers, cols, extra, depth, stages, 16, store)
+    for consumers, cols, depth, stages in ((1, 64, 64, 5), (1, 128, 64, 4), (2, 64, 64, 4), (2, 64, 64, 8), (2, 128, 64, 6)):
+        yield GemmTile(DIRECT, False, 64, consumers, cols, 0, depth, stages, 8, whole)
+    yield GemmTile(RING, True, 64, 2, 64, 0, 64, 8, 8, 0)
+
+
+def candidates(problem: GemmProblem) -> list[GemmTile]:
+    """Every tile that fits the problem. All of them compute the same bits."""
+    aligned = problem.n * problem.out_dtype.itemsize % 16 == 0 and problem.out_dtype.itemsize == 2
+    whole = 2 if aligned else 0
+    store = whole if problem.experts else min(whole, 1)
+    plain = not (problem.experts or problem.a_km or problem.b_kn)
+    tiles = [*_decode_tiles(whole), *_wide_tiles(store, whole)]
+    itemsizes = (problem.dtype.itemsize, problem.out_dtype.itemsize)
+    kept = [tile for tile in _skinny_tiles(problem) if plain and tile.fits(*itemsizes, problem.leaves)]
+    leaf = problem.k // problem.leaves if problem.leaves else 0
+    for shape in tiles:
+        if (shape.swap or shape.engine == DIRECT) and not plain:
+            continue
+        if shape.swap and problem.m > 4 * shape.width:
+            continue
+        tile = _within_memory(_with_depth(shape, leaf) if leaf else shape, problem)
+        if tile is not None:
+            kept.append(tile)
+    return list(dict.fromkeys(kept))
+
+
+def _within_memory(tile: GemmTile | None, problem: GemmProblem) -> GemmTile | None:
+    """The tile with as many of its stages as shared memory holds, or None if that is fewer than three."""
+    while tile is not None and not tile.fits(problem.dtype.itemsize, problem.out_dtype.itemsize, problem.leaves):
+        tile = replace(tile, stages=tile.stages - 1) if tile.stages > 3 else None
+    return tile
+
+
+def _with_depth(tile: GemmTile, leaf: int) -> GemmTile | None:
+    """The tile with the deepest stage that divides a leaf, or None where it has a second column block."""
+    depth = next((d for d in (256, 128, 64, 32, 16) if d <= tile.depth and leaf % d == 0), 0)
+    if tile.extra or depth == 0:
+        return None
+    return replace(tile, depth=depth, stages=min(tile.stages * tile.depth // depth, 12))
+
+
+@dataclass
+class Table:
+    """Measured choices: problem key -> M bucket -> tile."""
+
+    gpu: str
+    choices: dict[str, dict[int, GemmTile]] = field(default_factory=dict)
+
+    def get(self, problem: GemmProblem) -> GemmTile | None:
+        """The measured tile, or None."""
+        return self.choices.get(problem.key, {}).get(problem.bucket)
+
+    def put(self, problem: GemmProblem, tile: GemmTile) -> None:
+        """Remember a choice."""
+        self.choices.setdefault(problem.key, {})[problem.bucket] = tile
+
+    def to_json(self) -> str:
+        """The file's text: one line a key, so that a change reads well in a diff."""
+        lines = []
+        for key in sorted(self.choices):
+            row = {str(m): [int(v) for v in astuple(tile)] for m, tile in sorted(self.choices[key].items())}
+            lines.append(f"  {json.dumps(key)}: {json.dumps(row)}")
+        body = ",\n".join(lines)
+        return f'{{"gpu": {json.dumps(self.gpu)}, "choices": {{\n{body}\n}}}}\n'
+
+    @classmethod
+    def from_json(cls, text: str) -> Table:
+        """Read what `to_json` wrote."""
+        data = json.loads(text)
+        choices = {key: {int(m): _tile_of(values) for m, values in row.items()} for key, row in data["choices"].items()}
+        return cls(data["gpu"], choices)
+
+    def save(self, path: Path) -> None:
+        """Write the table where MILES_PLAN_KERNEL_TABLE may point."""
+        path.write_text(self.to_json())
+
+
+def _tile_of(values: Sequence[int]) -> GemmTile:
+    engine, swap, *rest = values
+    return GemmTile(engine, bool(swap), *rest)
+
+
+def _slug(gpu: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+
+
+@lru_cache(maxsize=8)
+def table_for(gpu: str) -> Table:
+    """The table of the GPU with this name: the user's file if the environment names one, else the shipped one, else empty."""
+    if path := os.environ.get(TABLE_VARIABLE):
+        return Table.from_json(Path(path).read_text())
+    shipped = resources.files(__package__) / "tables" / f"{_slug(gpu)}.json"
+    return Table.from_json(shipped.read_text()) if shipped.is_file() else Table(gpu)
+
+
+@lru_cache(maxsize=4096)
+def choose(problem: GemmProblem, gpu: str, multiprocessors: int) -> GemmTile:
+    """The tile for a problem: measured if the table has it, else the one predicted fastest."""
+    if (tile := table_for(gpu).get(problem)) is not None:
+        return tile
+    return min(candidates(problem), key=lambda tile: predict_s(tile, problem, multiprocessors))
+
+
+def prove(
+    run: Callable[[GemmTile], torch.Tensor],
+    tiles: Sequence[GemmTile],
+    reference: torch.Tensor,
+    same: Callable[[torch.Tensor, torch.Tensor], bool] = torch.equal,
+) -> list[GemmTile]:
+    """The tiles whose result is `reference` bit for bit; `run` computes on the random inputs that gave the reference."""
+    return [tile for tile in tiles if same(run(tile), reference)]
+
+
+def ranked(problem: GemmProblem, multiprocessors: int, keep: int = 8) -> list[GemmTile]:
+    """The tiles worth timing: the `keep` predicted fastest, and every skinny one, whose prediction is coarse."""
+    tiles = sorted(candidates(problem), key=lambda tile: predict_s(tile, problem, multiprocessors))
+    skinny = [tile for tile in tiles if tile.engine == SKINNY]
+    return skinny + [tile for tile in tiles if tile.engine != SKINNY][:keep]
+
+
+def tune(
+    problem: GemmProblem,
+    run: Callable[[GemmTile], torch.Tensor],
+    reference: torch.Tensor,
+    time_s: Callable[[Sequence[GemmTile]], dict[GemmTile, float]],
+    multiprocessors: int,
+    table: Table,
+) -> dict[GemmTile, float]:
+    """Time the tiles of `ranked` that `prove` lets through, put the fastest into the table, and return all times.
+
+    run, reference: as `prove`'s; the reference is the portable kernel's result. time_s: seconds of each tile.
+    Raises ValueError if no tile is bit-equal.
+    """
+    proven = prove(run, ranked(problem, multiprocessors), reference)
+    if not proven:
+        raise ValueError(f"no tile of {problem.key} at {problem.m} rows gives the portable kernel's bits")
+    times = time_s(proven)
+    table.put(problem, min(times, key=lambda tile: times[tile]))
+    return times
