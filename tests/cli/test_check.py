@@ -109,7 +109,7 @@ def test_bombs_take_little_memory(tmp_path: Path) -> None:
         "    start = time.process_time()\n"
         "    found, _ = findings_of(spec, [])\n"
         "    assert found, spec\n"
-        "    assert time.process_time() - start < 1.0, (spec, time.process_time() - start)\n"
+        "    assert time.process_time() - start < 3.0, (spec, time.process_time() - start)\n"
         "print(int(re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1]) // 1024)"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
