@@ -52,12 +52,12 @@ class RolloutSearch:
     left_out: Counter[str]
 
 
-def rollout_room(ctx: PassContext, num_gpus: int, workload: StepWorkload) -> Room:
-    """What the engines' layout on `num_gpus` has to fit."""
+def rollout_room(ctx: PassContext, cluster: Cluster, num_gpus: int, workload: StepWorkload) -> Room:
+    """What the engines' layout on `num_gpus` of `cluster` has to fit."""
     return Room(
         num_gpus=num_gpus,
-        gpus_per_node=min(num_gpus, ctx.cluster.gpus_per_node),
-        nvlink_domain=min(num_gpus, ctx.cluster.groups[0].gpu.nvlink_domain),
+        gpus_per_node=min(num_gpus, cluster.gpus_per_node),
+        nvlink_domain=min(num_gpus, cluster.groups[0].gpu.nvlink_domain),
         sequences=workload.drawn_samples,
         longest_sequence_tokens=workload.longest_tokens,
         engine=ctx.job.rollout.engine,
@@ -77,7 +77,7 @@ def search_rollout(
     ctx: PassContext, cluster: Cluster, num_gpus: int, workload: StepWorkload, *, resident_bytes: float
 ) -> RolloutSearch:
     """All engine layouts on `num_gpus` beside `resident_bytes` of a sleeping trainer on each GPU."""
-    room = rollout_room(ctx, num_gpus, workload)
+    room = rollout_room(ctx, cluster, num_gpus, workload)
     fixed = asked_engines(ctx, num_gpus)
     if fixed is None:
         layouts = rollout_layouts(ctx.model, room)
