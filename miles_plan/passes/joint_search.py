@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from miles_plan.catalog.gpus import Cluster
 from miles_plan.cost.columns import Floats
 from miles_plan.cost.profile import profile_for
+from miles_plan.cost.rollout_memory import RolloutMemory
 from miles_plan.cost.train_memory import DEVICE_ERROR
 from miles_plan.ir.tasks import Transport
 from miles_plan.passes.base import PassContext
@@ -26,7 +27,6 @@ from miles_plan.passes.number_formats import COST_PRECISION
 from miles_plan.passes.pair_prices import (
     SLEEPING_TRAINER_BYTES,
     TRANSPORTS,
-    bound_s,
     open_transports,
     pair_prices,
     passes_per_step,
@@ -38,11 +38,11 @@ from miles_plan.passes.placements import Split, splits
 from miles_plan.passes.rollout_choices import RolloutChoice, search_rollout
 from miles_plan.passes.staleness import staleness_of
 from miles_plan.passes.train_choices import TrainChoice, TrainSearch, size_trainers, train_search, usable_bytes
-from miles_plan.passes.train_prices import PriceRows, SizedLayouts, front_rows
+from miles_plan.passes.train_prices import PriceRows, PriceTable, SizedLayouts, front_rows
 from miles_plan.passes.workload import StepWorkload
 
-
-HEADROOM_STEP = DEVICE_ERROR
+HEADROOM_STEP = DEVICE_ERROR  # of a GPU's memory: what the memory model may be off by
+PASSES_OF_UPDATE = 2.0  # an update is a forward pass and a backward one that takes no less
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,12 +88,10 @@ def search_jointly(ctx: PassContext, workload: StepWorkload) -> JointSearch:
     """Price the space and keep its front, the fastest of each split, and what was left out."""
     state = _Search(ctx, workload)
     possible = list(splits(ctx))
-    if any(open_transports(ctx, split) for split in possible):
-        unreached = [split for split in possible if not open_transports(ctx, split)]
-        state.left_out["no transport that the spec allows reaches the engines"] += len(unreached)
-        possible = [split for split in possible if split not in unreached]
-        for split in possible:
-            state.visit(split)
+    reached = [split for split in possible if open_transports(ctx, split)]
+    state.left_out["no transport that the spec allows reaches the engines"] += len(possible) - len(reached)
+    for split in reached or possible:  # where none is reached `sync_weights` says so, of the one that would be best
+        state.visit(split)
     return state.result()
 
 
@@ -140,7 +138,15 @@ class _Search:
         ctx, workload = self.ctx, self.workload
         sized = self._sized(split)
         residue = max((residue_bytes(ctx, split, rows) for _, rows in sized.groups), default=0.0)
-        engines = search_rollout(ctx, split.rollout.cluster, split.rollout_gpus, workload, resident_bytes=residue)
+        most_room = max((capacity_bytes(split) - float(rows.peak_bytes.min()) for _, rows in sized.groups), default=-1.0)
+        engines = search_rollout(
+            ctx,
+            split.rollout.cluster,
+            split.rollout_gpus,
+            workload,
+            resident_bytes=residue,
+            still_open=lambda memory, floor_s: self._may_win(split, memory, floor_s, most_room),
+        )
         self.left_out += engines.left_out
         trainers = train_search(sized, lambda rows: self._worth(split, rows, engines.choices))
         self.left_out += trainers.left_out
@@ -161,34 +167,77 @@ class _Search:
             self.sized[key] = size_trainers(self.ctx, split.train.cluster, split.train_gpus, self.workload)
         return self.sized[key]
 
+    def _may_win(self, split: Split, memory: RolloutMemory, floor_s: float, most_room: float) -> bool:
+        """Whether engines that take at least `floor_s` could be on the front beside the fastest and smallest trainers."""
+        train_s = train_floor_s(self.ctx, split.train.cluster, split.train_gpus, self.workload)
+        step_s = np.array([max(floor_s, train_s) if self._overlapping(split) else floor_s + train_s])
+        level = headroom_levels(self.ctx, np.array([most_room - least_beside_bytes(split, memory)]))
+        return not beaten_by(self.front, step_s, step_s * split.num_gpus / 3600.0, level)[0]
+
+    def _overlapping(self, split: Split) -> bool:
+        return staleness_of(self.ctx)[1] > 0 and split.kind == "disaggregate"
+
     def _worth(self, split: Split, rows: PriceRows, engines: tuple[RolloutChoice, ...]) -> NDArray[np.bool_]:
-        """Rows that the points found so far do not beat even at the fastest trainer there could be, beside the best engines."""
+        """Rows that the points found so far do not beat even at the fastest update there could be, beside the best engines."""
         if not engines:
             return np.zeros(len(rows), dtype=bool)
-        capacity = min(usable_bytes(group) for group in split.train.cluster.groups)
-        overlapping = staleness_of(self.ctx)[1] > 0 and split.kind == "disaggregate"
         floor_s = train_floor_s(self.ctx, split.train.cluster, split.train_gpus, self.workload)
-        step_s = bound_s(engines[0].rollout_s, floor_s, overlapping)
-        beside = min(least_beside_bytes(split, each) for each in engines)
-        levels = headroom_levels(self.ctx, capacity - rows.peak_bytes - beside)
-        beaten_below = max(
-            (
-                point.headroom_level
-                for point in self.front
-                if point.step_s <= step_s and point.gpu_hours <= step_s * split.num_gpus / 3600.0
-            ),
-            default=-1,
-        )
-        beaten = levels <= beaten_below
-        self.left_out["beaten by bound"] += int(beaten.sum())
-        return np.asarray(~beaten)
+        train_s = np.maximum(floor_s, (PASSES_OF_UPDATE + passes_per_step(self.ctx)) * rows.log_prob_s)
+        worth = self._unbeaten(split, train_s, rows, engines)
+        self.left_out["beaten by bound"] += int((~worth).sum())
+        return worth
+
+    def _unbeaten(
+        self, split: Split, train_s: Floats, rows: PriceRows, engines: tuple[RolloutChoice, ...]
+    ) -> NDArray[np.bool_]:
+        """Rows that no point found so far beats, if their trainers took `train_s` and no sync took any time."""
+        fastest_s = engines[0].rollout_s
+        step_s = np.maximum(train_s, fastest_s) if self._overlapping(split) else train_s + fastest_s
+        beside = min(least_beside_bytes(split, each.memory) for each in engines)
+        levels = headroom_levels(self.ctx, capacity_bytes(split) - rows.peak_bytes - beside)
+        return ~beaten_by(self.front, step_s, step_s * split.num_gpus / 3600.0, levels)
 
     def _best_pairs(self, split: Split, trainers: TrainSearch, engines: tuple[RolloutChoice, ...]) -> list[JointChoice]:
         """The split's own front in step time and headroom, fastest first. Its GPU-hours go with its step time."""
         table = trainers.table
         kept = worth_pairing(self.ctx, split, table)
         rows = table.rows.take(kept)
-        prices = pair_prices(self.ctx, split, table.layouts, rows, engines)
+        train_s = rows.step_s + passes_per_step(self.ctx) * rows.log_prob_s
+        transports = open_transports(self.ctx, split)
+        kept = kept[self._unbeaten(split, train_s, rows, engines)]
+        if len(transports) > 1 and len(kept):
+            kept = kept[self._still_open(split, table, kept, engines, transports[0])]
+        return self._front_of(split, trainers, kept, engines, transports) if len(kept) else []
+
+    def _still_open(
+        self,
+        split: Split,
+        table: PriceTable,
+        kept: NDArray[np.intp],
+        engines: tuple[RolloutChoice, ...],
+        transport: Transport,
+    ) -> NDArray[np.bool_]:
+        """Rows that could be on the split's front if their sync took no time, the others' going by `transport`."""
+        rows = table.rows.take(kept)
+        known = pair_prices(self.ctx, split, table.layouts, rows, engines, (transport,))
+        hoped = pair_prices(self.ctx, split, table.layouts, rows, engines, ())
+        levels = headroom_levels(self.ctx, hoped.headroom_bytes)
+        best = np.full(levels.max() + 2, np.inf)  # the fastest known with at least so much headroom
+        np.minimum.at(best, np.maximum(levels, 0).ravel(), known.step_s.ravel())
+        best = np.minimum.accumulate(best[::-1])[::-1]
+        return np.asarray((hoped.step_s <= best[np.maximum(levels, 0)]).any(axis=1))
+
+    def _front_of(
+        self,
+        split: Split,
+        trainers: TrainSearch,
+        kept: NDArray[np.intp],
+        engines: tuple[RolloutChoice, ...],
+        transports: tuple[Transport, ...],
+    ) -> list[JointChoice]:
+        table = trainers.table
+        rows = table.rows.take(kept)
+        prices = pair_prices(self.ctx, split, table.layouts, rows, engines, transports)
         self.pairs_priced += prices.step_s.size
         fits = np.isfinite(prices.step_s).ravel()
         self.left_out["trainer and engines do not fit together"] += int((~fits).sum())
@@ -222,11 +271,14 @@ def headroom_levels(ctx: PassContext, headroom_bytes: Floats) -> NDArray[np.intp
     return np.floor(np.maximum(headroom_bytes, -1.0) / step_bytes).astype(np.intp)
 
 
-def least_beside_bytes(split: Split, engines: RolloutChoice) -> float:
+def capacity_bytes(split: Split) -> int:
+    """Memory of a trainer's GPU that a plan may use."""
+    return min(usable_bytes(group) for group in split.train.cluster.groups)
+
+
+def least_beside_bytes(split: Split, engines: RolloutMemory) -> float:
     """What engines hold at least on a trainer's GPU while it trains."""
-    if split.kind == "disaggregate":
-        return 0.0
-    return min(engines.memory.asleep_bytes, engines.memory.awake_bytes.mid)
+    return 0.0 if split.kind == "disaggregate" else min(engines.asleep_bytes, engines.awake_bytes.mid)
 
 
 def _order(choice: JointChoice) -> tuple[float, float, float]:
@@ -250,6 +302,14 @@ def sleeping_trainer_bytes(ctx: PassContext, choice: TrainChoice) -> float:
     if ctx.job.train.engine == "torch":
         return 0.0
     return max(0.0, min(choice.peak_bytes - choice.static_bytes, SLEEPING_TRAINER_BYTES))
+
+
+def beaten_by(points: Iterable[JointChoice], step_s: Floats, gpu_hours: Floats, levels: NDArray[np.intp]) -> NDArray[np.bool_]:
+    """Which of n prices a point found is at least as good as in step time, GPU-hours and level of headroom."""
+    beaten = np.zeros(len(step_s), dtype=bool)
+    for point in points:
+        beaten |= (point.step_s <= step_s) & (point.gpu_hours <= gpu_hours) & (point.headroom_level >= levels)
+    return beaten
 
 
 def train_floor_s(ctx: PassContext, cluster: Cluster, num_gpus: int, workload: StepWorkload) -> float:

@@ -55,11 +55,6 @@ def train_part_s(ctx: PassContext, choice: TrainChoice) -> float:
     return choice.step_s + choice.log_prob_s * passes_per_step(ctx)
 
 
-def bound_s(rollout_s: float, train_s: float, overlapping: bool) -> float:
-    """A step is no shorter than its two halves after each other, or than the longer one where they overlap."""
-    return max(rollout_s, train_s) if overlapping else rollout_s + train_s
-
-
 def residue_bytes(ctx: PassContext, split: Split, rows: PriceRows) -> float:
     """What any sleeping trainer of the split leaves on a GPU at most: engines are sized beside it, whichever trains."""
     if split.kind == "disaggregate" or ctx.job.train.engine == "torch" or not len(rows):
@@ -99,14 +94,19 @@ def worth_pairing(ctx: PassContext, split: Split, table: PriceTable) -> NDArray[
 
 
 def pair_prices(
-    ctx: PassContext, split: Split, layouts: Sequence[TrainLayout], rows: PriceRows, engines: Sequence[RolloutChoice]
+    ctx: PassContext,
+    split: Split,
+    layouts: Sequence[TrainLayout],
+    rows: PriceRows,
+    engines: Sequence[RolloutChoice],
+    transports: Sequence[Transport],
 ) -> PairPrices:
-    """Price every row with every engine."""
+    """Price every row with every engine, weights going by the cheapest of `transports` (none: as if they took no time)."""
     capacity = min(usable_bytes(group) for group in split.train.cluster.groups)
     shape = (len(rows), len(engines))
     train_s = (rows.step_s + passes_per_step(ctx) * rows.log_prob_s)[:, None]
     rollout_s = np.array([each.rollout_s for each in engines])[None]
-    sync_s, transport = _syncs(ctx, split, layouts, rows, engines)
+    sync_s, transport = _syncs(ctx, split, layouts, rows, engines, transports)
     headroom = np.broadcast_to((capacity - rows.peak_bytes)[:, None], shape)
     sleeping, transition_s = np.zeros(shape, dtype=bool), np.zeros(shape)
     if split.kind == "colocate":
@@ -133,12 +133,17 @@ def pair_prices(
 
 
 def _syncs(
-    ctx: PassContext, split: Split, layouts: Sequence[TrainLayout], rows: PriceRows, engines: Sequence[RolloutChoice]
+    ctx: PassContext,
+    split: Split,
+    layouts: Sequence[TrainLayout],
+    rows: PriceRows,
+    engines: Sequence[RolloutChoice],
+    transports: Sequence[Transport],
 ) -> tuple[Floats, NDArray[np.intp]]:
-    """Seconds of the cheapest sync of each pair and its transport; infinite where none reaches."""
-    best = np.full((len(rows), len(engines)), np.inf)
+    """Seconds of the cheapest sync of each pair and its transport."""
+    best = np.full((len(rows), len(engines)), np.inf if transports else 0.0)
     which = np.zeros(best.shape, dtype=np.intp)
-    for transport in open_transports(ctx, split):
+    for transport in transports:
         prices = _prices_by(ctx, split, transport, layouts, rows, engines)
         which = np.where(prices < best, TRANSPORTS.index(transport), which)
         best = np.minimum(prices, best)

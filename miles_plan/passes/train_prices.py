@@ -9,7 +9,7 @@ not, so it is asked for each budget), and time takes the budget as a column. The
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,15 +99,20 @@ class SizedLayouts:
     smallest: PriceRows
 
     def timed(self, worth: Worth | None = None) -> PriceTable:
-        """The rows that fit with their times; rows that `worth` is false of are left out unpriced."""
+        """The rows that fit with their times.
+
+        Rows that `worth` is false of are left out: it is asked before anything is timed, when all times are 0, and again
+        when the log-prob pass is, by which an update can be bounded.
+        """
         found = [_no_rows()]
         for group, rows in self.groups:
             wanted = rows if worth is None else rows.take(worth(rows))
             if len(wanted):
-                found.append(group.timed(wanted))
-        return PriceTable(
-            layouts=self.layouts, rows=_joined(found), overflowing=self.overflowing, smallest=self.smallest
-        )
+                wanted = group.passed(wanted)
+                wanted = wanted if worth is None else wanted.take(worth(wanted))
+            if len(wanted):
+                found.append(group.updated(wanted))
+        return PriceTable(layouts=self.layouts, rows=_joined(found), overflowing=self.overflowing, smallest=self.smallest)
 
 
 def size_layouts(layouts: Sequence[TrainLayout], job: PriceJob) -> SizedLayouts:
@@ -154,11 +159,10 @@ class _Group:
         first = self._terms(PROBE_TOKENS, self.job.recomputes[0], self.job.offloads[0])
         outside = sum_terms({name: first[name] for name in OUTSIDE - {"fragmentation"} if name in first}) + self._nothing()
         fragmented = 1.0 + (FRAGMENTATION if "fragmentation" in first else 0.0)
+        states = [self._states(offload, first) for offload in self.job.offloads]
         parts = []
-        for recompute in self.job.recomputes:
-            allocated = self._allocated(at, tokens, flight, recompute, first)
-            for offload in self.job.offloads:
-                change, static, host = self._states(offload, first)
+        for recompute, allocated in self._allocated(at, tokens, flight, first):
+            for offload, (change, static, host) in zip(self.job.offloads, states, strict=True):
                 total = allocated + change[at]
                 stage = np.argmax(total, axis=1)
                 parts.append(
@@ -175,7 +179,7 @@ class _Group:
                     )
                 )
         rows = _joined(parts)
-        return PriceRows(**{**_columns_of(rows), "layout": self.positions[rows.layout]})
+        return replace(rows, layout=self.positions[rows.layout])
 
     def _points(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """Every layout of the group with each of its budgets: positions in the group, tokens."""
@@ -206,26 +210,28 @@ class _Group:
         return _resident(terms) - _resident(first), static, host
 
     def _allocated(
-        self,
-        at: NDArray[np.intp],
-        tokens: NDArray[np.intp],
-        flight: Floats,
-        recompute: Recompute,
-        first: dict[str, Floats],
-    ) -> Floats:
-        """Bytes inside the allocator, shape [points, pp]; `first` are the terms of the first recomputation at PROBE_TOKENS."""
+        self, at: NDArray[np.intp], tokens: NDArray[np.intp], flight: Floats, first: dict[str, Floats]
+    ) -> Iterator[tuple[Recompute, Floats]]:
+        """Bytes inside the allocator under each recomputation, [points, pp]; `first`: the first one's terms at PROBE_TOKENS."""
         usual, offload = self.job.recomputes[0], self.job.offloads[0]
-        if self.job.memory(PROBE_TOKENS, recompute, offload).engine == "torch":
-            allocated = np.empty((len(at), self.columns.pp))
-            for budget in np.unique(tokens):
-                rows = tokens == budget
-                terms = self._terms(int(budget), recompute, offload)
-                allocated[rows] = _resident(terms)[at[rows]] + terms["activations"][at[rows]] * flight[rows]
-            return allocated
+        if self.job.memory(1, usual, offload).engine == "torch":
+            for recompute in self.job.recomputes:
+                yield recompute, self._allocated_each(at, tokens, flight, recompute)
+            return
         base = 2.0 * _resident(first) - _resident(self._terms(2 * PROBE_TOKENS, usual, offload))  # what is there at no tokens
-        terms = first if recompute == usual else self._terms(PROBE_TOKENS, recompute, offload)
-        slope, each = (_resident(terms) - base) / PROBE_TOKENS, terms["activations"] / PROBE_TOKENS
-        return np.asarray(base[at] + tokens[:, None] * (slope[at] + each[at] * flight))
+        for recompute in self.job.recomputes:
+            terms = first if recompute == usual else self._terms(PROBE_TOKENS, recompute, offload)
+            slope, each = (_resident(terms) - base) / PROBE_TOKENS, terms["activations"] / PROBE_TOKENS
+            yield recompute, np.asarray(base[at] + tokens[:, None] * (slope[at] + each[at] * flight))
+
+    def _allocated_each(self, at: NDArray[np.intp], tokens: NDArray[np.intp], flight: Floats, recompute: Recompute) -> Floats:
+        """The same, asked for each budget apart: the embedded engine's attention scores grow with its square."""
+        allocated = np.empty((len(at), self.columns.pp))
+        for budget in np.unique(tokens):
+            rows = tokens == budget
+            terms = self._terms(int(budget), recompute, self.job.offloads[0])
+            allocated[rows] = _resident(terms)[at[rows]] + terms["activations"][at[rows]] * flight[rows]
+        return allocated
 
     def _nothing(self) -> Floats:
         return np.zeros((len(self.columns), self.columns.pp))
@@ -234,22 +240,32 @@ class _Group:
         options = self.job.memory(tokens, recompute, offload)
         return stage_terms(self.job.model, self.columns, options, self.job.links.profile)
 
-    def timed(self, rows: PriceRows) -> PriceRows:
-        """The rows with their times. Recomputation is in the step alone; offloading changes the optimizer's term alone."""
-        inside = np.searchsorted(self.positions, rows.layout)
-        key = inside * (int(rows.tokens_per_gpu.max()) + 1) + rows.tokens_per_gpu
-        _, first, point = np.unique(key, return_index=True, return_inverse=True)
-        at, tokens = inside[first], rows.tokens_per_gpu[first]
+    def passed(self, rows: PriceRows) -> PriceRows:
+        """The rows with the seconds of a log-prob pass, which recomputation and offloading leave alone."""
+        at, tokens, point = self._distinct(rows)
         options = self.job.time(self.job.recomputes[0], False)
         log_prob = sum_terms(self._seconds(at, tokens, options, forward_only=True))[point]
-        step = self._offload_extra_s()[inside] if rows.offload.any() else np.zeros(len(rows))
-        step = np.where(rows.offload, step, 0.0)
+        return replace(rows, log_prob_s=log_prob)
+
+    def updated(self, rows: PriceRows) -> PriceRows:
+        """The rows with the seconds of the update; offloading changes the optimizer's term alone."""
+        at, tokens, point = self._distinct(rows)
+        step = np.zeros(len(rows))
         for number in np.unique(rows.recompute):
             of_it = rows.recompute == number
             needed, where = np.unique(point[of_it], return_inverse=True)
             terms = self._seconds(at[needed], tokens[needed], self.job.time(RECOMPUTE_ORDER[number], False))
-            step[of_it] += sum_terms(terms)[where]
-        return PriceRows(**{**_columns_of(rows), "step_s": step, "log_prob_s": log_prob})
+            step[of_it] = sum_terms(terms)[where] - np.where(rows.offload[of_it], terms["optimizer"][where], 0.0)
+        if rows.offload.any():
+            step[rows.offload] += self._offloaded_s(at[point][rows.offload])
+        return replace(rows, step_s=step)
+
+    def _distinct(self, rows: PriceRows) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
+        """Distinct layouts with budgets: positions in the group, tokens, and which of them each row is."""
+        inside = np.searchsorted(self.positions, rows.layout)
+        key = inside * (int(rows.tokens_per_gpu.max()) + 1) + rows.tokens_per_gpu
+        _, first, point = np.unique(key, return_index=True, return_inverse=True)
+        return inside[first], rows.tokens_per_gpu[first], point
 
     def _seconds(
         self, at: NDArray[np.intp], tokens: NDArray[np.intp], options: TrainTimeOptions, *, forward_only: bool = False
@@ -265,24 +281,18 @@ class _Group:
         layouts = [self.layouts[index] for index in at]
         return train_step_columns(self.job.model, layouts, batch, self.job.links, options, forward_only)
 
-    def _offload_extra_s(self) -> Floats:
-        """What an optimizer on the host adds to a step of each layout: its own term is all that differs."""
-        on, off = (
-            train_step_columns(
-                self.job.model, self.layouts, self.job.workload, self.job.links, self.job.time(self.job.recomputes[0], moved)
-            )["optimizer"]
-            for moved in (True, False)
-        )
-        return np.asarray(on - off)
+    def _offloaded_s(self, inside: NDArray[np.intp]) -> Floats:
+        """Seconds of the optimizer on the host for these layouts: no budget and no recomputation changes them."""
+        used, where = np.unique(inside, return_inverse=True)
+        layouts = [self.layouts[at] for at in used]
+        options = self.job.time(self.job.recomputes[0], True)
+        terms = train_step_columns(self.job.model, layouts, self.job.workload, self.job.links, options)
+        return np.asarray(terms["optimizer"][where])
 
 
 def _resident(terms: dict[str, Floats]) -> Floats:
     """All that the allocator holds but the activations, of which there is one set for each micro-batch in flight."""
     return sum_terms(terms, exclude=OUTSIDE | IN_FLIGHT)
-
-
-def _columns_of(rows: PriceRows) -> dict[str, NDArray[np.generic]]:
-    return {each.name: getattr(rows, each.name) for each in fields(rows)}
 
 
 def front_rows(
