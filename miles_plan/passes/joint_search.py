@@ -29,7 +29,6 @@ from miles_plan.passes.pair_prices import (
     TRANSPORTS,
     open_transports,
     pair_prices,
-    passes_per_step,
     residue_bytes,
     train_part_s,
     worth_pairing,
@@ -37,12 +36,19 @@ from miles_plan.passes.pair_prices import (
 from miles_plan.passes.placements import Split, splits
 from miles_plan.passes.rollout_choices import RolloutChoice, search_rollout
 from miles_plan.passes.staleness import staleness_of
-from miles_plan.passes.train_choices import TrainChoice, TrainSearch, size_trainers, train_search, usable_bytes
+from miles_plan.passes.train_choices import (
+    PASSES_OF_UPDATE,
+    TrainChoice,
+    TrainSearch,
+    passes_per_step,
+    size_trainers,
+    train_search,
+    usable_bytes,
+)
 from miles_plan.passes.train_prices import PriceRows, PriceTable, SizedLayouts, front_rows
 from miles_plan.passes.workload import StepWorkload
 
 HEADROOM_STEP = DEVICE_ERROR  # of a GPU's memory: what the memory model may be off by
-PASSES_OF_UPDATE = 2.0  # an update is a forward pass and a backward one that takes no less
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,13 +77,14 @@ class JointChoice:
 class JointSearch:
     """front: every point that none beats, fastest first; the first is the choice. of_splits: the fastest of each split.
 
-    trainers: what the chosen split's GPUs could do. left_out: why points were not considered, with how many; nearest: the
-    trainer nearest to fitting.
+    trainers, sized: what the chosen split's GPUs could do, timed and by bytes alone. left_out: why points were not
+    considered, with how many; nearest: the trainer nearest to fitting.
     """
 
     front: tuple[JointChoice, ...]
     of_splits: tuple[JointChoice, ...]
     trainers: TrainSearch | None
+    sized: SizedLayouts | None
     left_out: Counter[str]
     nearest: TrainChoice | None
     rows_timed: int
@@ -101,6 +108,7 @@ def without_rollout(trainers: TrainSearch) -> JointSearch:
         front=(),
         of_splits=(),
         trainers=trainers,
+        sized=None,
         left_out=trainers.left_out,
         nearest=trainers.smallest,
         rows_timed=len(trainers.table.rows),
@@ -127,6 +135,7 @@ class _Search:
             front=tuple(self.front),
             of_splits=tuple(self.of_splits),
             trainers=self.trainers.get(self.front[0].split) if self.front else None,
+            sized=self._sized(self.front[0].split) if self.front else None,
             left_out=+self.left_out,
             nearest=self.nearest,
             rows_timed=self.rows_timed,

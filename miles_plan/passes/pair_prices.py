@@ -19,7 +19,7 @@ from miles_plan.passes.placements import Split
 from miles_plan.passes.rollout_choices import RolloutChoice
 from miles_plan.passes.staleness import staleness_of
 from miles_plan.passes.sync_price import bucket_size_bytes, price_class, sync_price, transports_between
-from miles_plan.passes.train_choices import TrainChoice, usable_bytes
+from miles_plan.passes.train_choices import TrainChoice, passes_per_step, usable_bytes
 from miles_plan.passes.train_prices import PriceRows, PriceTable, front_rows
 
 TRANSPORTS: tuple[Transport, ...] = get_args(Transport)
@@ -40,14 +40,6 @@ class PairPrices:
     transition_s: Floats
     headroom_bytes: Floats
     sleeping: NDArray[np.bool_]
-
-
-def passes_per_step(ctx: PassContext) -> float:
-    """Log-prob passes of a step, in passes of the policy: its own, a reference's where there is one, a teacher's by size."""
-    reference = 1 if ctx.job.algorithm.kl_loss_coef or ctx.job.algorithm.kl_reward_coef else 0
-    # A teacher's pass costs as the policy's, by active weights: close enough to choose by; `price_tasks` prices it properly.
-    teacher = ctx.teacher.params_active / ctx.model.params_active if ctx.teacher else 0.0
-    return 1.0 + reference + teacher
 
 
 def train_part_s(ctx: PassContext, choice: TrainChoice) -> float:

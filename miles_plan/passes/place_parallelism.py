@@ -14,12 +14,14 @@ from typing import ClassVar
 from miles_plan.diagnostics import Diagnostic
 from miles_plan.ir.graph import Fact, TaskGraph
 from miles_plan.ir.group import DeviceGroup, GpuSpan
-from miles_plan.ir.plan import Alternative, Candidate, Decision
+from miles_plan.ir.plan import Alternative, Decision
 from miles_plan.ir.tasks import AnyTask, Logprobs, Rollout, TrainStep, Values
 from miles_plan.passes.base import Outcome, Pass, PassContext
+from miles_plan.passes.binding_constraint import binding_constraint
 from miles_plan.passes.joint_search import JointChoice, JointSearch, search_jointly, without_rollout
 from miles_plan.passes.layout_space import rollout_obstacles, train_obstacles
 from miles_plan.passes.number_formats import format_misfits
+from miles_plan.passes.pareto_front import candidates
 from miles_plan.passes.rollout_choices import RolloutChoice, asked_engines, rollout_room
 from miles_plan.passes.staleness import staleness_of
 from miles_plan.passes.train_choices import TrainChoice, TrainSearch, asked_layout, search_train, train_room, usable_bytes
@@ -51,10 +53,11 @@ class PlaceParallelism(Pass):
         if not search.front:
             return Outcome(graph=graph, diagnostics=(_nothing_fits(ctx, search),))
         chosen = search.front[0]
+        assert search.sized is not None
         return Outcome(
             graph=_placed(graph, ctx, chosen.train, chosen),
             decisions=tuple(_decisions(ctx, search, workload)),
-            candidates=tuple(_candidates(search)),
+            candidates=tuple(candidates(search, binding_constraint(ctx, workload, chosen, search.sized))),
         )
 
     def _train_only(self, graph: TaskGraph, ctx: PassContext, workload: StepWorkload) -> Outcome:
@@ -305,17 +308,3 @@ def _train_alternatives(chosen: TrainChoice, choices: tuple[TrainChoice, ...]) -
         )
         if len(seen) > 4:
             return
-
-
-def _candidates(search: JointSearch) -> Iterator[Candidate]:
-    for index, choice in enumerate(search.front[:12]):
-        yield Candidate(
-            train_layout=str(choice.train.layout),
-            rollout_layout=str(choice.rollout.layout),
-            placement=str(choice.split),
-            step_s=choice.step_s,
-            gpu_hours_per_step=choice.gpu_hours,
-            headroom_bytes=int(choice.headroom_bytes),
-            chosen=index == 0,
-            note=f"recompute {choice.train.recompute}" + (", offloads in turn" if choice.sleeping else ""),
-        )

@@ -159,6 +159,20 @@ class SizedEngines:
 
         A step of a larger batch or a fuller cache takes longer, and a token costs least in the largest batch.
         """
+        share = max(1, round(self.work.requests / self.layout.engines))
+        batch = float(min(share, self.max_running))
+        tokens = float(self.work.responses.sample(share).sum())
+        return FLOOR_SHARE * max(self.longest_response_s(), self._step_s(batch) / batch * tokens)
+
+    def longest_response_s(self) -> float:
+        """Seconds of the longest response of the step if nothing else ran."""
+        count = self.work.requests
+        responses = self.work.responses
+        longest = float(responses.quantile((count - 0.3175) / (count + 0.365))) if count > 1 else responses.mean_tokens
+        return self._step_s(1.0) * longest
+
+    def _step_s(self, batch: float) -> float:
+        """Seconds a token of each of `batch` requests takes, their prompts alone in the cache."""
         engine = DecodeModel(
             model=self.ctx.model,
             layout=self.layout,
@@ -168,14 +182,8 @@ class SizedEngines:
             kv_bytes=self.work.kv_bytes,
             speculation=self.work.speculation,
         )
-        responses = self.work.responses
-        share = max(1, round(self.work.requests / self.layout.engines))
-        batch = np.array([1.0, float(min(share, self.max_running))])
-        one_s, full_s = engine.step_seconds(batch, batch * self.work.prompt_tokens) / self.work.speculation.accept_length
-        count = self.work.requests
-        longest = float(responses.quantile((count - 0.3175) / (count + 0.365))) if count > 1 else responses.mean_tokens
-        tokens = float(responses.sample(share).sum())
-        return FLOOR_SHARE * max(float(one_s) * longest, float(full_s) / float(batch[1]) * tokens)
+        seconds = engine.step_seconds(np.array([batch]), np.array([batch * self.work.prompt_tokens]))
+        return float(seconds[0]) / self.work.speculation.accept_length
 
 
 @lru_cache(maxsize=1024)

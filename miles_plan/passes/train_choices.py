@@ -39,6 +39,7 @@ SMALLEST_BUDGET_TOKENS = 1024
 LARGEST_BUDGET_TOKENS = 65_536
 # NCCL channels opened late, fragmentation of long runs and what the driver keeps: the share of a GPU that no plan may count on.
 MARGIN_FRACTION = 0.04
+PASSES_OF_UPDATE = 2.0  # an update is a forward pass and a backward one that takes no less
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +167,20 @@ def train_search(sized: SizedLayouts, worth: Worth | None = None) -> TrainSearch
     left_out = Counter({"peak memory over capacity": table.overflowing} if table.overflowing else {})
     smallest = _choice(table.layouts, table.smallest, 0) if len(table.smallest) else None
     return TrainSearch(table=table, left_out=left_out, smallest=smallest)
+
+
+def overflowing_trainers(ctx: PassContext, sized: SizedLayouts, under_s: float) -> PriceTable:
+    """What does not fit and might train, log-prob passes included, in less than `under_s`: a bound leaves the rest out."""
+    passes = PASSES_OF_UPDATE + passes_per_step(ctx)
+    return sized.timed_too_large(lambda rows: passes * rows.log_prob_s < under_s)
+
+
+def passes_per_step(ctx: PassContext) -> float:
+    """Log-prob passes of a step, in passes of the policy: its own, a reference's where there is one, a teacher's by size."""
+    reference = 1 if ctx.job.algorithm.kl_loss_coef or ctx.job.algorithm.kl_reward_coef else 0
+    # A teacher's pass costs as the policy's, by active weights: close enough to choose by; `price_tasks` prices it properly.
+    teacher = ctx.teacher.params_active / ctx.model.params_active if ctx.teacher else 0.0
+    return 1.0 + reference + teacher
 
 
 def search_train(ctx: PassContext, cluster: Cluster, num_gpus: int, workload: StepWorkload) -> TrainSearch:

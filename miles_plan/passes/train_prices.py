@@ -95,8 +95,13 @@ class SizedLayouts:
 
     layouts: tuple[TrainLayout, ...]
     groups: tuple[tuple[_Group, PriceRows], ...]  # with the rows that fit
-    overflowing: int
+    too_large: tuple[tuple[_Group, PriceRows], ...]  # with those that do not
     smallest: PriceRows
+
+    @property
+    def overflowing(self) -> int:
+        """How many rows do not fit."""
+        return sum(len(rows) for _, rows in self.too_large)
 
     def timed(self, worth: Worth | None = None) -> PriceTable:
         """The rows that fit with their times.
@@ -104,8 +109,15 @@ class SizedLayouts:
         Rows that `worth` is false of are left out: it is asked before anything is timed, when all times are 0, and again
         when the log-prob pass is, by which an update can be bounded.
         """
+        return self._table(self.groups, worth)
+
+    def timed_too_large(self, worth: Worth) -> PriceTable:
+        """The same of the rows that do not fit: what they would take if they did."""
+        return self._table(self.too_large, worth)
+
+    def _table(self, groups: Sequence[tuple[_Group, PriceRows]], worth: Worth | None) -> PriceTable:
         found = [_no_rows()]
-        for group, rows in self.groups:
+        for group, rows in groups:
             wanted = rows if worth is None else rows.take(worth(rows))
             if len(wanted):
                 wanted = group.passed(wanted)
@@ -117,20 +129,23 @@ class SizedLayouts:
 
 def size_layouts(layouts: Sequence[TrainLayout], job: PriceJob) -> SizedLayouts:
     """Put bytes to every layout under every option of the job."""
-    groups, smallest = [], [_no_rows()]
-    overflowing = 0
+    groups, too_large, smallest = [], [], [_no_rows()]
     for positions, columns in group_layouts(layouts):
         group = _Group(positions=positions, layouts=[layouts[at] for at in positions], columns=columns, job=job)
         held = group.held()
         fits = held.peak_bytes <= job.capacity_bytes
-        overflowing += int((~fits).sum())
         smallest.append(held.take(np.array([np.argmin(held.peak_bytes)])))
         if fits.any():
             groups.append((group, held.take(fits)))
+        if not fits.all():
+            too_large.append((group, held.take(~fits)))
     nearest = _joined(smallest)
     least = np.argsort(nearest.peak_bytes, kind="stable")[:1]
     return SizedLayouts(
-        layouts=tuple(layouts), groups=tuple(groups), overflowing=overflowing, smallest=nearest.take(least.astype(np.intp))
+        layouts=tuple(layouts),
+        groups=tuple(groups),
+        too_large=tuple(too_large),
+        smallest=nearest.take(least.astype(np.intp)),
     )
 
 

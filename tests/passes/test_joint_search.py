@@ -19,7 +19,7 @@ from miles_plan.passes.placements import Split, splits
 from miles_plan.passes.rollout_choices import RolloutChoice, search_rollout, size_engines
 from miles_plan.passes.staleness import staleness_of
 from miles_plan.passes.sync_price import price_class
-from miles_plan.passes.train_choices import TrainChoice, search_train, usable_bytes
+from miles_plan.passes.train_choices import PASSES_OF_UPDATE, TrainChoice, search_train, usable_bytes
 from miles_plan.passes.workload import StepWorkload, step_workload
 from tests.passes.contexts import context
 
@@ -166,7 +166,7 @@ def test_an_update_takes_two_passes_at_least(model: str) -> None:
     workload = step_workload(ctx)
     rows = search_train(ctx, ctx.cluster, ctx.cluster.num_gpus, workload).table.rows
     assert len(rows)
-    assert (rows.step_s >= joint_search.PASSES_OF_UPDATE * rows.log_prob_s).all()
+    assert (rows.step_s >= PASSES_OF_UPDATE * rows.log_prob_s).all()
     assert (rows.step_s + rows.log_prob_s).min() >= joint_search.train_floor_s(ctx, ctx.cluster, ctx.cluster.num_gpus, workload)
 
 
