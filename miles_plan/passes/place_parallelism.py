@@ -8,25 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import ClassVar
 
 from miles_plan.diagnostics import Diagnostic
 from miles_plan.ir.graph import Fact, TaskGraph
 from miles_plan.ir.group import DeviceGroup, GpuSpan
-from miles_plan.ir.plan import Alternative, Candidate, Decision
+from miles_plan.ir.plan import Alternative, Decision
 from miles_plan.ir.tasks import AnyTask, Logprobs, Rollout, TrainStep, Values
 from miles_plan.passes.base import Outcome, Pass, PassContext
-from miles_plan.passes.joint_search import JointChoice, JointSearch, search_jointly
+from miles_plan.passes.binding_constraint import binding_constraint
+from miles_plan.passes.joint_search import JointChoice, JointSearch, search_jointly, without_rollout
 from miles_plan.passes.layout_space import rollout_obstacles, train_obstacles
 from miles_plan.passes.number_formats import format_misfits
+from miles_plan.passes.pareto_front import candidates
 from miles_plan.passes.rollout_choices import RolloutChoice, asked_engines, rollout_room
 from miles_plan.passes.staleness import staleness_of
-from miles_plan.passes.train_choices import TrainChoice, asked_layout, search_train, train_room, usable_bytes
+from miles_plan.passes.train_choices import TrainChoice, TrainSearch, asked_layout, search_train, train_room, usable_bytes
 from miles_plan.passes.workload import StepWorkload, step_workload
 from miles_plan.spec.execution import SplitPlacement
 
 GIB = 1 << 30
 LAYOUT_HELP = "layout: auto finds one that fits"
+ALTERNATIVES_LOOKED_AT = 512  # of the trainers that were not chosen
 
 
 @dataclass(frozen=True)
@@ -46,28 +50,29 @@ class PlaceParallelism(Pass):
         if not generates:
             return self._train_only(graph, ctx, workload)
         search = search_jointly(ctx, workload)
-        if not search.best:
+        if not search.front:
             return Outcome(graph=graph, diagnostics=(_nothing_fits(ctx, search),))
-        chosen = search.best[0]
+        chosen = search.front[0]
+        assert search.sized is not None
         return Outcome(
             graph=_placed(graph, ctx, chosen.train, chosen),
             decisions=tuple(_decisions(ctx, search, workload)),
-            candidates=tuple(_candidates(search)),
+            candidates=tuple(candidates(search, binding_constraint(ctx, workload, chosen, search.sized))),
         )
 
     def _train_only(self, graph: TaskGraph, ctx: PassContext, workload: StepWorkload) -> Outcome:
         """A job without a rollout has one group of GPUs."""
         found = search_train(ctx, ctx.cluster, ctx.cluster.num_gpus, workload)
-        if not found.choices:
-            search = JointSearch(best=(), trainers=found, left_out=found.left_out, nearest=found.smallest, pairs_visited=0)
-            return Outcome(graph=graph, diagnostics=(_nothing_fits(ctx, search),))
-        chosen = found.choices[0]
+        choices = tuple(islice(found.choices, ALTERNATIVES_LOOKED_AT))
+        if not choices:
+            return Outcome(graph=graph, diagnostics=(_nothing_fits(ctx, without_rollout(found)),))
+        chosen = choices[0]
         decision = Decision(
             field="train.layout",
             value=str(chosen.layout),
-            reason=f"fastest of {len(found.choices)} that fit",
+            reason=f"fastest of {len(found.table.rows)} that fit",
             by=self.name,
-            alternatives=tuple(_train_alternatives(chosen, found.choices)),
+            alternatives=tuple(_train_alternatives(chosen, choices)),
         )
         return Outcome(graph=_placed(graph, ctx, chosen, None), decisions=(decision,))
 
@@ -80,13 +85,13 @@ def _placed(graph: TaskGraph, ctx: PassContext, train: TrainChoice, joint: Joint
             name="train",
             role="train",
             engine=ctx.job.train.engine,
-            gpus=GpuSpan(first=0, count=train.layout.world_size),
+            gpus=joint.split.train.span if joint else GpuSpan(first=0, count=train.layout.world_size),
             train_layout=train.layout,
         ),
     ]
     rollout = joint.rollout if joint else None
     if joint is not None and rollout is not None:
-        first = 0 if joint.split.kind == "colocate" else joint.split.train_gpus
+        first = joint.split.rollout.span.first
         groups.append(
             DeviceGroup(
                 name="rollout",
@@ -154,11 +159,11 @@ def _misfits(ctx: PassContext, workload: StepWorkload, *, generates: bool) -> It
     if layout is not None:
         # Where the split is open the trainer may take part of the cluster: only what is wrong at any size counts.
         room = min(layout.world_size, train_gpus) if apart else train_gpus
-        for obstacle in train_obstacles(layout, ctx.model, train_room(ctx, room, workload)):
+        for obstacle in train_obstacles(layout, ctx.model, train_room(ctx, ctx.cluster, room, workload)):
             yield ctx.error("MP201", f"train.layout {layout}: {obstacle}", "train.layout", help=LAYOUT_HELP)
     engines = asked_engines(ctx, rollout_gpus)
     if engines is not None and generates:
-        for obstacle in rollout_obstacles(engines, ctx.model, rollout_room(ctx, rollout_gpus, workload)):
+        for obstacle in rollout_obstacles(engines, ctx.model, rollout_room(ctx, ctx.cluster, rollout_gpus, workload)):
             yield ctx.error("MP202", f"rollout.layout {engines}: {obstacle}", "rollout.layout", help=LAYOUT_HELP)
     budget = ctx.job.train.tokens_per_gpu
     cp = layout.cp if layout is not None else 1
@@ -223,9 +228,9 @@ def _nothing_fits(ctx: PassContext, search: JointSearch) -> Diagnostic:
 
 
 def _decisions(ctx: PassContext, search: JointSearch, workload: StepWorkload) -> Iterator[Decision]:
-    chosen, others = search.best[0], search.best[1:]
+    chosen = search.front[0]
+    others = tuple(choice for choice in search.of_splits if choice.split != chosen.split)
     rollout = chosen.rollout
-    assert rollout is not None
     yield Decision(
         field="placement",
         value=str(chosen.split),
@@ -246,7 +251,7 @@ def _decisions(ctx: PassContext, search: JointSearch, workload: StepWorkload) ->
         value=f"{chosen.train.layout} on {chosen.split.train_gpus} GPUs",
         reason="the spec fixes it" if fixed else "in the fastest whole step of all that fit",
         by=PlaceParallelism.name,
-        alternatives=tuple(_train_alternatives(chosen.train, search.trainers.choices if search.trainers else ())),
+        alternatives=tuple(_train_alternatives(chosen.train, _fastest(search.trainers))),
     )
     engines_fixed = asked_engines(ctx, chosen.split.rollout_gpus) is not None
     yield Decision(
@@ -283,6 +288,10 @@ def _placement_reason(ctx: PassContext, chosen: JointChoice, others: tuple[Joint
     return f"{chosen.step_s:.3g} s a step, the next best takes {others[0].step_s:.3g} s"
 
 
+def _fastest(trainers: TrainSearch | None) -> tuple[TrainChoice, ...]:
+    return tuple(islice(trainers.choices, ALTERNATIVES_LOOKED_AT)) if trainers else ()
+
+
 def _train_alternatives(chosen: TrainChoice, choices: tuple[TrainChoice, ...]) -> Iterator[Alternative]:
     """The next best layouts that differ from the chosen one in parallel sizes."""
     seen = {chosen.layout}
@@ -299,17 +308,3 @@ def _train_alternatives(chosen: TrainChoice, choices: tuple[TrainChoice, ...]) -
         )
         if len(seen) > 4:
             return
-
-
-def _candidates(search: JointSearch) -> Iterator[Candidate]:
-    for index, choice in enumerate(search.best[:12]):
-        yield Candidate(
-            train_layout=str(choice.train.layout),
-            rollout_layout=str(choice.rollout.layout) if choice.rollout else "",
-            placement=str(choice.split),
-            step_s=choice.step_s,
-            gpu_hours_per_step=choice.step_s * choice.split.num_gpus / 3600.0,
-            headroom_bytes=int(choice.headroom_bytes),
-            chosen=index == 0,
-            note=f"recompute {choice.train.recompute}" + (", offloads in turn" if choice.sleeping else ""),
-        )
