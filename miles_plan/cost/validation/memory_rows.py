@@ -10,7 +10,7 @@ from miles_plan.cost.activations import Module
 from miles_plan.cost.interval import Interval, around
 from miles_plan.cost.train_memory import MemoryBreakdown, train_memory
 from miles_plan.cost.train_options import OptimizerOptions, TrainMemoryOptions, TrainPrecision
-from miles_plan.cost.validation.recipes import RecipeFacts, recipe_facts
+from miles_plan.cost.validation.recipes import RecipeFacts, graphed_modules, recipe_facts
 from miles_plan.cost.validation.row_fields import IncompleteRowError, Row, row_precision
 from miles_plan.cost.validation.software import TORCHTITAN, is_frozen, recomputation
 from miles_plan.cost.validation.train_rows import TrainJob, train_job
@@ -18,7 +18,7 @@ from miles_plan.ir.layout import Recompute
 
 ADAPTER_SHARE = 0.005
 """Trained over all parameters of a rank-32 adapter on every projection."""
-ASSUMED_ERROR = 0.13
+ASSUMED_ERROR = 0.10
 """Half width of the interval where part of the options comes from the recipe's code, not from the row."""
 _UNITS = {"GiB": float(1 << 30), "GB": 1e9, "MiB": float(1 << 20)}
 _GIB_CALLED_GB = re.compile("mbridge memory_estimator")  # its README turns 8947.57 MB into 8.74 GB
@@ -70,8 +70,9 @@ def memory_options(row: Row, job: TrainJob) -> TrainMemoryOptions:
     facts = RecipeFacts() if titan else recipe_facts(job.model.name, recipe, tuned)
     mode, modules = recomputation(row, job.software)
     if mode == "none" and facts.recompute:
-        mode, modules = "selective", frozenset(facts.recompute)
+        mode, modules = ("full", frozenset()) if facts.recompute == "full" else ("selective", frozenset(facts.recompute))
     precision = "bf16" if titan else row_precision(row)
+    graphed = graphed_modules(str(row.get("model")), job.gpu.name, precision)
     layout = job.layout
     microbatches = max(1, job.global_batch // (layout.dp * job.micro_batch)) if job.global_batch else 8 * layout.pp
     return TrainMemoryOptions(
@@ -96,11 +97,9 @@ def memory_options(row: Row, job: TrainJob) -> TrainMemoryOptions:
         primary_fp8=tuned and precision != "nvfp4",
         mtp_layers=facts.mtp_layers,
         merged_outputs=titan and layout.pp > 1,
+        graphed_modules=graphed,
+        frozen_vision=facts.frozen_vision,
     )
-
-
-PLANNED_SHARE = 0.96
-"""Of a GPU's usable memory that a plan may fill."""
 
 
 def said_to_fit(row: Row) -> bool | None:
@@ -109,4 +108,9 @@ def said_to_fit(row: Row) -> bool | None:
         return None
     job = train_job(row, needs_batch=False)
     held = train_memory(job.model, job.layout, memory_options(row, job))
-    return held.device_bytes.mid <= PLANNED_SHARE * job.gpu.usable_bytes
+    return held.needed_bytes(expandable_segments(row)) <= job.gpu.usable_bytes
+
+
+def expandable_segments(row: Row) -> bool:
+    """Whether a row says that the allocator's segments grow in place; PyTorch's default is that they do not."""
+    return "expandable_segments:True" in str(row)
