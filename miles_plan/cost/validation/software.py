@@ -48,6 +48,7 @@ EP_OVERLAP = 0.75
 
 
 EARLY_GRAPHS = 0.3
+_GRAPHED_RECIPE = re.compile(r"^(?!deepseek_v4).*pretrain_\d+gpu")
 FLEX_DISPATCHER = re.compile("nemotron|deepseek|moonlight|kimi|qwen3")
 """Models whose general recipes dispatch through DeepEP or HybridEP too."""
 
@@ -89,7 +90,7 @@ def compute_options(row: Row, software: Software, model: ModelArchitecture, gpu:
             weight_gradients=not frozen,
             moe_imbalance=(1.0 + facts.imbalance) / 2.0,  # the fullest rank changes from layer to layer
             fused_attention="long_context" not in str(row.get("source")),  # packed long sequences fell back
-            cuda_graphs=0.4 if re.search(r"pretrain_\d+gpu", str(row.get("recipe"))) else 0.0,  # of attention and router
+            cuda_graphs=0.4 if _GRAPHED_RECIPE.search(str(row.get("recipe"))) else 0.0,  # of attention and router
             dispatcher="deepep" if FLEX_DISPATCHER.search(model.name) else "alltoall",
             host_scale=BRIDGE_HOST_SCALE if "Megatron-Bridge" in str(row.get("source")) else 1.0,
         )
