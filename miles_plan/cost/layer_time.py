@@ -51,7 +51,7 @@ MOE_FORWARD_HOST_S, MOE_BACKWARD_HOST_S = 4.0e-3, 5.0e-3
 EXPERT_FORWARD_HOST_S, EXPERT_BACKWARD_HOST_S = 20.0e-6, 40.0e-6
 """Per local expert: the grouped product is a loop of launches, two forward and four backward (measured)."""
 HYPER_FORWARD_HOST_S, HYPER_BACKWARD_HOST_S = 9.0e-3, 14.0e-3
-"""What manifold hyper-connections add to a layer: twenty Sinkhorn iterations twice, small kernels each, run again in the backward
+"""What manifold hyper-connections add to a layer: twenty Sinkhorn iterations twice, small kernels each, run again backward
 (DeepSeek-V4 in Megatron-Bridge; three verification cards whose steps are the host's)."""
 
 UNFUSED_FORWARD_BYTES, UNFUSED_BACKWARD_BYTES = 40.0, 80.0

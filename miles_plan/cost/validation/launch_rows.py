@@ -17,6 +17,7 @@ from miles_plan.cost.validation.row_fields import (
     IncompleteRowError,
     Row,
     UnmappedRowError,
+    figure_of,
     row_gpu,
     row_model,
     row_precision,
@@ -204,7 +205,7 @@ def _rollout_layout(row: Row) -> RolloutLayout | None:
 
 def _engine_share(row: Row, model: ModelArchitecture, rollout: RolloutLayout, gpu: Gpu) -> float:
     """Weights and one longest request over the engine's static share."""
-    static = float(row.get("sglang_mem_fraction_static") or 0.85)
+    static = figure_of(row, "sglang_mem_fraction_static", 0.85)
     precision = {"fp8": "fp8", "mxfp8": "mxfp8", "nvfp4": "nvfp4", "int4": "int4"}.get(
         str(row.get("rollout_precision")), "bf16"
     )
