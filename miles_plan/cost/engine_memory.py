@@ -11,7 +11,7 @@ from miles_plan.cost.columns import Floats, LayoutColumns, stage_kinds
 from miles_plan.cost.gemms import layer_gemms
 from miles_plan.cost.profile import HardwareProfile
 from miles_plan.cost.rank_params import rank_params
-from miles_plan.cost.state_memory import outside_terms, state_terms
+from miles_plan.cost.state_memory import draft_terms, outside_terms, state_terms
 from miles_plan.cost.train_options import TrainMemoryOptions
 
 _MIB = 1 << 20
@@ -113,6 +113,7 @@ def fsdp_terms(
         "fp8 weights": np.zeros_like(sharded),
         "reference model": sharded * size * (1.0 if options.reference == "resident" else 0.0),
     }
+    terms |= draft_terms(columns, options, sharded)
     terms |= _gathered_terms(model, columns, params.total, options)
     terms |= activation_terms(model, columns, options)
     head = np.zeros_like(sharded)
@@ -175,6 +176,7 @@ def torch_terms(
         "fp8 weights": np.zeros_like(params.total),
         "reference model": params.total * options.element_bytes * (1.0 if options.reference == "resident" else 0.0),
     }
+    terms |= draft_terms(columns, options, params.total)
     terms |= activation_terms(model, columns, options)
     counts = stage_kinds(model, columns)
     heads = np.array([getattr(kind.mixer, "heads", 0) if kind.mixer else 0 for kind in model.kinds], dtype=np.float64)

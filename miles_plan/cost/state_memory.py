@@ -30,7 +30,18 @@ def state_terms(params: ParamColumns, columns: LayoutColumns, options: TrainMemo
     }
     if options.forward_only:
         terms["gradients"] = terms["optimizer"] = np.zeros_like(params.total)
-    return terms
+    return terms | draft_terms(columns, options, params.total)
+
+
+def draft_terms(columns: LayoutColumns, options: TrainMemoryOptions, like: Floats) -> dict[str, Floats]:
+    """A draft's weights, gradients and state on the last stage, cut by tp, the state sharded over the replicas."""
+    if not options.draft_params or options.forward_only:
+        return {}
+    own = options.draft_params / columns.tp
+    shards = columns.dp * columns.cp if options.optimizer.distributed and options.engine != "torch" else 1.0
+    held = np.zeros_like(like)
+    held[:, -1] = own * (options.element_bytes + options.grad_bytes) + own / shards * options.optimizer.bytes_per_param
+    return {"draft": held}
 
 
 def optimizer_elements(params: ParamColumns, columns: LayoutColumns, options: TrainMemoryOptions) -> Floats:

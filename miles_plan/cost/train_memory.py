@@ -110,6 +110,7 @@ STATIC = (
     "weight-gradient scratch",
     "workspace",
     "graph buffers",
+    "draft",
 )
 
 
