@@ -73,7 +73,8 @@ class ModelArchitecture:
 
     runs: (index into kinds, number of layers) in model order. learned_positions: rows of a learned position table.
     mtp_layers: extra multi-token-prediction layers, each of the last kind, with its own projection of two hidden
-    vectors and three norms (DeepSeek-V3). All `params_*` are of the text model without them; see `params_checkpoint`.
+    vectors and three norms (DeepSeek-V3). logit_softcap: the logits pass a scaled tanh (Gemma). All `params_*` are of the
+    text model without those layers; see `params_checkpoint`.
     """
 
     name: str
@@ -88,6 +89,7 @@ class ModelArchitecture:
     final_norm_vectors: int = 1
     extra_params: int = 0
     vision: VisionTower | None = None
+    logit_softcap: bool = False
 
     @property
     def num_layers(self) -> int:

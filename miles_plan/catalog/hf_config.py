@@ -34,6 +34,7 @@ class _Quirk:
     shared_gate: bool = False
     router_bias: bool = False
     norm_bias: bool = False
+    gelu: bool = False
 
 
 _QWEN3_5 = _Quirk(qk_norm="head", output_gate=True, shared_gate=True)
@@ -62,11 +63,11 @@ _QUIRKS: dict[str, _Quirk] = {
     "kimi_k2": _Quirk(router_bias=True),
     "gpt_oss": _Quirk(qkv_bias=True, output_bias=True, sinks=True, expert_bias=True, router_bias=True),
     "minimax_m2": _Quirk(qk_norm="full", router_bias=True),
-    "gemma": _Quirk(),
-    "gemma2": _Quirk(norm_vectors=4),
-    "gemma3": _Quirk(qk_norm="head", norm_vectors=4),
-    "gemma3_text": _Quirk(qk_norm="head", norm_vectors=4),
-    "gemma4": _Quirk(qk_norm="head", norm_vectors=4),
+    "gemma": _Quirk(gelu=True),
+    "gemma2": _Quirk(norm_vectors=4, gelu=True),
+    "gemma3": _Quirk(qk_norm="head", norm_vectors=4, gelu=True),
+    "gemma3_text": _Quirk(qk_norm="head", norm_vectors=4, gelu=True),
+    "gemma4": _Quirk(qk_norm="head", norm_vectors=4, gelu=True),
     "nemotron_h": _Quirk(gated=False, router_bias=True),
     "nemotron": _Quirk(gated=False, norm_bias=True),
     "mpt": _Quirk(gated=False),
@@ -103,6 +104,7 @@ def architecture_from_hf_config(config: Config, name: str, source: str = "config
         mtp_layers=keys.count("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", default=0),
         extra_params=_stream_head_params(layers, hidden),
         vision=_vision(config.get("vision_config"), keys),
+        logit_softcap=bool(text.get("final_logit_softcapping")),
     )
 
 
@@ -219,6 +221,7 @@ def _mixer(keys: _Keys, quirk: _Quirk, family: str, hidden: int, kind: str, at: 
         qkv_bias=quirk.qkv_bias or bool(keys.config.get("attention_bias")),
         output_bias=quirk.output_bias,
         output_gate=quirk.output_gate or bool(keys.config.get("attn_output_gate")),
+        value_norm=family == "gemma4",
         extra_params=heads if quirk.sinks else 0,
     )
 
@@ -232,6 +235,7 @@ def _gemma4_global(keys: _Keys, quirk: _Quirk) -> GroupedQuery:
         head_dim=keys.size("global_head_dim", default=512),
         qk_norm=quirk.qk_norm,
         value_is_key=shared,
+        value_norm=True,
     )
 
 
@@ -324,7 +328,7 @@ def _compressed(keys: _Keys, kind: str) -> CompressedLatent:
 def _dense_ffn(keys: _Keys, quirk: _Quirk, hidden: int) -> DenseFfn:
     default = 4 * hidden if keys.has("n_embd", "d_model") else None
     size = keys.size("dense_intermediate_size", "intermediate_size", "ffn_hidden_size", "n_inner", default=default)
-    return DenseFfn(size=size, gated=quirk.gated, bias=quirk.norm_bias and quirk.output_bias)
+    return DenseFfn(size=size, gated=quirk.gated, bias=quirk.norm_bias and quirk.output_bias, gelu=quirk.gelu)
 
 
 def _moe_ffn(keys: _Keys, quirk: _Quirk, family: str) -> MoeFfn:
@@ -347,6 +351,7 @@ def _moe_ffn(keys: _Keys, quirk: _Quirk, family: str) -> MoeFfn:
         latent_size=keys.count("moe_latent_size", default=0),
         parallel_dense_size=keys.size("intermediate_size") if family == "gemma4" else 0,
         router_params_extra=_router_extra(keys, quirk, family, experts),
+        gelu=quirk.gelu,
     )
 
 
@@ -422,7 +427,8 @@ def _vision(config: Config | None, text: _Keys) -> VisionTower | None:
     area = int(patch) ** 2 if isinstance(patch, int) else 196
     merge = keys.size("spatial_merge_size", default=1) ** 2
     out = keys.size("out_hidden_size", default=text.size("hidden_size"))
-    layer = 4 * hidden * hidden + 4 * hidden + 2 * hidden * ffn + hidden + ffn + 4 * hidden
+    matrices = 3 if config.get("model_type") == "gemma4_vision" else 2  # its feed-forward part is gated
+    layer = 4 * hidden * hidden + 4 * hidden + matrices * hidden * ffn + hidden + ffn + 4 * hidden
     patches = hidden * (area * keys.size("in_channels", default=3) * keys.size("temporal_patch_size", default=1) + 1)
     positions = keys.count("num_position_embeddings", default=0) * hidden
     wide = hidden * merge

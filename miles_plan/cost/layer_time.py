@@ -50,6 +50,9 @@ MOE_FORWARD_HOST_S, MOE_BACKWARD_HOST_S = 4.0e-3, 5.0e-3
 """The same of a layer with experts: router, dispatch, a wait for token counts (measured)."""
 EXPERT_FORWARD_HOST_S, EXPERT_BACKWARD_HOST_S = 20.0e-6, 40.0e-6
 """Per local expert: the grouped product is a loop of launches, two forward and four backward (measured)."""
+HYPER_FORWARD_HOST_S, HYPER_BACKWARD_HOST_S = 9.0e-3, 14.0e-3
+"""What manifold hyper-connections add to a layer: twenty Sinkhorn iterations twice, small kernels each, run again backward
+(DeepSeek-V4 in Megatron-Bridge; three verification cards whose steps are the host's)."""
 
 UNFUSED_FORWARD_BYTES, UNFUSED_BACKWARD_BYTES = 40.0, 80.0
 """HBM traffic of one attention score without a fused kernel: masking, scaling and softmax in fp32, pass by pass
@@ -142,6 +145,8 @@ def host_seconds(kind: LayerKind, columns: LayoutColumns, links: Links) -> tuple
         local = kind.ffn.experts / columns.ep
         ahead = ahead + MOE_FORWARD_HOST_S - FORWARD_HOST_S / 2 + local * EXPERT_FORWARD_HOST_S
         back = back + MOE_BACKWARD_HOST_S - BACKWARD_HOST_S / 2 + local * EXPERT_BACKWARD_HOST_S
+    if kind.residual_streams > 1:
+        ahead, back = ahead + HYPER_FORWARD_HOST_S, back + HYPER_BACKWARD_HOST_S
     return ahead * links.profile.host_scale, back * links.profile.host_scale
 
 

@@ -59,6 +59,9 @@ class TrainMemoryOptions:
     through host memory. trainable_fraction: below 1 for adapters. forward_only: a log-prob pass. primary_fp8: fp8
     weights are the only ones (fp8 parameter gathering). mtp_layers: multi-token-prediction layers that train along.
     merged_outputs: the last stage keeps every microbatch's logits and joins them (torch.distributed.pipelining).
+    graphed_modules: what CUDA graphs replay; it keeps its activations in the graphs' private pool. frozen_vision: the
+    vision tower does not train. draft_params: of a draft that trains beside the model. offload_shards: FSDP2 keeps its
+    shards of everything in host memory (CPUOffloadPolicy).
     """
 
     engine: Engine = "megatron"
@@ -82,6 +85,10 @@ class TrainMemoryOptions:
     primary_fp8: bool = False
     mtp_layers: int = 0
     merged_outputs: bool = False
+    graphed_modules: frozenset[Module] = frozenset()
+    frozen_vision: bool = False
+    offload_shards: bool = False
+    draft_params: float = 0.0
 
     def __post_init__(self) -> None:
         if self.tokens_per_gpu < 1 or self.seq_len < 1 or self.num_microbatches < 1:

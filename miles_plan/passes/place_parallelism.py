@@ -114,6 +114,9 @@ def _settled(ctx: PassContext, task: AnyTask, train: TrainChoice, rollout: Rollo
             tokens_per_gpu=train.tokens_per_gpu,
             recompute=train.recompute,
             optimizer_offload=train.optimizer_offload,
+            offload_fraction=ctx.job.train.optimizer.offload_fraction,
+            gradients=ctx.job.train.gradients,
+            release=ctx.job.train.release,
         )
     if isinstance(task, (Logprobs, Values)):
         return replace(task, group=group, tokens_per_gpu=train.tokens_per_gpu)

@@ -106,6 +106,7 @@ def _residents(graph: TaskGraph, ctx: PassContext) -> Residents:
     per_rank = workload.total_tokens / step.updates / layout.dp
     microbatches = max(1, round(per_rank / (step.tokens_per_gpu * layout.cp)))
     options = memory_options(ctx, workload, choice, microbatches=microbatches)
+    saved = options.optimizer.bytes_per_param + options.element_bytes
     train = train_memory(ctx.model, layout, options)
     teacher = train_memory(ctx.teacher, layout, replace(options, forward_only=True, reference="none")) if ctx.teacher else None
     sized = replace(choice, peak_bytes=train.device_bytes.mid, static_bytes=train.static_bytes)
@@ -125,7 +126,7 @@ def _residents(graph: TaskGraph, ctx: PassContext) -> Residents:
         samples_bytes=_samples_bytes(graph, workload),
         train_ranks_per_node=_ranks_per_node(ctx, group),
         rollout_ranks_per_node=_ranks_per_node(ctx, rollout_group) if rollout_group else 0,
-        states_bytes=int(ctx.model.params_total * (4 + 8 + (4 if ctx.job.precision.train == "fp32" else 2))),
+        states_bytes=int((ctx.model.params_total + options.draft_params) * saved),
     )
 
 
@@ -270,6 +271,8 @@ BETWEEN_STEPS = (
     "reference model",
     "weight-gradient scratch",
     "workspace",
+    "graph buffers",
+    "draft",
     "cuda context",
     "communicators",
 )

@@ -13,6 +13,7 @@ from miles_plan.catalog.architecture import ModelArchitecture
 from miles_plan.catalog.gpus import Cluster, Gpu
 from miles_plan.catalog.mixers import GroupedQuery
 from miles_plan.cost.decode_time import DecodeModel, Speculation
+from miles_plan.cost.draft import draft_of
 from miles_plan.cost.profile import profile_for
 from miles_plan.cost.rollout_memory import RolloutMemory, RolloutMemoryOptions, rollout_memory
 from miles_plan.cost.rollout_time import RolloutTime, RolloutWorkload, simulate_rollout
@@ -282,7 +283,7 @@ def rollout_memory_options(
 ) -> RolloutMemoryOptions:
     """The engine's settings: the static share is what CUDA graphs and activations leave, unless the spec sets it."""
     embedded = ctx.job.rollout.engine == "torch"
-    kv_cache = ctx.job.precision.kv_cache
+    kv_cache, speculative = ctx.job.precision.kv_cache, ctx.job.rollout.speculative
     kv_bytes = KV_BYTES.get(ctx.job.precision.rollout, 2.0) if kv_cache == "auto" else KV_BYTES[kv_cache]
     if embedded:
         kv_bytes = 8.0
@@ -296,6 +297,7 @@ def rollout_memory_options(
             max_running=running_limit(ctx, workload, layout),
             graph_batch=0 if embedded else GRAPH_BATCH,
             resident_bytes=resident_bytes + MARGIN_FRACTION * gpu.usable_bytes,
+            draft=draft_of(ctx.model, speculative.method) if speculative != "off" else None,
         )
 
     asked = ctx.job.rollout.memory_fraction

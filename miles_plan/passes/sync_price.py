@@ -11,6 +11,7 @@ from miles_plan.ir.tasks import Transport
 from miles_plan.passes.base import PassContext
 from miles_plan.passes.number_formats import ROLLOUT_PRECISION
 from miles_plan.passes.placements import cluster_of_span
+from miles_plan.passes.train_choices import trained_draft_params
 
 MIB = 1 << 20
 # Miles' --update-weight-buffer-size default; the embedded engines' models are small, so that several buckets are exercised.
@@ -32,7 +33,11 @@ def sync_price(
     cluster: Cluster | None = None,
 ) -> Interval:
     """Seconds of one sync by `transport`, over `cluster` where that is not all of the job's."""
-    options = SyncOptions(bucket_bytes=bucket_bytes, rollout_precision=ROLLOUT_PRECISION[ctx.job.precision.rollout])
+    options = SyncOptions(
+        bucket_bytes=bucket_bytes,
+        rollout_precision=ROLLOUT_PRECISION[ctx.job.precision.rollout],
+        draft_params=trained_draft_params(ctx),
+    )
     return weight_sync_time(ctx.model, train, rollout, transport, cluster or ctx.cluster, options)
 
 

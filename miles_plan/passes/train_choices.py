@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from miles_plan.catalog.gpus import Cluster, NodeGroup
 from miles_plan.cost.communication import links_of
-from miles_plan.cost.layer_time import ComputeOptions
+from miles_plan.cost.draft import draft_of
 from miles_plan.cost.profile import profile_for
+from miles_plan.cost.software_release import release_compute
 from miles_plan.cost.train_options import OptimizerOptions, TrainMemoryOptions
 from miles_plan.cost.train_time import TrainTimeOptions, TrainWorkload
 from miles_plan.ir.graph import TaskGraph
@@ -40,6 +41,7 @@ LARGEST_BUDGET_TOKENS = 65_536
 # NCCL channels opened late, fragmentation of long runs and what the driver keeps: the share of a GPU that no plan may count on.
 MARGIN_FRACTION = 0.04
 PASSES_OF_UPDATE = 2.0  # an update is a forward pass and a backward one that takes no less
+GRADIENT_BYTES = {"fp32": 4.0, "bf16": 2.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,25 +246,44 @@ def memory_options(
         seq_len=workload.longest_tokens,
         num_microbatches=max(1, microbatches),
         precision=COST_PRECISION[ctx.job.precision.train],
+        grad_bytes=GRADIENT_BYTES[ctx.job.train.gradients],
         recompute=options.recompute,
         optimizer=_optimizer(ctx, options),
+        draft_params=trained_draft_params(ctx),
         entropy=ctx.job.algorithm.entropy_coef > 0,
         reference="none" if not reference else "swapped" if swapped else "resident",
     )
 
 
+def trained_draft_params(ctx: PassContext) -> float:
+    """Parameters of the draft that learns inside the step; 0 without one."""
+    speculative = ctx.job.rollout.speculative
+    trains = speculative != "off" and speculative.train
+    return float(draft_of(ctx.model, speculative.method).params) if speculative != "off" and trains else 0.0
+
+
 def time_options(ctx: PassContext, options: TrainChoice | _Options) -> TrainTimeOptions:
     """The same for the time model."""
+    precision, gpu = COST_PRECISION[ctx.job.precision.train], ctx.cluster.groups[0].gpu
+    compute = release_compute(ctx.job.train.release, precision, ctx.model, gpu)
     return TrainTimeOptions(
         engine=ctx.job.train.engine,
-        compute=ComputeOptions(precision=COST_PRECISION[ctx.job.precision.train]),
+        compute=replace(compute, fused_attention=ctx.job.train.engine != "torch"),
         recompute=options.recompute,
         optimizer=_optimizer(ctx, options),
+        grad_bytes=GRADIENT_BYTES[ctx.job.train.gradients],
     )
 
 
 def _optimizer(ctx: PassContext, options: TrainChoice | _Options) -> OptimizerOptions:
-    return OptimizerOptions(kind=ctx.job.train.optimizer.kind, offload_fraction=1.0 if options.optimizer_offload else 0.0)
+    asked = ctx.job.train.optimizer
+    offloaded = asked.offload_fraction
+    return OptimizerOptions(
+        kind=asked.kind,
+        moment_bytes=8.0 if asked.moments == "fp32" else 4.0,
+        precision_aware=asked.precision_aware,
+        offload_fraction=offloaded if options.optimizer_offload else 0.0,
+    )
 
 
 def train_workload(ctx: PassContext, workload: StepWorkload, tokens_per_gpu: int) -> TrainWorkload:

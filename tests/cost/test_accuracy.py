@@ -31,7 +31,7 @@ def of(kind: str) -> Summary:
         ("Megatron peak memory", 78, 0.002, 0.005, 0.01),
         ("Megatron step time", 51, 0.10, 0.28, 0.50),
         ("Megatron forward pass", 51, 0.08, 0.14, 0.60),
-        ("training memory", 52, 0.04, 0.13, 0.30),
+        ("training memory", 52, 0.04, 0.10, 0.15),
         ("training step time", 365, 0.08, 0.20, 1.0),
         ("decode time per token", 144, 0.10, 0.26, 0.80),
         ("RL step time", 28, 0.12, 0.35, 0.90),
@@ -56,13 +56,19 @@ def test_rows_that_state_a_job_become_one() -> None:
     assert report().mapped_share > 0.95
 
 
+def test_no_run_that_ran_out_of_memory_was_said_to_fit() -> None:
+    assert len(report().ran_out) >= 4
+    assert [each.name for each in report().ran_out if each.said_to_fit] == []
+
+
 def test_launch_configurations_that_name_their_gpu_are_said_to_fit_unless_they_cannot() -> None:
     stated = [each for each in report().launched if each.gpu_stated]
     assert len(stated) >= 14
     refused = {each.name: each.defect for each in stated if not each.fits}
-    # Both put all of a 355 B-parameter model's training state on one node of four GPUs.
+    # Both put all of a 355 B-parameter model's training state on one node of four GPUs; the script itself says of so few
+    # nodes that they are "not really runnable" (Miles, scripts/run_glm45_355b_a32b.py), and its documentation says "debug".
     assert set(refused) == {"miles:scripts.run_glm45_355b_a32b#1", "miles:scripts.run_glm45_355b_a32b#2"}
-    assert all("times the GPU's memory" in defect for defect in refused.values())
+    assert all("GPUs of this kind, the layout has 4" in defect for defect in refused.values())
 
 
 def test_a_layout_that_megatron_would_refuse_is_named() -> None:

@@ -10,17 +10,17 @@ from miles_plan.cost.activations import Module
 from miles_plan.cost.interval import Interval, around
 from miles_plan.cost.train_memory import MemoryBreakdown, train_memory
 from miles_plan.cost.train_options import OptimizerOptions, TrainMemoryOptions, TrainPrecision
-from miles_plan.cost.validation.recipes import RecipeFacts, recipe_facts
-from miles_plan.cost.validation.row_fields import IncompleteRowError, Row, row_precision
+from miles_plan.cost.validation.recipes import RecipeFacts, graphed_modules, recipe_facts
+from miles_plan.cost.validation.row_fields import IncompleteRowError, Row, figure_of, row_precision, words_of
 from miles_plan.cost.validation.software import TORCHTITAN, is_frozen, recomputation
 from miles_plan.cost.validation.train_rows import TrainJob, train_job
 from miles_plan.ir.layout import Recompute
 
 ADAPTER_SHARE = 0.005
 """Trained over all parameters of a rank-32 adapter on every projection."""
-ASSUMED_ERROR = 0.13
+ASSUMED_ERROR = 0.10
 """Half width of the interval where part of the options comes from the recipe's code, not from the row."""
-_UNITS = {"GiB": float(1 << 30), "GB": 1e9, "MiB": float(1 << 20)}
+_UNITS = {"B": 1.0, "bytes": 1.0, "MB": 1e6, "MiB": float(1 << 20), "GB": 1e9, "GiB": float(1 << 30), "TiB": float(1 << 40)}
 _GIB_CALLED_GB = re.compile("mbridge memory_estimator")  # its README turns 8947.57 MB into 8.74 GB
 _METRICS = re.compile(r"peak|allocated|real_total|real_vs_tool")
 
@@ -31,22 +31,23 @@ def peak_bytes(row: Row) -> tuple[Interval, float]:
     Raises:
         UnmappedRowError: the row cannot become a job, or measures something else.
     """
-    if not _METRICS.search(str(row["metric"])):
-        raise IncompleteRowError(f"{row['metric']} is not a peak of training")
+    metric = words_of(row, "metric")
+    if not _METRICS.search(metric):
+        raise IncompleteRowError(f"{metric} is not a peak of training")
     unit = _UNITS.get("GiB" if _GIB_CALLED_GB.search(str(row.get("source"))) else str(row.get("unit")))
     if unit is None:
         raise IncompleteRowError("the unit is not bytes")
-    between_steps = str(row["metric"]) == "allocated"
+    between_steps = metric == "allocated"
     if not between_steps and not (row.get("micro_batch") and (row.get("seq_len") or row.get("recipe") or _titan(row))):
         raise IncompleteRowError("the tokens of a microbatch are not stated")
     job = train_job(row, needs_batch=False)
     options = memory_options(row, job)
-    if "after_iter1" in str(row["metric"]):  # the first backward comes before the first moments
+    if "after_iter1" in metric:  # the first backward comes before the first moments
         options = replace(options, optimizer=replace(options.optimizer, moment_bytes=0.0))
     held = train_memory(job.model, job.layout, options)
     if between_steps:
         held = replace(held, peak_bytes=around(held.static_bytes, ASSUMED_ERROR, "calibrated"))
-    return _as_measured(job, held), float(row["value"]) * unit
+    return _as_measured(job, held), figure_of(row, "value") * unit
 
 
 def _titan(row: Row) -> bool:
@@ -70,8 +71,9 @@ def memory_options(row: Row, job: TrainJob) -> TrainMemoryOptions:
     facts = RecipeFacts() if titan else recipe_facts(job.model.name, recipe, tuned)
     mode, modules = recomputation(row, job.software)
     if mode == "none" and facts.recompute:
-        mode, modules = "selective", frozenset(facts.recompute)
+        mode, modules = ("full", frozenset()) if facts.recompute == "full" else ("selective", frozenset(facts.recompute))
     precision = "bf16" if titan else row_precision(row)
+    graphed = graphed_modules(str(row.get("model")), job.gpu.name, precision)
     layout = job.layout
     microbatches = max(1, job.global_batch // (layout.dp * job.micro_batch)) if job.global_batch else 8 * layout.pp
     return TrainMemoryOptions(
@@ -89,18 +91,16 @@ def memory_options(row: Row, job: TrainJob) -> TrainMemoryOptions:
             moment_bytes=facts.moment_bytes,
             precision_aware=facts.precision_aware,
             offload_master=facts.precision_aware,
-            offload_fraction=float(row.get("optimizer_offload_fraction") or row.get("offload_fraction") or 0.0),
+            offload_fraction=figure_of(row, "optimizer_offload_fraction", figure_of(row, "offload_fraction", 0.0)),
         ),
         moe_imbalance=facts.imbalance,
         logits_bytes=2.0 if facts.fused_loss else 0.0,
         primary_fp8=tuned and precision != "nvfp4",
         mtp_layers=facts.mtp_layers,
         merged_outputs=titan and layout.pp > 1,
+        graphed_modules=graphed,
+        frozen_vision=facts.frozen_vision,
     )
-
-
-PLANNED_SHARE = 0.96
-"""Of a GPU's usable memory that a plan may fill."""
 
 
 def said_to_fit(row: Row) -> bool | None:
@@ -109,4 +109,9 @@ def said_to_fit(row: Row) -> bool | None:
         return None
     job = train_job(row, needs_batch=False)
     held = train_memory(job.model, job.layout, memory_options(row, job))
-    return held.device_bytes.mid <= PLANNED_SHARE * job.gpu.usable_bytes
+    return held.needed_bytes(expandable_segments(row)) <= job.gpu.usable_bytes
+
+
+def expandable_segments(row: Row) -> bool:
+    """Whether a row says that the allocator's segments grow in place; PyTorch's default is that they do not."""
+    return "expandable_segments:True" in str(row)
