@@ -5,6 +5,7 @@ Every fused kernel that torch offers on the machine is tried, and the fastest is
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -72,7 +73,8 @@ def _each_backend(
     names = ("cudnn", "flash", "efficient") if device.type == "cuda" else ("flash", "math")
     found = {}
     for name in names:
-        with sdpa_kernel(BACKENDS[name]):
+        with sdpa_kernel(BACKENDS[name]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch tells at length why a kernel does not take a shape
             try:
                 calls = make_calls()
                 calls[0]()

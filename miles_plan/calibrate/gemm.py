@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -63,12 +64,10 @@ def _calls(shape: Shape, precision: str, device: torch.device) -> list[Call]:
     if precision == "fp8":
         one = torch.ones((), device=device, dtype=torch.float32)
         narrow = [(a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()) for a, b in zip(rows, weights, strict=True)]
-        return [
-            lambda a=a, b=b: torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
-            for a, b in narrow
-        ]
+        scaled = partial(torch._scaled_mm, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+        return [partial(scaled, a, b) for a, b in narrow]
     out = torch.empty(m, n, device=device, dtype=torch.bfloat16)
-    return [lambda a=a, b=b: torch.mm(a, b.t(), out=out) for a, b in zip(rows, weights, strict=True)]
+    return [partial(torch.mm, a, b.t(), out=out) for a, b in zip(rows, weights, strict=True)]
 
 
 def _heat(calls: Sequence[Call], device: torch.device, seconds: float) -> None:

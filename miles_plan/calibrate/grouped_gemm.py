@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -24,10 +25,7 @@ def measure_grouped_gemms(
         rows = [torch.randn(experts * m, k, device=device, dtype=torch.bfloat16) for _ in range(sets)]
         weights = [torch.randn(experts, n, k, device=device, dtype=torch.bfloat16) for _ in range(sets)]
         ends = torch.arange(m, experts * m + 1, m, device=device, dtype=torch.int32)
-        calls = [
-            lambda a=a, b=b, ends=ends: torch._grouped_mm(a, b.transpose(1, 2), offs=ends)
-            for a, b in zip(rows, weights, strict=True)
-        ]
+        calls = [partial(torch._grouped_mm, a, b.transpose(1, 2), offs=ends) for a, b in zip(rows, weights, strict=True)]
         timing = time_calls(calls, device, budget_s / len(shapes))
         found.append(GroupedGemmPoint(experts=experts, m=m, n=n, k=k, seconds=timing.seconds, spread=timing.spread))
     return tuple(found)

@@ -1,7 +1,7 @@
 """How long device work takes: events around replays of a CUDA graph, medians, inputs rotated past the last-level cache.
 
-A graph keeps the host's launches out of the figure, so that microseconds can be measured; work that cannot be captured (autograd)
-is timed between events with launches ahead of the device.
+A graph keeps the host's launches out of the figure, so that microseconds can be measured; work that cannot be captured
+(autograd) is timed between events, with launches ahead of the device.
 """
 
 from __future__ import annotations
