@@ -115,8 +115,12 @@ class Measurements:
     memory: tuple[MemoryPoint, ...] = ()
 
     def to_json(self) -> dict[str, list[dict[str, Any]]]:
-        """The points as JSON data, empty kinds left out."""
-        return {name: list(points) for name, points in asdict(self).items() if points}
+        """The points as JSON data, figures to four digits, empty kinds left out."""
+        return {name: [_rounded(point) for point in points] for name, points in asdict(self).items() if points}
+
+
+def _rounded(point: dict[str, Any]) -> dict[str, Any]:
+    return {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in point.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
