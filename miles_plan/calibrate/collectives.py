@@ -21,7 +21,7 @@ OPS: tuple[CollectiveOp, ...] = ("all_reduce", "all_gather", "reduce_scatter", "
 START_S = 90.0
 """Patience with processes that start, import torch and set up a communicator."""
 
-REPETITIONS = 9
+REPETITIONS, WARM_UPS = 9, 5
 
 Found = tuple[tuple[CollectivePoint, ...], tuple[MemoryPoint, ...]]
 
@@ -67,7 +67,9 @@ def measure_collectives(device_type: str, ranks: int, sizes_bytes: Sequence[int]
 def _rank(
     rank: int, ranks: int, device_type: str, sizes: tuple[int, ...], budget_s: float, store: str, answers: Queue[Found | str]
 ) -> None:
-    warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames two collectives whose old names 2.8 needs
+    # torch 2.13 renames two collectives whose old names 2.8 needs, and tells that a barrier picks the current device
+    for kind in (FutureWarning, UserWarning):
+        warnings.simplefilter("ignore", kind)
     try:
         device = torch.device(device_type, rank) if device_type == "cuda" else torch.device(device_type)
         if device.type == "cuda":
@@ -124,7 +126,8 @@ def _points(
 
 def _agreed(call: Call, repeats: int, device: torch.device, budget_s: float) -> tuple[float, float]:
     """The slowest rank's figure. Every rank must repeat as often, so the repetitions are set here, not by each one's clock."""
-    call()
+    for _ in range(WARM_UPS):
+        call()
     timing = time_calls([call] * repeats, device, budget_s, capture=False, repetitions=REPETITIONS)
     both = torch.tensor([timing.seconds, timing.spread], device=device, dtype=torch.float64)
     dist.all_reduce(both, op=dist.ReduceOp.MAX)
@@ -146,7 +149,7 @@ def _call(op: CollectiveOp, whole: torch.Tensor, rank: int, ranks: int) -> Call:
 
 def _send(whole: torch.Tensor, rank: int) -> None:
     """From the first rank to the second; the others look on."""
-    if rank == 0:
-        dist.send(whole, 1)
-    elif rank == 1:
-        dist.recv(whole, 0)
+    if rank < 2:
+        send = dist.P2POp(dist.isend, whole, 1) if rank == 0 else dist.P2POp(dist.irecv, whole, 0)
+        for request in dist.batch_isend_irecv([send]):  # batched, so that it runs in the group's own communicator
+            request.wait()

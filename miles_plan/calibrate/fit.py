@@ -19,12 +19,18 @@ from miles_plan.calibrate.points import AttentionPoint, CollectivePoint, GemmPoi
 from miles_plan.catalog.gpus import Gpu
 from miles_plan.cost.layer_time import BACKWARD_ATTENTION_FLOPS, K_RAMP, TILE_M, wave_fraction
 
-REFERENCE_EAGER_LAUNCH_S = 7.3e-6
-"""Host time of an eager launch on the kind of machine whose layer launches `cost/layer_time.py` holds (H200 guest)."""
+REFERENCE_EAGER_LAUNCH_S = 8.6e-6
+"""Host time of an eager launch on the kind of machine whose layer launches `cost/layer_time.py` holds (two H200 guests: 7.3
+and 10.0 us)."""
+FEWEST_RANKS = 4
+"""GPUs whose collectives stand for those of a node: two reach less of their links (H200 all-gather: 0.60 of two, 0.72 of
+four)."""
 STREAM_SHARE = 0.955
 """What norms, rotary and optimizer kernels reach of a plain copy, scale or add (H200: 0.85 in the Megatron runs, 0.89 here)."""
 GROUPED_SHARE = 0.69
 """What a trainer's expert products, a loop over the experts, reach of torch's grouped kernel (H200: 0.70 over 1.015)."""
+LATENCY_BYTES = 1 << 20
+"""Buffers up to which a collective's time is mostly latency."""
 LARGEST_SPREAD = 0.25
 """Interquartile range over median of a measurement's repetitions, above which something else ran too."""
 LARGEST_MISFIT = 0.35
@@ -169,14 +175,20 @@ def _causal_flops(point: AttentionPoint) -> float:
 
 
 def _collectives(gpu: Gpu, found: Measurements, constants: dict[str, Any]) -> None:
-    """Bus bandwidth from the largest buffer; latency is what the smallest takes beyond its bytes at that bandwidth."""
+    """Bus bandwidth from the largest buffer; latency is what the small ones take beyond their bytes at that bandwidth.
+
+    Of too few GPUs only the link itself is taken: what one sends another.
+    """
     fractions, latencies = {}, []
     for op in sorted({point.op for point in found.collectives}):
         points = sorted((point for point in found.collectives if point.op == op), key=lambda point: point.size_bytes)
+        if op != "p2p" and points[-1].ranks < min(FEWEST_RANKS, gpu.gpus_per_node):
+            continue
         bytes_per_s = bus_bytes(points[-1]) / points[-1].seconds
         fractions[op] = bytes_per_s / gpu.nvlink_bytes_per_s
-        if op != "p2p" and len(points) > 1:
-            latencies.append(points[0].seconds - bus_bytes(points[0]) / bytes_per_s)
+        small = [point for point in points if point.size_bytes <= LATENCY_BYTES]
+        if op != "p2p" and small:
+            latencies.append(min(point.seconds - bus_bytes(point) / bytes_per_s for point in small))
     if fractions:
         constants["nvlink_bus_fraction"] = fractions
     if latencies:

@@ -121,7 +121,7 @@ def deciding_constants(model: ModelArchitecture, layout: TrainLayout, links: Lin
     """Constants of the hardware profile that a step of this layout rests on."""
     names = ["gemm_fraction", "attention_forward_fraction", "attention_backward_fraction", "hbm_fraction"]
     names += ["grouped_gemm_fraction"] * bool(model.moe)
-    names += ["nvlink_bus_fraction"] * (layout.world_size > 1)
+    names += ["nvlink_bus_fraction.all_reduce"] * (layout.world_size > 1)
     names += ["rdma_bus_fraction"] * (layout.world_size > links.domain)
     return tuple(names)
 

@@ -158,6 +158,13 @@ def test_names_are_dotted_where_a_profile_nests() -> None:
     assert {"gemm_fraction.bf16", "decode_ops.attention", "nvlink_bus_fraction.p2p", "hbm_fraction"} <= set(names)
 
 
+def test_two_gpus_stand_for_a_link_but_not_for_a_node() -> None:
+    pair = tuple(replace(each, ranks=2) for each in points().collectives)
+    constants = fit(GPU, Measurements(collectives=pair)).constants
+    assert list(constants["nvlink_bus_fraction"]) == ["p2p"]
+    assert "nvlink_latency_s" not in constants
+
+
 def test_scattered_repetitions_are_refused() -> None:
     noisy = replace(points(), gemms=tuple(replace(each, spread=0.6) for each in points().gemms))
     assert any("matrix products: repetitions differ by 60%" in problem for problem in fit(GPU, noisy).problems)
