@@ -17,6 +17,8 @@ from miles_plan.catalog.gpus import Gpu, gpu_names
 from miles_plan.cost.profile import measured_profile_text, profile_for
 from miles_plan.diagnostics import PlanError, error
 
+ALONE = "look for other work on the GPU (`nvidia-smi`), then measure again"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
@@ -61,15 +63,20 @@ def calibrate_machine(seconds: float, tell: Callable[[str], None], grid: Grid | 
         memory = f"{machine.memory_bytes / 1e9:.0f} GB"
         help = f"its datasheet belongs in the catalog first; known: {', '.join(gpu_names())}"
         raise PlanError((error("MP451", f"the catalog has no GPU like `{machine.device}` with {memory}", help=help),))
-    return fitted(gpu, machine, measure(device, seconds, grid or Grid(), tell))
+    try:
+        points = measure(device, seconds, grid or Grid(), tell)
+    except torch.OutOfMemoryError:
+        free, total = (f"{size / 2**30:.1f} GiB" for size in torch.cuda.mem_get_info(device))
+        why = f"the GPU's memory ran out, {free} of {total} are free"
+        raise PlanError((error("MP452", f"a measurement cannot be used: {why}", help=ALONE),)) from None
+    return fitted(gpu, machine, points)
 
 
 def fitted(gpu: Gpu, machine: Machine, points: Measurements) -> Calibration:
     """The profile that these points make. PlanError with every measurement that cannot be right."""
     found = fit(gpu, points)
     if found.problems:
-        help = "look for other work on the GPU (`nvidia-smi`), then measure again"
-        raise PlanError(tuple(error("MP452", f"a measurement cannot be used: {each}", help=help) for each in found.problems))
+        raise PlanError(tuple(error("MP452", f"a measurement cannot be used: {each}", help=ALONE) for each in found.problems))
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     text = measured_profile_text(
         gpu,

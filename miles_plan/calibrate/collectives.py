@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -49,13 +50,14 @@ def measure_collectives(device_type: str, ranks: int, sizes_bytes: Sequence[int]
         ]
         for process in processes:
             process.start()
+        answer: Found | str | None = None
         try:
             answer = answers.get(timeout=START_S + 3 * budget_s)
         except Empty:
             raise CollectivesFailedError(f"no answer from {ranks} processes in {START_S + 3 * budget_s:.0f} s") from None
         finally:
-            for process in processes:
-                process.join(5.0)
+            for process in processes:  # after a failure or Ctrl-C nobody waits for those that are left
+                process.join(5.0 if isinstance(answer, tuple) else 0.0)
                 if process.is_alive():
                     process.kill()
                     process.join()
@@ -67,6 +69,7 @@ def measure_collectives(device_type: str, ranks: int, sizes_bytes: Sequence[int]
 def _rank(
     rank: int, ranks: int, device_type: str, sizes: tuple[int, ...], budget_s: float, store: str, answers: Queue[Found | str]
 ) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
     # torch 2.13 renames two collectives whose old names 2.8 needs, and tells that a barrier picks the current device
     for kind in (FutureWarning, UserWarning):
         warnings.simplefilter("ignore", kind)

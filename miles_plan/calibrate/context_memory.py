@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from multiprocessing.connection import Connection
 
 import torch
@@ -27,18 +28,16 @@ def measure_context(device: torch.device) -> tuple[MemoryPoint, ...]:
             return ()
         here.recv()
         during, _ = torch.cuda.mem_get_info(device)
-        here.send("done")
     except EOFError:
         return ()
     finally:
-        other.join(WAIT_S / 6)
-        if other.is_alive():
-            other.kill()
-            other.join()
+        other.kill()  # it has nothing to finish
+        other.join()
     return (MemoryPoint(what="context", size_bytes=before - during),)
 
 
 def _hold_a_context(link: Connection, index: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
     torch.ones(1, device=f"cuda:{index}").add_(1)
     torch.cuda.synchronize(index)
     link.send("ready")

@@ -67,3 +67,17 @@ def test_a_gpu_that_the_catalog_lacks_is_named(monkeypatch: pytest.MonkeyPatch) 
         calibrate_machine(5.0, lambda part: None)
     assert refused.value.diagnostics[0].code == "MP451"
     assert "NVIDIA L40S" in refused.value.diagnostics[0].message
+
+
+def test_a_gpu_that_is_full_is_no_bug_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 140 << 30))
+    monkeypatch.setattr("miles_plan.calibrate.calibration.machine_of", lambda device: MACHINE)
+    monkeypatch.setattr("miles_plan.calibrate.calibration.measure", full)
+    with pytest.raises(PlanError) as refused:
+        calibrate_machine(5.0, lambda part: None)
+    assert refused.value.diagnostics[0].code == "MP452"
+    assert "1.0 GiB of 140.0 GiB are free" in refused.value.diagnostics[0].message
