@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from miles_plan.catalog.hardware_profile import HardwareProfile
+
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8", "mxfp8", "nvfp4", "int8", "int4"]
 
 _GB = 10**9
@@ -23,7 +25,8 @@ class Gpu:
     """One accelerator and the machine it usually sits in.
 
     memory_bytes: nominal; usable_bytes: what the driver offers an empty process. flops: dense FLOP/s by precision, a
-    missing precision is not supported. nvlink: GPUs that reach each other at nvlink_bytes_per_s each way.
+    missing precision is not supported. nvlink: GPUs that reach each other at nvlink_bytes_per_s each way. profile: what
+    the user measured such a machine to reach, instead of the shipped profile.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Gpu:
     sms: int
     launch_s: float
     source: str
+    profile: HardwareProfile | None = field(default=None, hash=False, repr=False)
 
     def rate(self, precision: str) -> float:
         """Dense FLOP/s at a precision.

@@ -13,9 +13,9 @@ from miles_plan.catalog.gpus import Cluster
 from miles_plan.cost.columns import LayoutColumns, group_layouts, stage_kinds
 from miles_plan.cost.communication import Links, collective_s, links_of, point_to_point_s, ranks_in_domain
 from miles_plan.cost.gemms import Gemm
-from miles_plan.cost.interval import Basis, Interval, Term, around
+from miles_plan.cost.interval import Interval, Term, around
 from miles_plan.cost.layer_time import TERMS, ComputeOptions, Microbatch, gemm_seconds, layer_seconds
-from miles_plan.cost.profile import HardwareProfile
+from miles_plan.cost.profile import HardwareProfile, relative_error
 from miles_plan.cost.rank_params import rank_params
 from miles_plan.cost.recompute_time import recomputed_layers, recomputed_shares
 from miles_plan.cost.train_memory import train_memory_columns
@@ -100,7 +100,7 @@ def train_step_time(
     """Seconds of forward, backward and optimizer over the whole step's tokens."""
     links = links_of(cluster, profile)
     seconds = train_step_columns(model, [layout], workload, links, options or TrainTimeOptions())
-    return _interval(seconds, links.profile.basis, STEP_ERROR)
+    return _interval(seconds, links.profile, STEP_ERROR, deciding_constants(model, layout, links))
 
 
 def log_prob_time(
@@ -114,13 +114,24 @@ def log_prob_time(
     """Seconds of one forward-only pass over the whole step's tokens."""
     links = links_of(cluster, profile)
     seconds = train_step_columns(model, [layout], workload, links, options or TrainTimeOptions(), forward_only=True)
-    return _interval(seconds, links.profile.basis, FORWARD_ERROR)
+    return _interval(seconds, links.profile, FORWARD_ERROR, deciding_constants(model, layout, links))
 
 
-def _interval(seconds: dict[str, Floats], basis: Basis, errors: dict[str, float]) -> Interval:
+def deciding_constants(model: ModelArchitecture, layout: TrainLayout, links: Links) -> tuple[str, ...]:
+    """Constants of the hardware profile that a step of this layout rests on."""
+    names = ["gemm_fraction", "attention_forward_fraction", "attention_backward_fraction", "hbm_fraction"]
+    names += ["grouped_gemm_fraction"] * bool(model.moe)
+    names += ["nvlink_bus_fraction.all_reduce"] * (layout.world_size > 1)
+    names += ["rdma_bus_fraction"] * (layout.world_size > links.domain)
+    return tuple(names)
+
+
+def _interval(
+    seconds: dict[str, Floats], profile: HardwareProfile, errors: dict[str, float], constants: tuple[str, ...]
+) -> Interval:
     terms = tuple(Term(name, float(values[0])) for name, values in seconds.items() if values[0])
     mid = sum(term.value for term in terms)
-    return around(mid, errors.get(basis, max(errors.values())), basis, terms)
+    return around(mid, relative_error(errors, profile, constants), profile.basis_of(constants), terms)
 
 
 def train_step_columns(

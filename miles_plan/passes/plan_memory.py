@@ -107,7 +107,8 @@ def _residents(graph: TaskGraph, ctx: PassContext) -> Residents:
     microbatches = max(1, round(per_rank / (step.tokens_per_gpu * layout.cp)))
     options = memory_options(ctx, workload, choice, microbatches=microbatches)
     saved = options.optimizer.bytes_per_param + options.element_bytes
-    train = train_memory(ctx.model, layout, options)
+    profile = ctx.cluster.groups[0].gpu.profile
+    train = train_memory(ctx.model, layout, options, profile)
     teacher = train_memory(ctx.teacher, layout, replace(options, forward_only=True, reference="none")) if ctx.teacher else None
     sized = replace(choice, peak_bytes=train.device_bytes.mid, static_bytes=train.static_bytes)
     residue = int(sleeping_trainer_bytes(ctx, sized))

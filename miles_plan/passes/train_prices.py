@@ -220,7 +220,7 @@ class _Group:
         """
         recompute, usual = self.job.recomputes[0], self.job.offloads[0]
         terms = first if offload == usual else self._terms(PROBE_TOKENS, recompute, offload)
-        static = sum_terms({name: terms[name] for name in STATIC}) + self._nothing()
+        static = sum_terms({name: terms[name] for name in STATIC if name in terms}) + self._nothing()
         host = host_bytes(self.job.model, self.columns, self.job.memory(1, recompute, offload))
         return _resident(terms) - _resident(first), static, host
 
