@@ -67,6 +67,7 @@ def test_an_interrupt_leaves_the_old_file_as_it_was(tmp_path: Path, measured: Ca
     out.write_text("as it was")
     done = run("--out", str(out))
     assert done.exit_code == 130
+    assert "nothing was written" in done.stderr
     assert out.read_text() == "as it was"
     assert [each.name for each in tmp_path.iterdir()] == ["mine.json"]
 

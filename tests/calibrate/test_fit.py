@@ -158,6 +158,15 @@ def test_names_are_dotted_where_a_profile_nests() -> None:
     assert {"gemm_fraction.bf16", "decode_ops.attention", "nvlink_bus_fraction.p2p", "hbm_fraction"} <= set(names)
 
 
+def test_a_cool_chip_and_small_products_do_not_set_the_rate() -> None:
+    hot = points().gemms
+    cool = tuple(replace(product(*each, "bf16", 0.95), state="burst") for each in SHAPES * 2)
+    thick = tuple(replace(product(*each, "bf16", 0.3), state="decode") for each in SHAPES)
+    for others in (cool, thick):
+        constants = fit(GPU, Measurements(gemms=(*others, *hot))).constants
+        assert constants["gemm_fraction"]["bf16"] == pytest.approx(BF16, rel=0.01)
+
+
 def test_two_gpus_stand_for_a_link_but_not_for_a_node() -> None:
     pair = tuple(replace(each, ranks=2) for each in points().collectives)
     constants = fit(GPU, Measurements(collectives=pair)).constants

@@ -25,7 +25,15 @@ def test_drivers_names_lead_to_the_catalog(device: str, memory_gb: float, name: 
 
 
 @pytest.mark.parametrize(
-    ("device", "memory_gb"), [("NVIDIA L40S", 47.7), ("NVIDIA A100-SXM4-40GB", 42.4), ("NVIDIA H2000", 150.0), ("", 0.0)]
+    ("device", "memory_gb"),
+    [
+        ("NVIDIA L40S", 47.7),
+        ("NVIDIA H100 PCIe", 85.0),
+        ("NVIDIA H200 NVL", 150.0),
+        ("NVIDIA A100-SXM4-40GB", 42.4),
+        ("NVIDIA H2000", 150.0),
+        ("", 0.0),
+    ],
 )
 def test_a_gpu_that_the_catalog_lacks_is_none(device: str, memory_gb: float) -> None:
     assert gpu_kind(device, int(memory_gb * 1e9)) is None
