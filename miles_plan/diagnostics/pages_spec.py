@@ -231,6 +231,14 @@ _NAMES = (
         example="data: {reward: my_rewards:scroe}",
         fix="Correct the name, or ignore the warning if the module exists only where the job runs.",
     ),
+    Page(
+        code="MP145",
+        title="file of lengths cannot be used",
+        what="The file that `rollout.response_tokens.histogram` names is in no form that is read, or holds no positive length.",
+        why="The rollout is simulated over these lengths, and the micro-batches are packed from them.",
+        example='rollout: {response_tokens: {max: 8192, histogram: lengths.json}}   # holds {"lengths": []}',
+        fix='Write `{"lengths": [...]}`, `{"edges": [...], "counts": [...]}` (one edge more than counts), or a number a line.',
+    ),
 )
 
 _USE = (
