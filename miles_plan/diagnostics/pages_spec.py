@@ -240,6 +240,14 @@ _NAMES = (
         example="cluster: {gpu: h200, profile: b200.json}   # a profile of b200",
         fix="Write one with `miles-plan calibrate` on that machine, or leave the field out: profiles ship for most GPUs.",
     ),
+    Page(
+        code="MP146",
+        title="file of lengths cannot be used",
+        what="The file that `rollout.response_tokens.histogram` names is in no form that is read, or holds no positive length.",
+        why="The rollout is simulated over these lengths, and the micro-batches are packed from them.",
+        example='rollout: {response_tokens: {max: 8192, histogram: lengths.json}}   # holds {"lengths": []}',
+        fix='Write `{"lengths": [...]}`, `{"edges": [...], "counts": [...]}` (one edge more than counts), or a number a line.',
+    ),
 )
 
 _USE = (

@@ -15,6 +15,7 @@ from miles_plan.catalog.gpus import Cluster, NodeGroup, find_gpu
 from miles_plan.catalog.hardware_profile import HardwareProfile
 from miles_plan.catalog.hf_config import architecture_from_hf_config
 from miles_plan.catalog.models import find_model
+from miles_plan.cost.lengths import load_lengths
 from miles_plan.cost.profile import load_profile, shipped_constants
 from miles_plan.diagnostics import Diagnostic, Location, PlanError, error, warning
 from miles_plan.ir.graph import TaskGraph
@@ -63,6 +64,7 @@ def context_of(loaded: LoadedJob) -> tuple[PassContext, RunOptions]:
     if (asked := loaded.spec.algorithm.teacher) is not None:
         teacher, teacher_source = _model(loaded, asked.model, "algorithm.teacher.model", found)
         found += _other_tokenizer(loaded, asked.model)
+    found += _unreadable_lengths(loaded)
     if model is None or source is None or cluster is None or found:
         raise PlanError(tuple(found), loaded.sources)
     ctx = PassContext(
@@ -75,6 +77,17 @@ def context_of(loaded: LoadedJob) -> tuple[PassContext, RunOptions]:
         ledger=loaded.ledger,
     )
     return ctx, run_options(loaded, source, teacher_source)
+
+
+def _unreadable_lengths(loaded: LoadedJob) -> Iterator[Diagnostic]:
+    """A file of lengths is read here once, so that what is wrong with it has the field's place."""
+    name, field = loaded.spec.rollout.response_tokens.histogram, "rollout.response_tokens.histogram"
+    if name is None:
+        return
+    try:
+        load_lengths(loaded.file(name))
+    except ValueError as problem:
+        yield error("MP146", str(problem), loaded.at(field), field=field, help='write {"lengths": [...]}, or a number a line')
 
 
 def _other_tokenizer(loaded: LoadedJob, teacher: ModelSpec) -> Iterator[Diagnostic]:

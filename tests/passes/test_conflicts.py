@@ -110,7 +110,12 @@ def test_cores_are_minimal_and_changes_fit(
         cluster={"gpu": gpu, "nodes": 1},
         placement=placement,
         train={"recompute": recompute} | ({"layout": layout} if layout else {}),
-        rollout={"prompts_per_step": 64, "samples_per_prompt": 2, "response_tokens": {"max": tokens}, "memory_fraction": fraction},
+        rollout={
+            "prompts_per_step": 64,
+            "samples_per_prompt": 2,
+            "response_tokens": {"max": tokens},
+            "memory_fraction": fraction,
+        },
     )
     workload = step_workload(ctx)
     impossible = any(True for _ in misfits(ctx, workload, generates=True))
