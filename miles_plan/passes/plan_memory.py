@@ -1,9 +1,10 @@
 """The memory plan: what every GPU and host holds in each phase, and the offloads that make the phases fit.
 
 A colocated iteration has five phases: generate, score (log-probs), train, sync, save. Where both engines fit a GPU at once
-nothing moves. Where they do not, they take turns: the trainer's states go to the host before generation, the engine's cache and
-weights are dropped after it, and the sync is the moment when both sides' weights and one bucket are resident together: the
-transition that runs out of memory in practice, so it is a phase of its own here.
+nothing moves. Where they do not, they take turns: the trainer's gradients and optimizer go to the host first, then the engine
+takes its weights again, and the sync is the moment when both sides' weights and one bucket are resident together: the
+transition that runs out of memory in practice, so it is a phase of its own here. Then the trainer's weights leave, and after
+generation the engine's cache and weights.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ GIB = 1 << 30
 HOST_RESERVE_FRACTION = 0.10  # the operating system, Ray's object store and the page cache that saving needs
 PROCESS_BYTES = 3 * GIB  # one rank's Python, CUDA libraries and pinned staging buffers on the host
 EMBEDDED_PROCESS_BYTES = 768 << 20
+SAVE_STAGING_BYTES = 4 * GIB  # what a rank of a cluster engine copies to the host at a time while it writes a checkpoint
 
 
 @dataclass(frozen=True)
@@ -156,16 +158,23 @@ def _ranks_per_node(ctx: PassContext, group: DeviceGroup) -> int:
 
 
 def _with_offloads(graph: TaskGraph, residents: Residents) -> TaskGraph:
-    """The engines take turns: wake for weights, sync, put the trainer away, wake the cache, generate, sleep, bring it back."""
+    """The engines take turns.
+
+    The trainer's states leave, the engine wakes for weights, they sync, the trainer's weights leave, the engine's cache wakes,
+    it generates and sleeps, and the trainer comes back. The sync needs no more of the trainer than its weights.
+    """
     rollout = residents.rollout
     assert rollout is not None
-    trainer_bytes = max(0, int(residents.train.static_bytes))
-    sleeping_parts: tuple[EnginePart, ...] = ("weights", "gradients", "optimizer")
+    states: tuple[EnginePart, ...] = ("gradients", "optimizer")
+    sent: tuple[EnginePart, ...] = ("weights",)
     if residents.embedded and any(task.name == "reference_log_probs" for task in graph.tasks):
-        sleeping_parts = (*sleeping_parts, "reference")  # cluster engines swap theirs in for the pass that needs it
+        sent = (*sent, "reference")  # cluster engines swap theirs in for the pass that needs it
+    trainer_bytes = max(0, int(residents.train.static_bytes))
+    states_bytes = min(trainer_bytes, sum(int(term.value) for term in residents.train.terms if term.name in states))
     tasks: list[AnyTask] = [
+        Offload(name="offload_states", loop="rl", group="train", parts=states, bytes_per_gpu=states_bytes),
         Onload(name="wake_weights", loop="rl", group="rollout", parts=("weights",), bytes_per_gpu=int(rollout.weight_bytes)),
-        Offload(name="offload_train", loop="rl", group="train", parts=sleeping_parts, bytes_per_gpu=trainer_bytes),
+        Offload(name="offload_train", loop="rl", group="train", parts=sent, bytes_per_gpu=trainer_bytes - states_bytes),
         Onload(name="wake_cache", loop="rl", group="rollout", parts=("kv_cache",), bytes_per_gpu=int(rollout.pool_bytes)),
         Offload(
             name="sleep_rollout",
@@ -174,9 +183,10 @@ def _with_offloads(graph: TaskGraph, residents: Residents) -> TaskGraph:
             parts=("kv_cache", "weights"),
             bytes_per_gpu=int(rollout.pool_bytes + rollout.weight_bytes),
         ),
-        Onload(name="onload_train", loop="rl", group="train", parts=sleeping_parts, bytes_per_gpu=trainer_bytes),
+        Onload(name="onload_train", loop="rl", group="train", parts=(*sent, *states), bytes_per_gpu=trainer_bytes),
     ]
-    chain = [("wake_weights", "weight_sync"), ("weight_sync", "offload_train"), ("offload_train", "wake_cache")]
+    chain = [("offload_states", "wake_weights"), ("wake_weights", "weight_sync")]
+    chain += [("weight_sync", "offload_train"), ("offload_train", "wake_cache")]
     chain += [("wake_cache", "rollout"), ("rollout", "sleep_rollout"), ("sleep_rollout", "onload_train")]
     # Quantisation belongs to the sync at the head of the iteration, when the trainer is still there from the one before.
     users = [
@@ -184,7 +194,7 @@ def _with_offloads(graph: TaskGraph, residents: Residents) -> TaskGraph:
     ]
     chain += [("onload_train", name) for name in users]
     edges = [Edge(src=src, dst=dst, carries="order") for src, dst in chain]
-    edges += [Edge(src=name, dst="wake_weights", carries="order", distance=1) for name in users]
+    edges += [Edge(src=name, dst="offload_states", carries="order", distance=1) for name in users]
     if any(task.name == "evaluate" for task in graph.tasks):
         edges += [
             Edge(src="wake_cache", dst="evaluate", carries="order"),
@@ -241,8 +251,10 @@ def _gpu_phases(graph: TaskGraph, residents: Residents, role: str, *, both: bool
     if residents.rollout is not None:
         bucket = (_term("sync bucket", role, residents.bucket_bytes),)
         weights = (_term("weights", "rollout", int(residents.rollout.weight_bytes + residents.rollout.outside_bytes)),)
-        if both:
-            yield _phase("sync", "weight_sync", (*static, *(weights if sleeping else awake), *bucket), spread=0.04)
+        if both and sleeping:
+            yield _phase("sync", "weight_sync", (*_trainer_terms(residents, "sync"), *weights, *bucket), spread=0.04)
+        elif both:
+            yield _phase("sync", "weight_sync", (*static, *awake, *bucket), spread=0.04)
         else:
             yield _phase("sync", "weight_sync", (*(static if trains else awake), *bucket), spread=0.04)
 
@@ -280,10 +292,12 @@ BETWEEN_STEPS = (
 
 
 def _trainer_terms(residents: Residents, moment: str) -> tuple[MemoryTerm, ...]:
-    """A trainer's parts on its fullest GPU: at the peak, in a forward pass (no gradients in flight), or between steps."""
+    """A trainer's parts on its fullest GPU: at the peak, in a forward pass (no gradients in flight), between steps ("static"),
+    or in a sync after its states have left."""
     terms = (*residents.train.terms, *residents.train.outside_terms)
-    if moment == "static":
-        terms = tuple(term for term in terms if term.name in BETWEEN_STEPS)
+    if moment in ("static", "sync"):
+        left = ("gradients", "optimizer") if moment == "sync" else ()
+        terms = tuple(term for term in terms if term.name in BETWEEN_STEPS and term.name not in left)
     elif moment == "forward":
         terms = tuple(term for term in terms if term.name not in ("activations", "pipeline in flight", "backward"))
     return tuple(_term(term.name, "train", int(term.value)) for term in terms if term.value >= 1.0)
@@ -309,6 +323,8 @@ def _host_phases(graph: TaskGraph, residents: Residents, role: str, *, both: boo
     if role == "train" and any(isinstance(task, Checkpoint) for task in graph.tasks):
         nodes = max(1, -(-_train_world(graph) // max(1, residents.train_ranks_per_node)))
         staged = residents.states_bytes // nodes
+        if not residents.embedded:
+            staged = min(staged, residents.train_ranks_per_node * SAVE_STAGING_BYTES)
         yield _phase("save", "checkpoint", (*always, _term("save staging", "train", staged)), spread=0.1)
 
 
