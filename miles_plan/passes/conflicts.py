@@ -154,6 +154,7 @@ def _shown(value: object) -> str:
 # What a user may have fixed, in the order in which it is worth giving up; numbers and machines come last.
 SETTINGS: tuple[tuple[str, str], ...] = (
     ("weight_sync.transport", "auto"),
+    ("weight_sync.bucket_mib", "auto"),
     ("train.recompute", "auto"),
     ("train.optimizer.offload", "auto"),
     ("train.tokens_per_gpu", "auto"),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from miles_plan.passes.base import PassContext
-from miles_plan.passes.joint_search import capacity_bytes, least_beside_bytes
 from miles_plan.passes.layout_space import rollout_layouts, rollout_obstacles
 from miles_plan.passes.misfits import misfits
+from miles_plan.passes.pair_memory import pair_memory
 from miles_plan.passes.pair_prices import open_transports, residue_bytes
 from miles_plan.passes.placements import Split, splits
 from miles_plan.passes.rollout_choices import asked_engines, rollout_room, size_engines
@@ -32,7 +32,6 @@ def _split_fits(ctx: PassContext, split: Split, workload: StepWorkload) -> bool:
     sized = size_trainers(ctx, split.train.cluster, split.train_gpus, workload)
     if not sized.groups:
         return False
-    room_bytes = capacity_bytes(split) - min(float(rows.peak_bytes.min()) for _, rows in sized.groups)
     residue = max(residue_bytes(ctx, split, rows) for _, rows in sized.groups)
     cluster, num_gpus = split.rollout.cluster, split.rollout_gpus
     room, fixed = rollout_room(ctx, cluster, num_gpus, workload), asked_engines(ctx, num_gpus)
@@ -40,8 +39,6 @@ def _split_fits(ctx: PassContext, split: Split, workload: StepWorkload) -> bool:
         layouts = rollout_layouts(ctx.model, room)
     else:
         layouts = [] if any(rollout_obstacles(fixed, ctx.model, room)) else [fixed]
-    for layout in layouts:
-        engines = size_engines(ctx, cluster, layout, workload, resident_bytes=residue)
-        if not isinstance(engines, str) and least_beside_bytes(split, engines.memory) <= room_bytes:
-            return True
-    return False
+    sizes = [size_engines(ctx, cluster, layout, workload, resident_bytes=residue) for layout in layouts]
+    engines = [each.memory for each in sizes if not isinstance(each, str)]
+    return any(pair_memory(ctx, split, workload, rows, engines).fits.any() for _, rows in sized.groups)

@@ -92,8 +92,17 @@ class JointSearch:
 
 
 def search_jointly(ctx: PassContext, workload: StepWorkload) -> JointSearch:
-    """Price the space and keep its front, the fastest of each split, and what was left out."""
-    state = _Search(ctx, workload)
+    """Price the space and keep its front, the fastest of each split, and what was left out.
+
+    Where nothing fits because of a sync or a host, the front is of what fits the training GPUs: `plan_memory` then says of the
+    best of it which phase overflows, where, and what the largest part is.
+    """
+    found = _searched(ctx, workload, training_only=False)
+    return found if found.front else _searched(ctx, workload, training_only=True)
+
+
+def _searched(ctx: PassContext, workload: StepWorkload, *, training_only: bool) -> JointSearch:
+    state = _Search(ctx, workload, training_only=training_only)
     possible = list(splits(ctx))
     reached = [split for split in possible if open_transports(ctx, split)]
     state.left_out["no transport that the spec allows reaches the engines"] += len(possible) - len(reached)
@@ -119,8 +128,8 @@ def without_rollout(trainers: TrainSearch) -> JointSearch:
 class _Search:
     """What has been found while splits are visited one after another."""
 
-    def __init__(self, ctx: PassContext, workload: StepWorkload) -> None:
-        self.ctx, self.workload = ctx, workload
+    def __init__(self, ctx: PassContext, workload: StepWorkload, *, training_only: bool) -> None:
+        self.ctx, self.workload, self.training_only = ctx, workload, training_only
         self.front: list[JointChoice] = []
         self.of_splits: list[JointChoice] = []
         self.trainers: dict[Split, TrainSearch] = {}
@@ -209,7 +218,8 @@ class _Search:
     def _best_pairs(self, split: Split, trainers: TrainSearch, engines: tuple[RolloutChoice, ...]) -> list[JointChoice]:
         """The split's own front in step time and headroom, fastest first. Its GPU-hours go with its step time."""
         table = trainers.table
-        kept = worth_pairing(self.ctx, split, table)
+        kept = worth_pairing(self.ctx, split, self.workload, table, engines, training_only=self.training_only)
+        self.left_out["trainer and engines do not fit together"] += 0 if len(kept) else len(table.rows)
         rows = table.rows.take(kept)
         train_s = rows.step_s + passes_per_step(self.ctx) * rows.log_prob_s
         transports = open_transports(self.ctx, split)
@@ -228,8 +238,10 @@ class _Search:
     ) -> NDArray[np.bool_]:
         """Rows that could be on the split's front if their sync took no time, the others' going by `transport`."""
         rows = table.rows.take(kept)
-        known = pair_prices(self.ctx, split, table.layouts, rows, engines, (transport,))
-        hoped = pair_prices(self.ctx, split, table.layouts, rows, engines, ())
+        known = pair_prices(
+            self.ctx, split, self.workload, table.layouts, rows, engines, (transport,), training_only=self.training_only
+        )
+        hoped = pair_prices(self.ctx, split, self.workload, table.layouts, rows, engines, (), training_only=self.training_only)
         levels = headroom_levels(self.ctx, hoped.headroom_bytes)
         best = np.full(levels.max() + 2, np.inf)  # the fastest known with at least so much headroom
         np.minimum.at(best, np.maximum(levels, 0).ravel(), known.step_s.ravel())
@@ -246,10 +258,11 @@ class _Search:
     ) -> list[JointChoice]:
         table = trainers.table
         rows = table.rows.take(kept)
-        prices = pair_prices(self.ctx, split, table.layouts, rows, engines, transports)
+        prices = pair_prices(
+            self.ctx, split, self.workload, table.layouts, rows, engines, transports, training_only=self.training_only
+        )
         self.pairs_priced += prices.step_s.size
         fits = np.isfinite(prices.step_s).ravel()
-        self.left_out["trainer and engines do not fit together"] += int((~fits).sum())
         flat = np.flatnonzero(fits)
         levels = headroom_levels(self.ctx, prices.headroom_bytes)
         best = flat[front_rows(prices.step_s.ravel()[flat], -levels.ravel()[flat], -prices.headroom_bytes.ravel()[flat])]

@@ -49,18 +49,17 @@ TIGHT: dict[str, tuple[dict[str, Any], set[str]]] = {
     ),
     "colocated without room": (
         {
-            "model": {"name": "qwen3-235b-a22b"},
-            "cluster": {"gpu": "h200", "nodes": 2},
+            "model": {"name": "qwen3-30b-a3b"},
+            "cluster": {"gpu": "h100", "nodes": 1},
             "placement": "colocate",
             "rollout": {
                 "prompts_per_step": 32,
                 "samples_per_prompt": 8,
                 "response_tokens": {"max": 8192, "mean": 3500.0},
-                "layout": {"tp": 4},
-                "memory_fraction": 0.5,
+                "layout": {"tp": 1},
             },
         },
-        {"rollout.memory_fraction", "rollout.layout", "precision.rollout"},
+        {"rollout.layout", "placement", "precision.rollout", "cluster.nodes"},
     ),
     "two settings at once": (
         {
@@ -101,7 +100,7 @@ def test_core_and_changes(name: str) -> None:
     st.sampled_from([4_096, 131_072]),
     st.sampled_from(["auto", 0.1, 0.6]),
 )
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 def test_cores_are_minimal_and_changes_fit(
     model: str, gpu: str, placement: str, layout: dict[str, int] | None, recompute: str, tokens: int, fraction: Any
 ) -> None:
@@ -110,13 +109,19 @@ def test_cores_are_minimal_and_changes_fit(
         cluster={"gpu": gpu, "nodes": 1},
         placement=placement,
         train={"recompute": recompute} | ({"layout": layout} if layout else {}),
-        rollout={"prompts_per_step": 64, "samples_per_prompt": 2, "response_tokens": {"max": tokens}, "memory_fraction": fraction},
+        rollout={
+            "prompts_per_step": 64,
+            "samples_per_prompt": 2,
+            "response_tokens": {"max": tokens},
+            "memory_fraction": fraction,
+        },
     )
     workload = step_workload(ctx)
     impossible = any(True for _ in misfits(ctx, workload, generates=True))
     if not impossible:
         assert fits(ctx, generates=True) == bool(search_jointly(ctx, workload).front)
     if fits(ctx, generates=True):
+        assert compiles(ctx), "no later pass refuses what the search has found to fit"
         return
     every = tuple(relaxations(ctx))
     core = minimal_core(ctx, every, generates=True)
