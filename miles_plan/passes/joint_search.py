@@ -23,6 +23,7 @@ from miles_plan.cost.rollout_memory import RolloutMemory
 from miles_plan.cost.train_memory import DEVICE_ERROR
 from miles_plan.ir.tasks import Transport
 from miles_plan.passes.base import PassContext
+from miles_plan.passes.layout_space import ANY_SIZES, Sizes
 from miles_plan.passes.number_formats import COST_PRECISION
 from miles_plan.passes.pair_prices import (
     SLEEPING_TRAINER_BYTES,
@@ -91,24 +92,18 @@ class JointSearch:
     pairs_priced: int
 
 
-def search_jointly(ctx: PassContext, workload: StepWorkload) -> JointSearch:
+def search_jointly(
+    ctx: PassContext, workload: StepWorkload, *, train_sizes: Sizes = ANY_SIZES, rollout_sizes: Sizes = ANY_SIZES
+) -> JointSearch:
     """Price the space and keep its front, the fastest of each split, and what was left out.
+
+    train_sizes, rollout_sizes: sizes that layouts must have, for whoever asks about them.
 
     Where nothing fits because of a sync or a host, the front is of what fits the training GPUs: `plan_memory` then says of the
     best of it which phase overflows, where, and what the largest part is.
     """
-    found = _searched(ctx, workload, training_only=False)
-    return found if found.front else _searched(ctx, workload, training_only=True)
-
-
-def _searched(ctx: PassContext, workload: StepWorkload, *, training_only: bool) -> JointSearch:
-    state = _Search(ctx, workload, training_only=training_only)
-    possible = list(splits(ctx))
-    reached = [split for split in possible if open_transports(ctx, split)]
-    state.left_out["no transport that the spec allows reaches the engines"] += len(possible) - len(reached)
-    for split in reached or possible:  # where none is reached `sync_weights` says so, of the one that would be best
-        state.visit(split)
-    return state.result()
+    found = _Search(ctx, workload, train_sizes, rollout_sizes, training_only=False).run()
+    return found if found.front else _Search(ctx, workload, train_sizes, rollout_sizes, training_only=True).run()
 
 
 def without_rollout(trainers: TrainSearch) -> JointSearch:
@@ -128,8 +123,11 @@ def without_rollout(trainers: TrainSearch) -> JointSearch:
 class _Search:
     """What has been found while splits are visited one after another."""
 
-    def __init__(self, ctx: PassContext, workload: StepWorkload, *, training_only: bool) -> None:
+    def __init__(
+        self, ctx: PassContext, workload: StepWorkload, train_sizes: Sizes, rollout_sizes: Sizes, *, training_only: bool
+    ) -> None:
         self.ctx, self.workload, self.training_only = ctx, workload, training_only
+        self.train_sizes, self.rollout_sizes = train_sizes, rollout_sizes
         self.front: list[JointChoice] = []
         self.of_splits: list[JointChoice] = []
         self.trainers: dict[Split, TrainSearch] = {}
@@ -138,7 +136,17 @@ class _Search:
         self.nearest: TrainChoice | None = None
         self.rows_timed = self.pairs_priced = 0
 
+    def run(self) -> JointSearch:
+        """Visit every split that the spec leaves open."""
+        possible = list(splits(self.ctx))
+        reached = [split for split in possible if open_transports(self.ctx, split)]
+        self.left_out["no transport that the spec allows reaches the engines"] += len(possible) - len(reached)
+        for split in reached or possible:  # where none is reached `sync_weights` says so, of the one that would be best
+            self.visit(split)
+        return self.result()
+
     def result(self) -> JointSearch:
+        """What has been found so far."""
         self.of_splits.sort(key=_order)
         return JointSearch(
             front=tuple(self.front),
@@ -164,6 +172,7 @@ class _Search:
             workload,
             resident_bytes=residue,
             still_open=lambda memory, floor_s: self._may_win(split, memory, floor_s, most_room),
+            sizes=self.rollout_sizes,
         )
         self.left_out += engines.left_out
         trainers = train_search(sized, lambda rows: self._worth(split, rows, engines.choices))
@@ -182,7 +191,7 @@ class _Search:
     def _sized(self, split: Split) -> SizedLayouts:
         key = (split.train.run.first, split.train_gpus)
         if key not in self.sized:
-            self.sized[key] = size_trainers(self.ctx, split.train.cluster, split.train_gpus, self.workload)
+            self.sized[key] = size_trainers(self.ctx, split.train.cluster, split.train_gpus, self.workload, self.train_sizes)
         return self.sized[key]
 
     def _may_win(self, split: Split, memory: RolloutMemory, floor_s: float, most_room: float) -> bool:

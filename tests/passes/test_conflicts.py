@@ -20,6 +20,11 @@ from miles_plan.spec import job_from_mapping
 from tests.passes.contexts import context
 
 
+def fit(ctx: PassContext) -> bool:
+    """The search's question, of a job that generates."""
+    return fits(ctx, generates=True)
+
+
 def compiles(ctx: PassContext) -> bool:
     """Whether the whole pipeline makes a plan of the job as its spec would be written."""
     try:
@@ -83,7 +88,7 @@ def test_core_and_changes(name: str) -> None:
     job, expected = TIGHT[name]
     ctx = context(**job)
     assert not compiles(ctx)
-    conflict = conflict_of(ctx, generates=True)
+    conflict = conflict_of(ctx, fit)
     if expected:
         assert set(conflict.core) == expected
     assert conflict.changes
@@ -124,12 +129,12 @@ def test_cores_are_minimal_and_changes_fit(
         assert compiles(ctx), "no later pass refuses what the search has found to fit"
         return
     every = tuple(relaxations(ctx))
-    core = minimal_core(ctx, every, generates=True)
+    core = minimal_core(ctx, every, fit)
     outside = tuple(each for each in every if each not in core)
     if core:
         assert not fits(Changes(outside).apply(ctx), generates=True), "the core conflicts by itself"
     for member in core:
         assert fits(Changes((*outside, member)).apply(ctx), generates=True), "without any one of it the rest fits"
-    for change in conflict_of(ctx, generates=True).changes:
+    for change in conflict_of(ctx, fit).changes:
         changed = change.apply(ctx)
         assert search_jointly(changed, step_workload(changed)).front
