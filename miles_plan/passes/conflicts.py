@@ -2,19 +2,18 @@
 
 The set is found by deletion: each field in turn is set free, and stays free where the job still does not fit without it. What
 is left is minimal: set any one of it free and the job fits (Chinneck, Feasibility and Infeasibility in Optimization, 2008).
-Every check is the search's own (`feasibility.fits`), and so is every change that is suggested.
+Every set and every change that is suggested is put to the search's own question (`feasibility.fits`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TypeVar
 
 from miles_plan.catalog.gpus import Cluster
 from miles_plan.passes.base import PassContext
-from miles_plan.passes.feasibility import fits
 from miles_plan.passes.staleness import staleness_of
 from miles_plan.spec.job import JobSpec
 from miles_plan.spec.section import Section
@@ -68,10 +67,17 @@ class Conflict:
     changes: tuple[Changes, ...]
 
 
-def conflict_of(ctx: PassContext, *, generates: bool) -> Conflict:
-    """Why the job of `ctx`, which does not fit, does not; without a core where even setting everything free does not help."""
-    core = minimal_core(ctx, tuple(relaxations(ctx)), generates=generates)
-    changes = tuple(nearest_changes(ctx, core, generates=generates))
+Check = Callable[[PassContext], bool]
+
+
+def conflict_of(ctx: PassContext, check: Check, *, settled: Collection[str] = ()) -> Conflict:
+    """Why the job of `ctx`, of which `check` is false, does not fit; `settled` fields are not to be changed.
+
+    Without a core where even setting everything else free does not help.
+    """
+    every = tuple(each for each in relaxations(ctx) if each.field not in settled)
+    core = minimal_core(ctx, every, check)
+    changes = tuple(nearest_changes(ctx, core, every, check))
     return Conflict(
         core=tuple(each.field for each in core),
         shown=tuple(f"{each.field}: {each.before}" for each in core),
@@ -79,11 +85,11 @@ def conflict_of(ctx: PassContext, *, generates: bool) -> Conflict:
     )
 
 
-def minimal_core(ctx: PassContext, every: Sequence[Change], *, generates: bool) -> tuple[Change, ...]:
+def minimal_core(ctx: PassContext, every: Sequence[Change], check: Check) -> tuple[Change, ...]:
     """Of `every` field set free, those that it takes to fit: fixed as they are, the others free, the job does not fit."""
 
     def fits_with(free: Sequence[Change]) -> bool:
-        return fits(Changes(tuple(free)).apply(ctx), generates=generates)
+        return check(Changes(tuple(free)).apply(ctx))
 
     if not fits_with(every):
         return ()
@@ -95,29 +101,29 @@ def minimal_core(ctx: PassContext, every: Sequence[Change], *, generates: bool) 
     return tuple(kept)
 
 
-def nearest_changes(ctx: PassContext, core: Sequence[Change], *, generates: bool) -> Iterator[Changes]:
+def nearest_changes(ctx: PassContext, core: Sequence[Change], every: Sequence[Change], check: Check) -> Iterator[Changes]:
     """Single changes that make the job fit: settings, then numbers, then machines and lengths. A pair if there is none."""
     fields = [each.field for each in core]
     found = 0
     for field in sorted(fields, key=ORDER.index):
         for change in _values(ctx, field):
-            if fits(change.apply(ctx), generates=generates):
+            if check(change.apply(ctx)):
                 yield Changes((change,))
                 found += 1
                 break
         if found == MAX_CHANGES:
             return
     if not found:
-        yield from _first_pair(ctx, sorted(fields, key=ORDER.index), generates=generates)
+        yield from _first_pair(ctx, sorted(fields, key=ORDER.index), every, check)
 
 
-def _first_pair(ctx: PassContext, fields: Sequence[str], *, generates: bool) -> Iterator[Changes]:
+def _first_pair(ctx: PassContext, fields: Sequence[str], every: Sequence[Change], check: Check) -> Iterator[Changes]:
     """Where several sets conflict at once: a field of the one found, by its nearest values, with any other field."""
-    others = sorted({each.field for each in relaxations(ctx)}, key=ORDER.index)
+    others = sorted({each.field for each in every}, key=ORDER.index)
     pairs = [(one, other) for one in fields for other in others if one != other]
     for one, other in pairs[:MAX_PAIRS_TRIED]:
         for pair in product(_some(_values(ctx, one)), _some(_values(ctx, other))):
-            if fits(Changes(pair).apply(ctx), generates=generates):
+            if check(Changes(pair).apply(ctx)):
                 yield Changes(pair)
                 return
 
@@ -154,6 +160,7 @@ def _shown(value: object) -> str:
 # What a user may have fixed, in the order in which it is worth giving up; numbers and machines come last.
 SETTINGS: tuple[tuple[str, str], ...] = (
     ("weight_sync.transport", "auto"),
+    ("weight_sync.bucket_mib", "auto"),
     ("train.recompute", "auto"),
     ("train.optimizer.offload", "auto"),
     ("train.tokens_per_gpu", "auto"),

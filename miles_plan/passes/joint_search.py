@@ -23,6 +23,7 @@ from miles_plan.cost.rollout_memory import RolloutMemory
 from miles_plan.cost.train_memory import DEVICE_ERROR
 from miles_plan.ir.tasks import Transport
 from miles_plan.passes.base import PassContext
+from miles_plan.passes.layout_space import ANY_SIZES, Sizes
 from miles_plan.passes.number_formats import COST_PRECISION
 from miles_plan.passes.pair_prices import (
     SLEEPING_TRAINER_BYTES,
@@ -91,15 +92,18 @@ class JointSearch:
     pairs_priced: int
 
 
-def search_jointly(ctx: PassContext, workload: StepWorkload) -> JointSearch:
-    """Price the space and keep its front, the fastest of each split, and what was left out."""
-    state = _Search(ctx, workload)
-    possible = list(splits(ctx))
-    reached = [split for split in possible if open_transports(ctx, split)]
-    state.left_out["no transport that the spec allows reaches the engines"] += len(possible) - len(reached)
-    for split in reached or possible:  # where none is reached `sync_weights` says so, of the one that would be best
-        state.visit(split)
-    return state.result()
+def search_jointly(
+    ctx: PassContext, workload: StepWorkload, *, train_sizes: Sizes = ANY_SIZES, rollout_sizes: Sizes = ANY_SIZES
+) -> JointSearch:
+    """Price the space and keep its front, the fastest of each split, and what was left out.
+
+    train_sizes, rollout_sizes: sizes that layouts must have, for whoever asks about them.
+
+    Where nothing fits because of a sync or a host, the front is of what fits the training GPUs: `plan_memory` then says of the
+    best of it which phase overflows, where, and what the largest part is.
+    """
+    found = _Search(ctx, workload, train_sizes, rollout_sizes, training_only=False).run()
+    return found if found.front else _Search(ctx, workload, train_sizes, rollout_sizes, training_only=True).run()
 
 
 def without_rollout(trainers: TrainSearch) -> JointSearch:
@@ -119,8 +123,11 @@ def without_rollout(trainers: TrainSearch) -> JointSearch:
 class _Search:
     """What has been found while splits are visited one after another."""
 
-    def __init__(self, ctx: PassContext, workload: StepWorkload) -> None:
-        self.ctx, self.workload = ctx, workload
+    def __init__(
+        self, ctx: PassContext, workload: StepWorkload, train_sizes: Sizes, rollout_sizes: Sizes, *, training_only: bool
+    ) -> None:
+        self.ctx, self.workload, self.training_only = ctx, workload, training_only
+        self.train_sizes, self.rollout_sizes = train_sizes, rollout_sizes
         self.front: list[JointChoice] = []
         self.of_splits: list[JointChoice] = []
         self.trainers: dict[Split, TrainSearch] = {}
@@ -129,7 +136,17 @@ class _Search:
         self.nearest: TrainChoice | None = None
         self.rows_timed = self.pairs_priced = 0
 
+    def run(self) -> JointSearch:
+        """Visit every split that the spec leaves open."""
+        possible = list(splits(self.ctx))
+        reached = [split for split in possible if open_transports(self.ctx, split)]
+        self.left_out["no transport that the spec allows reaches the engines"] += len(possible) - len(reached)
+        for split in reached or possible:  # where none is reached `sync_weights` says so, of the one that would be best
+            self.visit(split)
+        return self.result()
+
     def result(self) -> JointSearch:
+        """What has been found so far."""
         self.of_splits.sort(key=_order)
         return JointSearch(
             front=tuple(self.front),
@@ -155,6 +172,7 @@ class _Search:
             workload,
             resident_bytes=residue,
             still_open=lambda memory, floor_s: self._may_win(split, memory, floor_s, most_room),
+            sizes=self.rollout_sizes,
         )
         self.left_out += engines.left_out
         trainers = train_search(sized, lambda rows: self._worth(split, rows, engines.choices))
@@ -173,7 +191,7 @@ class _Search:
     def _sized(self, split: Split) -> SizedLayouts:
         key = (split.train.run.first, split.train_gpus)
         if key not in self.sized:
-            self.sized[key] = size_trainers(self.ctx, split.train.cluster, split.train_gpus, self.workload)
+            self.sized[key] = size_trainers(self.ctx, split.train.cluster, split.train_gpus, self.workload, self.train_sizes)
         return self.sized[key]
 
     def _may_win(self, split: Split, memory: RolloutMemory, floor_s: float, most_room: float) -> bool:
@@ -209,7 +227,8 @@ class _Search:
     def _best_pairs(self, split: Split, trainers: TrainSearch, engines: tuple[RolloutChoice, ...]) -> list[JointChoice]:
         """The split's own front in step time and headroom, fastest first. Its GPU-hours go with its step time."""
         table = trainers.table
-        kept = worth_pairing(self.ctx, split, table)
+        kept = worth_pairing(self.ctx, split, self.workload, table, engines, training_only=self.training_only)
+        self.left_out["trainer and engines do not fit together"] += 0 if len(kept) else len(table.rows)
         rows = table.rows.take(kept)
         train_s = rows.step_s + passes_per_step(self.ctx) * rows.log_prob_s
         transports = open_transports(self.ctx, split)
@@ -228,8 +247,10 @@ class _Search:
     ) -> NDArray[np.bool_]:
         """Rows that could be on the split's front if their sync took no time, the others' going by `transport`."""
         rows = table.rows.take(kept)
-        known = pair_prices(self.ctx, split, table.layouts, rows, engines, (transport,))
-        hoped = pair_prices(self.ctx, split, table.layouts, rows, engines, ())
+        known = pair_prices(
+            self.ctx, split, self.workload, table.layouts, rows, engines, (transport,), training_only=self.training_only
+        )
+        hoped = pair_prices(self.ctx, split, self.workload, table.layouts, rows, engines, (), training_only=self.training_only)
         levels = headroom_levels(self.ctx, hoped.headroom_bytes)
         best = np.full(levels.max() + 2, np.inf)  # the fastest known with at least so much headroom
         np.minimum.at(best, np.maximum(levels, 0).ravel(), known.step_s.ravel())
@@ -246,10 +267,11 @@ class _Search:
     ) -> list[JointChoice]:
         table = trainers.table
         rows = table.rows.take(kept)
-        prices = pair_prices(self.ctx, split, table.layouts, rows, engines, transports)
+        prices = pair_prices(
+            self.ctx, split, self.workload, table.layouts, rows, engines, transports, training_only=self.training_only
+        )
         self.pairs_priced += prices.step_s.size
         fits = np.isfinite(prices.step_s).ravel()
-        self.left_out["trainer and engines do not fit together"] += int((~fits).sum())
         flat = np.flatnonzero(fits)
         levels = headroom_levels(self.ctx, prices.headroom_bytes)
         best = flat[front_rows(prices.step_s.ravel()[flat], -levels.ravel()[flat], -prices.headroom_bytes.ravel()[flat])]

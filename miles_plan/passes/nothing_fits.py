@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from miles_plan.diagnostics import Diagnostic
 from miles_plan.passes.base import PassContext
 from miles_plan.passes.conflicts import Conflict, conflict_of
+from miles_plan.passes.feasibility import fits
 from miles_plan.passes.joint_search import JointSearch
 from miles_plan.passes.train_choices import usable_bytes
 
@@ -15,7 +16,7 @@ GIB = 1 << 30
 
 def nothing_fits(ctx: PassContext, search: JointSearch, *, generates: bool) -> Diagnostic:
     """One finding for a job of which no point of the space fits."""
-    conflict = conflict_of(ctx, generates=generates)
+    conflict = conflict_of(ctx, lambda other: fits(other, generates=generates))
     reasons = tuple(f"{count} x {reason}" for reason, count in search.left_out.most_common(4))
     capacity = min(usable_bytes(group) for group in ctx.cluster.groups)
     nearest = search.nearest

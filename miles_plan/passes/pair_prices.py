@@ -15,12 +15,14 @@ from miles_plan.cost.weight_sync import offload_time
 from miles_plan.ir.layout import RolloutLayout, TrainLayout
 from miles_plan.ir.tasks import Transport
 from miles_plan.passes.base import PassContext
+from miles_plan.passes.pair_memory import pair_memory
 from miles_plan.passes.placements import Split
 from miles_plan.passes.rollout_choices import RolloutChoice
 from miles_plan.passes.staleness import staleness_of
 from miles_plan.passes.sync_price import bucket_size_bytes, price_class, sync_price, transports_between
-from miles_plan.passes.train_choices import TrainChoice, passes_per_step, usable_bytes
+from miles_plan.passes.train_choices import TrainChoice, passes_per_step
 from miles_plan.passes.train_prices import PriceRows, PriceTable, front_rows
+from miles_plan.passes.workload import StepWorkload
 
 TRANSPORTS: tuple[Transport, ...] = get_args(Transport)
 EMBEDDED_MOVE_S = 0.005  # the driver's share of a move; the embedded engines copy to memory-mapped files
@@ -61,66 +63,71 @@ def open_transports(ctx: PassContext, split: Split) -> tuple[Transport, ...]:
     return reach if asked == "auto" else tuple(each for each in reach if each == asked)
 
 
-def worth_pairing(ctx: PassContext, split: Split, table: PriceTable) -> NDArray[np.intp]:
-    """Rows that may be in a pair on the front: of equal syncs, those no other beats in time with its moves and in peak.
+def worth_pairing(
+    ctx: PassContext,
+    split: Split,
+    workload: StepWorkload,
+    table: PriceTable,
+    engines: Sequence[RolloutChoice],
+    *,
+    training_only: bool = False,
+) -> NDArray[np.intp]:
+    """Rows that may be in a pair on the front: those no other row of their class beats in time with its moves and in peak.
 
-    Nothing else of a row enters a pair's price, so a beaten one stays beaten beside any engines.
+    A class is rows whose syncs cost the same and that fit beside the same engines in the same way. Nothing else of a row
+    enters a pair's price, so a beaten one stays beaten.
     """
     rows = table.rows
+    memory = pair_memory(ctx, split, workload, rows, [each.memory for each in engines], training_only=training_only)
     seconds = rows.step_s + passes_per_step(ctx) * rows.log_prob_s
     if split.kind == "colocate":
-        seconds = seconds + _moves(ctx, split.train.cluster).round_trip_s(rows.static_bytes)
-    transports = open_transports(ctx, split)
+        seconds = seconds + np.where(memory.sleeping.any(axis=1), _moves(ctx, split).round_trip_s(rows.static_bytes), 0.0)
     classes: dict[tuple[tuple[int, ...], ...], int] = {}
-    of_layout = np.array(
-        [
-            classes.setdefault(tuple(price_class(ctx, transport, layout) for transport in transports), len(classes))
-            for layout in table.layouts
-        ],
-        dtype=np.intp,
+    transports = open_transports(ctx, split)
+    of_layout = [
+        classes.setdefault(tuple(price_class(ctx, transport, layout) for transport in transports), len(classes))
+        for layout in table.layouts
+    ]
+    beside = np.packbits(np.concatenate([memory.fits, memory.sleeping], axis=1), axis=1)
+    _, within = np.unique(
+        np.column_stack([np.array(of_layout, dtype=np.intp)[rows.layout], beside]), axis=0, return_inverse=True
     )
-    within = of_layout[rows.layout]
-    if ctx.job.train.engine == "torch" and split.kind == "colocate":
-        return np.arange(len(rows))  # whether a pair sleeps hangs on peak and states apart
-    return front_rows(seconds, rows.peak_bytes, within=within)
+    some = np.flatnonzero(memory.fits.any(axis=1))
+    return some[front_rows(seconds[some], rows.peak_bytes[some], within=within.ravel()[some])]
 
 
 def pair_prices(
     ctx: PassContext,
     split: Split,
+    workload: StepWorkload,
     layouts: Sequence[TrainLayout],
     rows: PriceRows,
     engines: Sequence[RolloutChoice],
     transports: Sequence[Transport],
+    *,
+    training_only: bool = False,
 ) -> PairPrices:
     """Price every row with every engine, weights going by the cheapest of `transports` (none: as if they took no time)."""
-    capacity = min(usable_bytes(group) for group in split.train.cluster.groups)
-    shape = (len(rows), len(engines))
+    memory = pair_memory(ctx, split, workload, rows, [each.memory for each in engines], training_only=training_only)
     train_s = (rows.step_s + passes_per_step(ctx) * rows.log_prob_s)[:, None]
     rollout_s = np.array([each.rollout_s for each in engines])[None]
     sync_s, transport = _syncs(ctx, split, layouts, rows, engines, transports)
-    headroom = np.broadcast_to((capacity - rows.peak_bytes)[:, None], shape)
-    sleeping, transition_s = np.zeros(shape, dtype=bool), np.zeros(shape)
+    transition_s = np.zeros(memory.fits.shape)
     if split.kind == "colocate":
-        awake = np.array([each.memory.awake_bytes.mid for each in engines])[None]
-        asleep = np.array([each.memory.asleep_bytes for each in engines])[None]
-        embedded = "torch" in (ctx.job.train.engine, ctx.job.rollout.engine)
-        sleeping = ~(embedded & (headroom >= awake))  # SGLang sizes itself to all of a GPU
-        headroom = headroom - np.where(sleeping, asleep, awake)
-        moves = _moves(ctx, split.train.cluster)
+        moves = _moves(ctx, split)
         there = np.array([moves.engine_s(each) for each in engines])[None]
-        transition_s = np.where(sleeping, moves.round_trip_s(rows.static_bytes)[:, None] + there, 0.0)
+        transition_s = np.where(memory.sleeping, moves.round_trip_s(rows.static_bytes)[:, None] + there, 0.0)
     if staleness_of(ctx)[1] > 0 and split.kind == "disaggregate":
         step_s = np.maximum(train_s, rollout_s + sync_s)
     else:
         step_s = train_s + rollout_s + sync_s + transition_s
     return PairPrices(
-        step_s=np.where(headroom >= 0, step_s, np.inf),
+        step_s=np.where(memory.fits, step_s, np.inf),
         sync_s=sync_s,
         transport=transport,
         transition_s=transition_s,
-        headroom_bytes=headroom,
-        sleeping=sleeping,
+        headroom_bytes=memory.headroom_bytes,
+        sleeping=memory.sleeping,
     )
 
 
@@ -185,7 +192,8 @@ class _Moves:
         return 3.0 * self.fixed_s + both * (self.out_s_per_byte + self.in_s_per_byte)
 
 
-def _moves(ctx: PassContext, cluster: Cluster) -> _Moves:
+def _moves(ctx: PassContext, split: Split) -> _Moves:
+    cluster = split.train.cluster
     if ctx.job.train.engine == "torch":
         per_byte = 1.0 / cluster.groups[0].gpu.pcie_bytes_per_s
         return _Moves(EMBEDDED_MOVE_S, per_byte, per_byte)

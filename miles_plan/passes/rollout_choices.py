@@ -19,7 +19,14 @@ from miles_plan.cost.rollout_memory import RolloutMemory, RolloutMemoryOptions, 
 from miles_plan.cost.rollout_time import RolloutTime, RolloutWorkload, simulate_rollout
 from miles_plan.ir.layout import RolloutLayout
 from miles_plan.passes.base import PassContext
-from miles_plan.passes.layout_space import Room, rollout_layouts, rollout_obstacles
+from miles_plan.passes.layout_space import (
+    ANY_SIZES,
+    Room,
+    Sizes,
+    rollout_layouts,
+    rollout_layouts_with,
+    rollout_obstacles,
+)
 from miles_plan.passes.number_formats import KV_BYTES, ROLLOUT_PRECISION
 from miles_plan.passes.train_choices import MARGIN_FRACTION
 from miles_plan.passes.train_draft import ACCEPTANCE_FROZEN, ACCEPTANCE_TRAINED, accept_length, draft_tokens
@@ -81,6 +88,19 @@ def asked_engines(ctx: PassContext, num_gpus: int) -> RolloutLayout | None:
     return RolloutLayout(engines=engines, tp=asked.tp, pp=asked.pp, ep=asked.ep, dp_attention=asked.dp_attention)
 
 
+def open_engines(
+    ctx: PassContext, cluster: Cluster, num_gpus: int, workload: StepWorkload, sizes: Sizes = ANY_SIZES
+) -> list[RolloutLayout]:
+    """Engine layouts on `num_gpus` of `cluster` that the spec (and `sizes`) leave open."""
+    room = rollout_room(ctx, cluster, num_gpus, workload)
+    fixed = asked_engines(ctx, num_gpus)
+    if sizes:
+        return rollout_layouts_with(ctx.model, room, sizes)[0]
+    if fixed is None:
+        return rollout_layouts(ctx.model, room)
+    return [] if any(rollout_obstacles(fixed, ctx.model, room)) else [fixed]
+
+
 Open = Callable[[RolloutMemory, float], bool]
 
 
@@ -92,17 +112,13 @@ def search_rollout(
     *,
     resident_bytes: float,
     still_open: Open | None = None,
+    sizes: Sizes = ANY_SIZES,
 ) -> RolloutSearch:
     """All engine layouts on `num_gpus` beside `resident_bytes` of a sleeping trainer on each GPU.
 
     With `still_open`, a layout is not simulated when that is false of its memory and of a time that it cannot beat.
     """
-    room = rollout_room(ctx, cluster, num_gpus, workload)
-    fixed = asked_engines(ctx, num_gpus)
-    if fixed is None:
-        layouts = rollout_layouts(ctx.model, room)
-    else:
-        layouts = [] if any(rollout_obstacles(fixed, ctx.model, room)) else [fixed]
+    layouts = open_engines(ctx, cluster, num_gpus, workload, sizes)
     found, left_out = [], Counter[str]()
     for layout in layouts:
         sized = size_engines(ctx, cluster, layout, workload, resident_bytes=resident_bytes)
@@ -218,6 +234,31 @@ def size_engines(
         static_fraction=options.mem_fraction_static,
         max_running=running_limit(ctx, workload, layout),
         embedded_s=EMBEDDED_STEP_S * (workload.max_response_tokens + 1) if embedded else 0.0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineShortage:
+    """Why engines do not hold the job: bytes of a GPU that are missing, and what they hold."""
+
+    missing_bytes: float
+    terms: tuple[tuple[str, float], ...]
+
+
+def engine_shortage(ctx: PassContext, cluster: Cluster, layout: RolloutLayout, workload: StepWorkload) -> EngineShortage:
+    """What a layout is short of: weights with one longest sequence over the static share, the rest over what is left."""
+    gpu = min((group.gpu for group in cluster.groups), key=lambda each: each.usable_bytes)
+    options = rollout_memory_options(ctx, gpu, layout, workload, resident_bytes=0.0)
+    memory = rollout_memory(ctx.model, layout, options, gpu)
+    static = max(0.0, gpu.usable_bytes - memory.outside_bytes - options.resident_bytes) * options.mem_fraction_static
+    sequence = workload.longest_tokens * memory.kv_bytes_per_token / layout.dp_attention
+    return EngineShortage(
+        missing_bytes=max(0.0, memory.weight_bytes + sequence - static) + max(0.0, -memory.headroom_bytes),
+        terms=(
+            ("weights", memory.weight_bytes),
+            ("one longest sequence", sequence),
+            ("static share of the GPU", static),
+        ),
     )
 
 

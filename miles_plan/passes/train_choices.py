@@ -21,7 +21,15 @@ from miles_plan.ir.graph import TaskGraph
 from miles_plan.ir.layout import Recompute, TrainLayout
 from miles_plan.ir.tasks import TrainStep
 from miles_plan.passes.base import PassContext
-from miles_plan.passes.layout_space import Room, even_stages, train_layouts, train_obstacles
+from miles_plan.passes.layout_space import (
+    ANY_SIZES,
+    Room,
+    Sizes,
+    even_stages,
+    train_layouts,
+    train_layouts_with,
+    train_obstacles,
+)
 from miles_plan.passes.number_formats import COST_PRECISION
 from miles_plan.passes.train_prices import (
     RECOMPUTE_ORDER,
@@ -152,11 +160,15 @@ def asked_layout(ctx: PassContext, num_gpus: int) -> TrainLayout | None:
     )
 
 
-def size_trainers(ctx: PassContext, cluster: Cluster, num_gpus: int, workload: StepWorkload) -> SizedLayouts:
-    """Every way to train on `num_gpus` of `cluster` that the spec leaves open, with its bytes."""
+def size_trainers(
+    ctx: PassContext, cluster: Cluster, num_gpus: int, workload: StepWorkload, sizes: Sizes = ANY_SIZES
+) -> SizedLayouts:
+    """Every way to train on `num_gpus` of `cluster` that the spec (and `sizes`) leave open, with its bytes."""
     room = train_room(ctx, cluster, num_gpus, workload)
     fixed = asked_layout(ctx, num_gpus)
-    if fixed is None:
+    if sizes:
+        layouts, _ = train_layouts_with(ctx.model, room, sizes)
+    elif fixed is None:
         layouts = train_layouts(ctx.model, room)
     else:
         layouts = [] if any(train_obstacles(fixed, ctx.model, room)) else [fixed]

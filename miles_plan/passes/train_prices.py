@@ -56,7 +56,11 @@ class PriceJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PriceRows:
-    """Rows as columns of shape [n]; `layout` and `recompute` are positions in the table's layouts and in RECOMPUTE_ORDER."""
+    """Rows as columns of shape [n]; `layout` and `recompute` are positions in the table's layouts and in RECOMPUTE_ORDER.
+
+    Bytes are of the fullest rank: at the peak of a step, allocated between steps, outside the allocator (context and
+    communicators), and on the host.
+    """
 
     layout: NDArray[np.intp]
     recompute: NDArray[np.intp]
@@ -66,6 +70,7 @@ class PriceRows:
     log_prob_s: Floats
     peak_bytes: Floats
     static_bytes: Floats
+    outside_bytes: Floats
     host_bytes: Floats
 
     def __len__(self) -> int:
@@ -190,6 +195,7 @@ class _Group:
                         log_prob_s=np.zeros(len(at)),
                         peak_bytes=total[np.arange(len(at)), stage] * fragmented + outside[at, stage],
                         static_bytes=static[at, stage],
+                        outside_bytes=outside[at, stage],
                         host_bytes=host[at, stage],
                     )
                 )
