@@ -25,6 +25,7 @@ from miles_plan.passes.workload import StepWorkload
 GIB = 1 << 30
 HOST_SHARE = 0.90  # the rest is the operating system's, Ray's object store's and the page cache's
 PROCESS_BYTES, EMBEDDED_PROCESS_BYTES = 3 * GIB, 768 << 20  # of one rank on its host
+SAVE_STAGING_BYTES = 4 * GIB  # what a rank of a cluster engine copies to its host at a time while it writes a checkpoint
 SAMPLE_TOKEN_BYTES = 16  # token id, log-probs, version
 
 
@@ -51,7 +52,8 @@ def pair_memory(
     shape = (len(rows), len(engines))
     headroom = np.broadcast_to((capacity - rows.peak_bytes)[:, None], shape)
     sleeping = np.zeros(shape, dtype=bool)
-    between = (rows.static_bytes + rows.outside_bytes + bucket_size_bytes(ctx))[:, None]
+    bucket = bucket_size_bytes(ctx)
+    between = (rows.static_bytes + rows.outside_bytes + bucket)[:, None]
     if split.kind == "disaggregate":
         engines_fit = np.array([_engines_sync(ctx, split, each) for each in engines], dtype=bool)[None]
         transitions = (between <= capacity) & engines_fit & _hosts_fit(ctx, split, workload, rows, engines, sleeping)
@@ -61,7 +63,8 @@ def pair_memory(
     weights = np.array([each.weight_bytes + each.outside_bytes for each in engines])[None]
     sleeping = ~(_embedded(ctx) & (headroom >= awake))  # SGLang sizes itself to all of a GPU
     headroom = headroom - np.where(sleeping, asleep, awake)
-    transitions = between + np.where(sleeping, weights, awake) <= capacity
+    left = (rows.weight_bytes + rows.outside_bytes + bucket)[:, None]  # gradients and optimizer leave before the sync
+    transitions = np.where(sleeping, left + weights, between + awake) <= capacity
     transitions = transitions & _hosts_fit(ctx, split, workload, rows, engines, sleeping)
     return PairMemory(fits=(headroom >= 0) & (transitions | training_only), headroom_bytes=headroom, sleeping=sleeping)
 
@@ -94,9 +97,10 @@ def _hosts_fit(
     always = processes + samples_bytes(ctx, workload) + rows.host_bytes[:, None] * ranks
     asleep = np.where(sleeping, rows.static_bytes[:, None] * ranks, 0.0)
     weights = np.array([each.host_bytes for each in engines])[None] * engine_ranks
-    states = ctx.model.params_total * (4 + 8 + (4 if ctx.job.precision.train == "fp32" else 2))
-    saved = states / max(1, -(-split.train_gpus // ranks))
-    most = np.maximum(np.maximum(asleep, np.where(sleeping, weights, 0.0)), saved)
+    staged = ranks * SAVE_STAGING_BYTES
+    if embedded:
+        staged = int(ctx.model.params_total * (4 + 8 + (4 if ctx.job.precision.train == "fp32" else 2)))
+    most = np.maximum(np.maximum(asleep, np.where(sleeping, weights, 0.0)), staged)
     return np.asarray(always + most <= capacity)
 
 

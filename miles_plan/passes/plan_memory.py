@@ -35,15 +35,12 @@ from miles_plan.ir.tasks import (
 )
 from miles_plan.passes.base import Outcome, Pass, PassContext
 from miles_plan.passes.joint_search import sleeping_trainer_bytes
+from miles_plan.passes.pair_memory import EMBEDDED_PROCESS_BYTES, HOST_SHARE, PROCESS_BYTES, SAVE_STAGING_BYTES
 from miles_plan.passes.rollout_choices import embedded_memory, rollout_memory_options
 from miles_plan.passes.train_choices import MARGIN_FRACTION, chosen_train, memory_options, usable_bytes
 from miles_plan.passes.workload import StepWorkload, step_workload
 
 GIB = 1 << 30
-HOST_RESERVE_FRACTION = 0.10  # the operating system, Ray's object store and the page cache that saving needs
-PROCESS_BYTES = 3 * GIB  # one rank's Python, CUDA libraries and pinned staging buffers on the host
-EMBEDDED_PROCESS_BYTES = 768 << 20
-SAVE_STAGING_BYTES = 4 * GIB  # what a rank of a cluster engine copies to the host at a time while it writes a checkpoint
 
 
 @dataclass(frozen=True)
@@ -214,7 +211,7 @@ def _timelines(graph: TaskGraph, ctx: PassContext, residents: Residents, sleepin
     capacity = min(usable_bytes(group) for group in ctx.cluster.groups)
     margin = int(ctx.cluster.groups[0].gpu.usable_bytes * MARGIN_FRACTION)
     host_bytes = min(group.node_memory_bytes for group in ctx.cluster.groups)
-    host_capacity = int(host_bytes * (1 - HOST_RESERVE_FRACTION))
+    host_capacity = int(host_bytes * HOST_SHARE)
     for group in graph.groups:
         if group.gpus is None or (residents.colocated and group.role == "rollout"):
             continue
@@ -225,7 +222,7 @@ def _timelines(graph: TaskGraph, ctx: PassContext, residents: Residents, sleepin
             place="host",
             gpus=group.gpus,
             capacity_bytes=host_capacity,
-            margin_bytes=int(host_bytes * HOST_RESERVE_FRACTION),
+            margin_bytes=host_bytes - host_capacity,
             phases=tuple(_host_phases(graph, residents, group.role, both=both, sleeping=sleeping)),
         )
 

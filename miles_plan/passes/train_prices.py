@@ -58,8 +58,8 @@ class PriceJob:
 class PriceRows:
     """Rows as columns of shape [n]; `layout` and `recompute` are positions in the table's layouts and in RECOMPUTE_ORDER.
 
-    Bytes are of the fullest rank: at the peak of a step, allocated between steps, outside the allocator (context and
-    communicators), and on the host.
+    Bytes are of the fullest rank: at the peak of a step, allocated between steps, the same without gradients and
+    optimizer, outside the allocator (context and communicators), and on the host.
     """
 
     layout: NDArray[np.intp]
@@ -70,6 +70,7 @@ class PriceRows:
     log_prob_s: Floats
     peak_bytes: Floats
     static_bytes: Floats
+    weight_bytes: Floats
     outside_bytes: Floats
     host_bytes: Floats
 
@@ -182,7 +183,7 @@ class _Group:
         states = [self._states(offload, first) for offload in self.job.offloads]
         parts = []
         for recompute, allocated in self._allocated(at, tokens, flight, first):
-            for offload, (change, static, host) in zip(self.job.offloads, states, strict=True):
+            for offload, (change, static, weights, host) in zip(self.job.offloads, states, strict=True):
                 total = allocated + change[at]
                 stage = np.argmax(total, axis=1)
                 parts.append(
@@ -195,6 +196,7 @@ class _Group:
                         log_prob_s=np.zeros(len(at)),
                         peak_bytes=total[np.arange(len(at)), stage] * fragmented + outside[at, stage],
                         static_bytes=static[at, stage],
+                        weight_bytes=weights[at, stage],
                         outside_bytes=outside[at, stage],
                         host_bytes=host[at, stage],
                     )
@@ -219,16 +221,18 @@ class _Group:
         held = [microbatches_in_flight(columns.pp, columns.vpp, int(number)) for number in each]
         return np.asarray(np.stack(held)[inverse])
 
-    def _states(self, offload: bool, first: dict[str, Floats]) -> tuple[Floats, Floats, Floats]:
-        """Bytes more than in `first`, the first choice's terms; bytes that stay between steps; host bytes; shape [n, pp].
+    def _states(self, offload: bool, first: dict[str, Floats]) -> tuple[Floats, Floats, Floats, Floats]:
+        """Bytes more than in `first`, the first choice's terms; bytes that stay between steps; the same without gradients
+        and optimizer; host bytes; shape [n, pp].
 
         Offloading moves states alone, so no budget and no recomputation changes these.
         """
         recompute, usual = self.job.recomputes[0], self.job.offloads[0]
         terms = first if offload == usual else self._terms(PROBE_TOKENS, recompute, offload)
         static = sum_terms({name: terms[name] for name in STATIC if name in terms}) + self._nothing()
+        weights = static - terms["gradients"] - terms["optimizer"]
         host = host_bytes(self.job.model, self.columns, self.job.memory(1, recompute, offload))
-        return _resident(terms) - _resident(first), static, host
+        return _resident(terms) - _resident(first), static, weights, host
 
     def _allocated(
         self, at: NDArray[np.intp], tokens: NDArray[np.intp], flight: Floats, first: dict[str, Floats]

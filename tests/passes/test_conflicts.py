@@ -63,8 +63,9 @@ TIGHT: dict[str, tuple[dict[str, Any], set[str]]] = {
                 "response_tokens": {"max": 8192, "mean": 3500.0},
                 "layout": {"tp": 1},
             },
+            "train": {"layout": {"tp": 1, "ep": 4}},
         },
-        {"rollout.layout", "placement", "precision.rollout", "cluster.nodes"},
+        {"rollout.layout", "train.layout", "placement", "precision.rollout"},
     ),
     "two settings at once": (
         {
