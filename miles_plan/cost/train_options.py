@@ -61,7 +61,8 @@ class TrainMemoryOptions:
     merged_outputs: the last stage keeps every microbatch's logits and joins them (torch.distributed.pipelining).
     graphed_modules: what CUDA graphs replay; it keeps its activations in the graphs' private pool. frozen_vision: the
     vision tower does not train. draft_params: of a draft that trains beside the model. offload_shards: FSDP2 keeps its
-    shards of everything in host memory (CPUOffloadPolicy).
+    shards of everything in host memory (CPUOffloadPolicy). async_tp: FSDP2's tensor parallelism multiplies while it
+    gathers, so gathered inputs are not kept.
     """
 
     engine: Engine = "megatron"
@@ -89,6 +90,7 @@ class TrainMemoryOptions:
     frozen_vision: bool = False
     offload_shards: bool = False
     draft_params: float = 0.0
+    async_tp: bool = False
 
     def __post_init__(self) -> None:
         if self.tokens_per_gpu < 1 or self.seq_len < 1 or self.num_microbatches < 1:
