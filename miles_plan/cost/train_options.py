@@ -52,7 +52,8 @@ class TrainMemoryOptions:
 
     tokens_per_gpu: packed tokens of one microbatch on one GPU, after context parallelism cut it (Miles:
     max_tokens_per_gpu). seq_len: longest sequence, which only unfused attention feels. recompute_layers: with full
-    recomputation by block, layers a pipeline rank recomputes; 0 = all. moe_imbalance: tokens of the fullest
+    recomputation by block, layers a pipeline rank recomputes; 0 = all. recompute_chunk: layers that are recomputed together
+    (Megatron's uniform method), of which only the first one's input is kept. moe_imbalance: tokens of the fullest
     expert-parallel rank over the mean. logits_chunk_tokens: head and loss in chunks of that many tokens; 0 = at once.
     logits_bytes: bytes an element of the logits holds at the peak; 0 takes what the engine is known to hold. entropy:
     the loss has an entropy term. reference: a frozen copy of the weights for a KL term, resident on the GPU or swapped
@@ -74,6 +75,7 @@ class TrainMemoryOptions:
     recompute: Recompute = "none"
     recompute_modules: frozenset[Module] = frozenset({"core_attn"})
     recompute_layers: int = 0
+    recompute_chunk: int = 1
     optimizer: OptimizerOptions = OptimizerOptions()
     moe_imbalance: float = 1.0
     logits_chunk_tokens: int = 0
