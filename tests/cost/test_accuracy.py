@@ -53,7 +53,7 @@ def test_nine_truths_in_ten_lie_in_their_intervals() -> None:
 
 def test_rows_that_state_a_job_become_one() -> None:
     assert report().ok
-    assert report().mapped_share > 0.95
+    assert report().mapped_share > 0.99
 
 
 def test_no_run_that_ran_out_of_memory_was_said_to_fit() -> None:
@@ -63,7 +63,7 @@ def test_no_run_that_ran_out_of_memory_was_said_to_fit() -> None:
 
 def test_launch_configurations_that_name_their_gpu_are_said_to_fit_unless_they_cannot() -> None:
     stated = [each for each in report().launched if each.gpu_stated]
-    assert len(stated) >= 14
+    assert len(stated) >= 17
     refused = {each.name: each.defect for each in stated if not each.fits}
     # Both put all of a 355 B-parameter model's training state on one node of four GPUs; the script itself says of so few
     # nodes that they are "not really runnable" (Miles, scripts/run_glm45_355b_a32b.py), and its documentation says "debug".
