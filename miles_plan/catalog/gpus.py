@@ -229,6 +229,21 @@ _GPUS: tuple[Gpu, ...] = (
         source="NVIDIA GH200 datasheet",
     ),
     _nvidia(
+        "gb10",
+        128.0,
+        0.273,
+        {"fp32": 31.0, "tf32": 62.5, "bf16": 125.0, "fp16": 125.0, "fp8": 250.0, "mxfp8": 250.0, "nvfp4": 500.0},
+        nvlink_gb_per_s=25.0,
+        domain=1,
+        nic_gb_per_s=25.0,
+        pcie_gb_per_s=100.0,
+        per_node=1,
+        host_gib=119,
+        sms=48,
+        source="NVIDIA DGX Spark datasheet (1 PFLOP of sparse FP4, 273 GB/s); one memory for host and GPU, so what one holds "
+        "the other lacks",
+    ),
+    _nvidia(
         "mi300x",
         206.1,
         5.3,
@@ -291,7 +306,7 @@ _GPUS: tuple[Gpu, ...] = (
         "few small torch ops for what a GPU does in one kernel",
     ),
 )
-_ALIASES = {"h100-80gb": "h100", "h200-141gb": "h200", "a100-80gb": "a100", "h20-96gb": "h20"}
+_ALIASES = {"h100-80gb": "h100", "h200-141gb": "h200", "a100-80gb": "a100", "h20-96gb": "h20", "dgx-spark": "gb10"}
 
 
 def gpu_names() -> tuple[str, ...]:

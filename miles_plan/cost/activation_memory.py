@@ -95,8 +95,9 @@ def activation_terms(model: ModelArchitecture, columns: LayoutColumns, options: 
     if options.recompute == "full":
         recomputed = np.minimum(layers, options.recompute_layers or layers)
         share = np.where(layers > 0, recomputed / np.maximum(layers, 1), 0.0)
-        kept = kept * (1 - share) + boundary[:, None] * recomputed
-        live = np.max(np.where(counts[None] > 0, full[:, None, :], 0.0), axis=2) * (share > 0)
+        chunk = np.minimum(np.maximum(1.0, options.recompute_chunk), np.maximum(recomputed, 1.0))
+        kept = kept * (1 - share) + boundary[:, None] * np.ceil(recomputed / chunk)
+        live = np.max(np.where(counts[None] > 0, full[:, None, :], 0.0), axis=2) * (share > 0) * chunk
     if modules & {"op", "moe", "mlp"}:  # what one layer dropped is all there again while its backward runs
         whole = [layer_saved_bytes(kind, hidden, columns, options, frozenset()) for kind in model.kinds]
         again = np.stack(whole, axis=1) - (0.0 if "op" in modules else full)

@@ -120,8 +120,10 @@ def fsdp_terms(
     chunk = np.minimum(tokens, options.logits_chunk_tokens) if options.logits_chunk_tokens else tokens
     element = options.logits_bytes or np.where(columns.tp > 1, PARALLEL_LOSS_BYTES, EAGER_LOSS_BYTES)
     final_norm = (3.0 * size + 4.0) * tokens * model.hidden_size / columns.sequence_split  # one copy of it in fp32
-    head[:, -1] = element * chunk * model.vocab_size / columns.tp + final_norm
-    working = backward_bytes(model, columns, options)[:, None] + terms.pop("recomputed layer")
+    whole = 0.0 if options.async_tp else 2.0 * size * tokens * model.hidden_size  # a gathered input and its gradient
+    gathered = np.where(columns.sequence_parallel & (columns.tp > 1), whole, 0.0)
+    head[:, -1] = element * chunk * model.vocab_size / columns.tp + final_norm + gathered
+    working = (backward_bytes(model, columns, options) + gathered)[:, None] + terms.pop("recomputed layer")
     terms["logits"] = head
     terms["backward"] = np.maximum(0.0, working - head)
     if options.merged_outputs:

@@ -199,3 +199,13 @@ def test_a_soft_cap_keeps_its_tanh() -> None:
         for each in (model, replace(model, logit_softcap=False))
     )
     assert capped - plain == pytest.approx(2.0 * 8192 * model.vocab_size)
+
+
+def test_layers_recomputed_together_keep_fewer_inputs_and_come_back_together() -> None:
+    model, layout = find_model("qwen3-8b"), TrainLayout(dp=8)
+    one, two = (
+        train_memory(model, layout, TrainMemoryOptions(recompute="full", recompute_chunk=chunk)).terms for chunk in (1, 18)
+    )
+    kept, live = ({term.name: term.value for term in terms} for terms in (one, two))
+    assert live["activations"] == pytest.approx(kept["activations"] / 18)
+    assert live.get("backward", 0.0) > kept.get("backward", 0.0)

@@ -178,6 +178,8 @@ def _memory_options(row: Row, layout: TrainLayout) -> TrainMemoryOptions:
         grad_bytes=4.0 if row.get("grad_dtype_fp32_accumulate", True) or fsdp else 2.0,
         recompute=cast(Recompute, mode if mode in ("full", "selective") else "none"),
         recompute_modules=frozenset(recompute.get("modules") or ()),
+        recompute_layers=size_of(recompute, "num_layers") if recompute.get("method") == "block" else 0,
+        recompute_chunk=size_of(recompute, "num_layers") if recompute.get("method") == "uniform" else 1,
         optimizer=OptimizerOptions(
             offload_fraction=1.0 if offloaded else 0.0, precision_aware=bool(row.get("precision_aware_optimizer"))
         ),

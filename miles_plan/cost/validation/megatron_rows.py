@@ -55,7 +55,7 @@ def check_megatron(row: Row) -> Iterator[MegatronCheck]:
 def _model(config: Mapping[str, Any]) -> ModelArchitecture:
     experts = size_of(config, "E", 0)
     published = {
-        "model_type": "qwen3_moe" if experts else "qwen3",
+        "model_type": ("qwen3_moe" if experts else "qwen3") if config.get("qkn", True) else "llama",
         "hidden_size": size_of(config, "h"),
         "num_hidden_layers": size_of(config, "L"),
         "num_attention_heads": size_of(config, "heads"),
@@ -104,6 +104,7 @@ def _memory(row: Row, config: Mapping[str, Any], model: ModelArchitecture, layou
         grad_bytes=4.0 if config.get("grad32", True) else 2.0,
         recompute=_recompute(config),
         recompute_modules=frozenset(config.get("rec_modules") or ()),
+        recompute_chunk=size_of(config, "rec_n"),
         fused_gradient_accumulation=row.get("gaf") is not None,
         optimizer=OptimizerOptions(distributed=bool(config.get("distopt", True))),
     )

@@ -18,8 +18,11 @@ from miles_plan.ir.layout import Recompute
 
 ADAPTER_SHARE = 0.005
 """Trained over all parameters of a rank-32 adapter on every projection."""
-ASSUMED_ERROR = 0.10
-"""Half width of the interval where part of the options comes from the recipe's code, not from the row."""
+STUDY_ERROR, RECIPE_ERROR = 0.06, 0.15
+"""Half width of the interval where the row or its study states what was recomputed and offloaded, and where that and more
+comes from a recipe's code: general recipes also hold data, vision towers and checkpoint buffers that no row names."""
+EAGER_TITAN_LOSS_BYTES = 14.0
+"""An element of torchtitan's logits at the peak of its loss without torch.compile: the bf16 logits stay beside the rest."""
 _UNITS = {"B": 1.0, "bytes": 1.0, "MB": 1e6, "MiB": float(1 << 20), "GB": 1e9, "GiB": float(1 << 30), "TiB": float(1 << 40)}
 _GIB_CALLED_GB = re.compile("mbridge memory_estimator")  # its README turns 8947.57 MB into 8.74 GB
 _METRICS = re.compile(r"peak|allocated|real_total|real_vs_tool")
@@ -46,19 +49,23 @@ def peak_bytes(row: Row) -> tuple[Interval, float]:
         options = replace(options, optimizer=replace(options.optimizer, moment_bytes=0.0))
     held = train_memory(job.model, job.layout, options)
     if between_steps:
-        held = replace(held, peak_bytes=around(held.static_bytes, ASSUMED_ERROR, "calibrated"))
-    return _as_measured(job, held), figure_of(row, "value") * unit
+        held = replace(held, peak_bytes=around(held.static_bytes, STUDY_ERROR, "calibrated"))
+    return _as_measured(row, job, held), figure_of(row, "value") * unit
 
 
 def _titan(row: Row) -> bool:
     return "torchtitan" in str(row.get("source"))
 
 
-def _as_measured(job: TrainJob, held: MemoryBreakdown) -> Interval:
+def _is_study(row: Row) -> bool:
+    return bool(row.get("recompute") or row.get("tflops_per_gpu") or row.get("optimizer_offload_fraction") is not None)
+
+
+def _as_measured(row: Row, job: TrainJob, held: MemoryBreakdown) -> Interval:
     """torchtitan prints what the allocator reserved, the others what it handed out."""
     if job.software is not TORCHTITAN:
         peak = held.peak_bytes
-        return around(peak.mid, ASSUMED_ERROR, "calibrated", peak.terms)
+        return around(peak.mid, STUDY_ERROR if _is_study(row) else RECIPE_ERROR, "calibrated", peak.terms)
     fragments = next(term for term in held.outside_terms if term.name == "fragmentation")
     return held.peak_bytes + Interval(0.0, fragments.value, 2.0 * fragments.value, "calibrated", (fragments,))
 
@@ -73,6 +80,8 @@ def memory_options(row: Row, job: TrainJob) -> TrainMemoryOptions:
     if mode == "none" and facts.recompute:
         mode, modules = ("full", frozenset()) if facts.recompute == "full" else ("selective", frozenset(facts.recompute))
     precision = "bf16" if titan else row_precision(row)
+    technique = str(row.get("technique") or "").lower()
+    compiled = "compile" in technique
     graphed = graphed_modules(str(row.get("model")), job.gpu.name, precision)
     layout = job.layout
     microbatches = max(1, job.global_batch // (layout.dp * job.micro_batch)) if job.global_batch else 8 * layout.pp
@@ -94,7 +103,8 @@ def memory_options(row: Row, job: TrainJob) -> TrainMemoryOptions:
             offload_fraction=figure_of(row, "optimizer_offload_fraction", figure_of(row, "offload_fraction", 0.0)),
         ),
         moe_imbalance=facts.imbalance,
-        logits_bytes=2.0 if facts.fused_loss else 0.0,
+        logits_bytes=2.0 if facts.fused_loss else EAGER_TITAN_LOSS_BYTES if titan and not compiled and layout.tp == 1 else 0.0,
+        async_tp="async" in technique,
         primary_fp8=tuned and precision != "nvfp4",
         mtp_layers=facts.mtp_layers,
         merged_outputs=titan and layout.pp > 1,

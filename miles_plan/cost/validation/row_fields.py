@@ -27,6 +27,8 @@ _GPU_PATTERNS = (  # first match wins, so longer names come first
     ("gb300", "gb300"),
     ("gb200", "gb200"),
     ("gh200", "gh200"),
+    ("gb10", "gb10"),
+    ("dgx spark", "gb10"),
     ("b300", "b300"),
     ("b200", "b200"),
     ("h200", "h200"),
