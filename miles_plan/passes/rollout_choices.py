@@ -210,6 +210,11 @@ def _simulated(
     return simulate_rollout(model, layout, work, gpu, pool_tokens=pool_tokens, max_running=max_running)
 
 
+def forget_simulations() -> None:
+    """Drop what has been simulated so far, for whoever times a search."""
+    _simulated.cache_clear()
+
+
 def size_engines(
     ctx: PassContext, cluster: Cluster, layout: RolloutLayout, workload: StepWorkload, *, resident_bytes: float
 ) -> SizedEngines | str:
