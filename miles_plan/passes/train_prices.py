@@ -108,28 +108,46 @@ class SizedLayouts:
         """How many rows do not fit."""
         return sum(len(rows) for _, rows in self.too_large)
 
-    def timed(self, worth: Worth | None = None) -> PriceTable:
-        """The rows that fit with their times.
+    def timed(self) -> PriceTable:
+        """The rows that fit with their times."""
+        return self.passed().updated()
 
-        Rows that `worth` is false of are left out: it is asked before anything is timed, when all times are 0, and again
-        when the log-prob pass is, by which an update can be bounded.
-        """
-        return self._table(self.groups, worth)
+    def passed(self, worth: Worth | None = None) -> PassedLayouts:
+        """The rows that fit with the time of a log-prob pass; rows that `worth` is false of, before and after, are left out."""
+        return self._passed(self.groups, worth)
 
-    def timed_too_large(self, worth: Worth) -> PriceTable:
+    def passed_too_large(self, worth: Worth) -> PassedLayouts:
         """The same of the rows that do not fit: what they would take if they did."""
-        return self._table(self.too_large, worth)
+        return self._passed(self.too_large, worth)
 
-    def _table(self, groups: Sequence[tuple[_Group, PriceRows]], worth: Worth | None) -> PriceTable:
-        found = [_no_rows()]
+    def _passed(self, groups: Sequence[tuple[_Group, PriceRows]], worth: Worth | None) -> PassedLayouts:
+        found = []
         for group, rows in groups:
             wanted = rows if worth is None else rows.take(worth(rows))
             if len(wanted):
                 wanted = group.passed(wanted)
                 wanted = wanted if worth is None else wanted.take(worth(wanted))
             if len(wanted):
+                found.append((group, wanted))
+        return PassedLayouts(sized=self, groups=tuple(found))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassedLayouts:
+    """Rows whose log-prob pass is timed, by which an update can be bounded; the update is not."""
+
+    sized: SizedLayouts
+    groups: tuple[tuple[_Group, PriceRows], ...]
+
+    def updated(self, worth: Worth | None = None) -> PriceTable:
+        """The rows with all their times; rows that `worth` is false of are left out."""
+        found = [_no_rows()]
+        for group, rows in self.groups:
+            wanted = rows if worth is None else rows.take(worth(rows))
+            if len(wanted):
                 found.append(group.updated(wanted))
-        return PriceTable(layouts=self.layouts, rows=_joined(found), overflowing=self.overflowing, smallest=self.smallest)
+        sized = self.sized
+        return PriceTable(layouts=sized.layouts, rows=_joined(found), overflowing=sized.overflowing, smallest=sized.smallest)
 
 
 def size_layouts(layouts: Sequence[TrainLayout], job: PriceJob) -> SizedLayouts:
