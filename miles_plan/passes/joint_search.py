@@ -201,12 +201,13 @@ class _Search:
         passed = sized.passed(lambda rows: self._worth(split, rows, min(floors), beside))
         if not passed.groups:
             return
-        train_s = min(float(self._least_train_s(split, rows).min()) for _, rows in passed.groups)
-        room = max(capacity_bytes(split) - float(rows.peak_bytes.min()) for _, rows in passed.groups)
+        train_s = np.concatenate([self._least_train_s(split, rows) for _, rows in passed.groups])
+        peaks = np.concatenate([rows.peak_bytes for _, rows in passed.groups])
+        corner = front_rows(train_s, peaks)
         engines = fastest_first(
             each.simulated()
             for each, floor_s in zip(open_, floors, strict=True)
-            if self._may_win(split, each.memory, floor_s, train_s, room)
+            if self._may_win(split, each.memory, floor_s, train_s[corner], peaks[corner])
         )
         if engines:
             self._price(split, passed, engines)
@@ -228,11 +229,10 @@ class _Search:
             self.sized[key] = size_trainers(self.ctx, split.train.cluster, split.train_gpus, self.workload, self.train_sizes)
         return self.sized[key]
 
-    def _may_win(self, split: Split, memory: RolloutMemory, floor_s: float, train_s: float, room_bytes: float) -> bool:
-        """Whether engines that take at least `floor_s` could be on the front beside the fastest and smallest trainers."""
-        step_s = np.array([self._step_s(split, floor_s, np.array(train_s))])
-        level = headroom_levels(self.ctx, np.array([room_bytes - least_beside_bytes(split, memory)]))
-        return not self._beaten(split, step_s, level)[0]
+    def _may_win(self, split: Split, memory: RolloutMemory, floor_s: float, train_s: Floats, peaks: Floats) -> bool:
+        """Whether engines that take at least `floor_s` could be on the front beside any trainers of these times and peaks."""
+        levels = headroom_levels(self.ctx, capacity_bytes(split) - peaks - least_beside_bytes(split, memory))
+        return not bool(self._beaten(split, self._step_s(split, floor_s, train_s), levels).all())
 
     def _step_s(self, split: Split, rollout_s: float, train_s: Floats) -> Floats:
         """A step of these halves if nothing came between them."""

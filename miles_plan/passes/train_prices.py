@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miles_plan.catalog.architecture import ModelArchitecture
-from miles_plan.cost.columns import Floats, LayoutColumns, group_layouts, microbatches_in_flight
+from miles_plan.cost.columns import Floats, LayoutColumns, group_layouts, microbatches_in_flight, stage_kinds
 from miles_plan.cost.communication import Links
 from miles_plan.cost.state_memory import FRAGMENTATION, host_bytes, sum_terms
 from miles_plan.cost.train_memory import OUTSIDE, STATIC, stage_terms
@@ -153,8 +153,9 @@ class PassedLayouts:
 def size_layouts(layouts: Sequence[TrainLayout], job: PriceJob) -> SizedLayouts:
     """Put bytes to every layout under every option of the job."""
     groups, too_large, smallest = [], [], [_no_rows()]
+    shared: dict[tuple[object, ...], dict[str, Floats]] = {}
     for positions, columns in group_layouts(layouts):
-        group = _Group(positions=positions, layouts=[layouts[at] for at in positions], columns=columns, job=job)
+        group = _Group(positions=positions, layouts=[layouts[at] for at in positions], columns=columns, job=job, shared=shared)
         held = group.held()
         fits = held.peak_bytes <= job.capacity_bytes
         smallest.append(held.take(np.array([np.argmin(held.peak_bytes)])))
@@ -189,6 +190,7 @@ class _Group:
     layouts: list[TrainLayout]
     columns: LayoutColumns
     job: PriceJob
+    shared: dict[tuple[object, ...], dict[str, Floats]]
 
     def held(self) -> PriceRows:
         """Bytes of every layout under every option; times are still 0."""
@@ -276,8 +278,19 @@ class _Group:
         return np.zeros((len(self.columns), self.columns.pp))
 
     def _terms(self, tokens: int, recompute: Recompute, offload: bool) -> dict[str, Floats]:
-        options = self.job.memory(tokens, recompute, offload)
-        return stage_terms(self.job.model, self.columns, options, self.job.links.profile)
+        """Terms of the group's layouts, shape [n, pp]; what is in flight aside, interleaving does not change them."""
+        key = (*self._stages, tokens, recompute, offload)
+        if key not in self.shared:
+            options = self.job.memory(tokens, recompute, offload)
+            self.shared[key] = stage_terms(self.job.model, self.columns, options, self.job.links.profile)
+        return self.shared[key]
+
+    @property
+    def _stages(self) -> tuple[object, ...]:
+        """What each rank holds of the model, and the sizes that cut it: equal for groups that differ in interleaving alone."""
+        columns = self.columns
+        sizes = np.stack([columns.tp, columns.cp, columns.dp, columns.ep, columns.etp, columns.sequence_parallel])
+        return columns.pp, stage_kinds(self.job.model, columns).tobytes(), sizes.tobytes()
 
     def passed(self, rows: PriceRows) -> PriceRows:
         """The rows with the seconds of a log-prob pass, which recomputation and offloading leave alone."""
