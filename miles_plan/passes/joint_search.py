@@ -10,7 +10,7 @@ that of brute force (tests/passes/test_joint_search.py).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +35,7 @@ from miles_plan.passes.pair_prices import (
     worth_pairing,
 )
 from miles_plan.passes.placements import Split, splits
-from miles_plan.passes.rollout_choices import RolloutChoice, search_rollout
+from miles_plan.passes.rollout_choices import RolloutChoice, fastest_first, sized_engines
 from miles_plan.passes.staleness import staleness_of
 from miles_plan.passes.train_choices import (
     PASSES_OF_UPDATE,
@@ -43,10 +43,11 @@ from miles_plan.passes.train_choices import (
     TrainSearch,
     passes_per_step,
     size_trainers,
+    smallest_of,
     train_search,
     usable_bytes,
 )
-from miles_plan.passes.train_prices import PriceRows, PriceTable, SizedLayouts, front_rows
+from miles_plan.passes.train_prices import PassedLayouts, PriceRows, PriceTable, SizedLayouts, front_rows
 from miles_plan.passes.workload import StepWorkload
 
 HEADROOM_STEP = DEVICE_ERROR  # of a GPU's memory: what the memory model may be off by
@@ -75,8 +76,18 @@ class JointChoice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SplitBound:
+    """What another split's fastest step takes, exactly or at least."""
+
+    split: Split
+    step_s: float
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JointSearch:
-    """front: every point that none beats, fastest first; the first is the choice. of_splits: the fastest of each split.
+    """front: every point that none beats, fastest first; the first is the choice. of_splits: the fastest point of each split
+    among those that were priced to the end; others: every other split, fastest first.
 
     trainers, sized: what the chosen split's GPUs could do, timed and by bytes alone. left_out: why points were not
     considered, with how many; nearest: the trainer nearest to fitting.
@@ -84,6 +95,7 @@ class JointSearch:
 
     front: tuple[JointChoice, ...]
     of_splits: tuple[JointChoice, ...]
+    others: tuple[SplitBound, ...]
     trainers: TrainSearch | None
     sized: SizedLayouts | None
     left_out: Counter[str]
@@ -111,6 +123,7 @@ def without_rollout(trainers: TrainSearch) -> JointSearch:
     return JointSearch(
         front=(),
         of_splits=(),
+        others=(),
         trainers=trainers,
         sized=None,
         left_out=trainers.left_out,
@@ -131,6 +144,7 @@ class _Search:
         self.front: list[JointChoice] = []
         self.of_splits: list[JointChoice] = []
         self.trainers: dict[Split, TrainSearch] = {}
+        self.bounds: dict[Split, float] = {}  # what the points of a split that were left out take at least
         self.sized: dict[tuple[int, int], SizedLayouts] = {}
         self.left_out: Counter[str] = Counter()
         self.nearest: TrainChoice | None = None
@@ -151,6 +165,7 @@ class _Search:
         return JointSearch(
             front=tuple(self.front),
             of_splits=tuple(self.of_splits),
+            others=tuple(sorted(self._others(), key=lambda each: each.step_s)),
             trainers=self.trainers.get(self.front[0].split) if self.front else None,
             sized=self._sized(self.front[0].split) if self.front else None,
             left_out=+self.left_out,
@@ -159,31 +174,51 @@ class _Search:
             pairs_priced=self.pairs_priced,
         )
 
+    def _others(self) -> Iterator[SplitBound]:
+        """The splits that were not chosen, by their fastest plan or by a bound where a point of the front ruled it out."""
+        best = {choice.split: choice.step_s for choice in reversed(self.of_splits)}
+        for split in dict.fromkeys((*best, *self.bounds)):
+            found_s, bound_s = best.get(split, np.inf), self.bounds.get(split, np.inf)
+            if self.front and split != self.front[0].split:
+                yield SplitBound(split=split, step_s=min(found_s, bound_s), exact=found_s <= bound_s)
+
     def visit(self, split: Split) -> None:
-        """Price what can still be on the front of one split."""
+        """Price what can still be on the front of one split: bounds first, then engines, then updates, then pairs."""
         ctx, workload = self.ctx, self.workload
         sized = self._sized(split)
+        nearest = smallest_of(sized.layouts, sized.smallest)
+        if nearest is not None and (self.nearest is None or nearest.peak_bytes < self.nearest.peak_bytes):
+            self.nearest = nearest
+        self.left_out["peak memory over capacity"] += sized.overflowing
         residue = max((residue_bytes(ctx, split, rows) for _, rows in sized.groups), default=0.0)
-        most_room = max((capacity_bytes(split) - float(rows.peak_bytes.min()) for _, rows in sized.groups), default=-1.0)
-        engines = search_rollout(
-            ctx,
-            split.rollout.cluster,
-            split.rollout_gpus,
-            workload,
-            resident_bytes=residue,
-            still_open=lambda memory, floor_s: self._may_win(split, memory, floor_s, most_room),
-            sizes=self.rollout_sizes,
+        cluster, num_gpus = split.rollout.cluster, split.rollout_gpus
+        open_, left_out = sized_engines(ctx, cluster, num_gpus, workload, resident_bytes=residue, sizes=self.rollout_sizes)
+        self.left_out += left_out
+        if not open_ or not sized.groups:
+            return
+        floors = [each.floor_s() for each in open_]
+        beside = min(least_beside_bytes(split, each.memory) for each in open_)
+        passed = sized.passed(lambda rows: self._worth(split, rows, min(floors), beside))
+        if not passed.groups:
+            return
+        train_s = np.concatenate([self._least_train_s(split, rows) for _, rows in passed.groups])
+        peaks = np.concatenate([rows.peak_bytes for _, rows in passed.groups])
+        corner = front_rows(train_s, peaks)
+        engines = fastest_first(
+            each.simulated()
+            for each, floor_s in zip(open_, floors, strict=True)
+            if self._may_win(split, each.memory, floor_s, train_s[corner], peaks[corner])
         )
-        self.left_out += engines.left_out
-        trainers = train_search(sized, lambda rows: self._worth(split, rows, engines.choices))
-        self.left_out += trainers.left_out
-        if trainers.smallest is not None and (self.nearest is None or trainers.smallest.peak_bytes < self.nearest.peak_bytes):
-            self.nearest = trainers.smallest
+        if engines:
+            self._price(split, passed, engines)
+
+    def _price(self, split: Split, passed: PassedLayouts, engines: tuple[RolloutChoice, ...]) -> None:
+        """Put times to what is still worth it and take the best pairs into the front."""
+        beside = min(least_beside_bytes(split, each.memory) for each in engines)
+        trainers = train_search(passed.updated(lambda rows: self._worth(split, rows, engines[0].rollout_s, beside)))
         self.trainers[split] = trainers
         self.rows_timed += len(trainers.table.rows)
-        if not engines.choices or not len(trainers.table.rows):
-            return
-        found = self._best_pairs(split, trainers, engines.choices)
+        found = self._best_pairs(split, trainers, engines) if len(trainers.table.rows) else []
         if found:
             self.of_splits.append(found[0])
             self.front = nondominated([*self.front, *found])
@@ -194,35 +229,40 @@ class _Search:
             self.sized[key] = size_trainers(self.ctx, split.train.cluster, split.train_gpus, self.workload, self.train_sizes)
         return self.sized[key]
 
-    def _may_win(self, split: Split, memory: RolloutMemory, floor_s: float, most_room: float) -> bool:
-        """Whether engines that take at least `floor_s` could be on the front beside the fastest and smallest trainers."""
-        train_s = train_floor_s(self.ctx, split.train.cluster, split.train_gpus, self.workload)
-        step_s = np.array([max(floor_s, train_s) if self._overlapping(split) else floor_s + train_s])
-        level = headroom_levels(self.ctx, np.array([most_room - least_beside_bytes(split, memory)]))
-        return not beaten_by(self.front, step_s, step_s * split.num_gpus / 3600.0, level)[0]
+    def _may_win(self, split: Split, memory: RolloutMemory, floor_s: float, train_s: Floats, peaks: Floats) -> bool:
+        """Whether engines that take at least `floor_s` could be on the front beside any trainers of these times and peaks."""
+        levels = headroom_levels(self.ctx, capacity_bytes(split) - peaks - least_beside_bytes(split, memory))
+        return not bool(self._beaten(split, self._step_s(split, floor_s, train_s), levels).all())
 
-    def _overlapping(self, split: Split) -> bool:
-        return staleness_of(self.ctx)[1] > 0 and split.kind == "disaggregate"
+    def _step_s(self, split: Split, rollout_s: float, train_s: Floats) -> Floats:
+        """A step of these halves if nothing came between them."""
+        overlapping = staleness_of(self.ctx)[1] > 0 and split.kind == "disaggregate"
+        return np.maximum(train_s, rollout_s) if overlapping else train_s + rollout_s
 
-    def _worth(self, split: Split, rows: PriceRows, engines: tuple[RolloutChoice, ...]) -> NDArray[np.bool_]:
-        """Rows that the points found so far do not beat even at the fastest update there could be, beside the best engines."""
-        if not engines:
-            return np.zeros(len(rows), dtype=bool)
+    def _least_train_s(self, split: Split, rows: PriceRows) -> Floats:
+        """What the rows' trainers take at least, by the pass that is timed or by their GPUs' rate."""
         floor_s = train_floor_s(self.ctx, split.train.cluster, split.train_gpus, self.workload)
-        train_s = np.maximum(floor_s, (PASSES_OF_UPDATE + passes_per_step(self.ctx)) * rows.log_prob_s)
-        worth = self._unbeaten(split, train_s, rows, engines)
+        return np.maximum(floor_s, (PASSES_OF_UPDATE + passes_per_step(self.ctx)) * rows.log_prob_s)
+
+    def _worth(self, split: Split, rows: PriceRows, rollout_s: float, beside_bytes: float) -> NDArray[np.bool_]:
+        """Rows that no point found so far beats even at the fastest update there could be, beside the best engines."""
+        worth = self._unbeaten(split, self._least_train_s(split, rows), rows, rollout_s, beside_bytes)
         self.left_out["beaten by bound"] += int((~worth).sum())
         return worth
 
     def _unbeaten(
-        self, split: Split, train_s: Floats, rows: PriceRows, engines: tuple[RolloutChoice, ...]
+        self, split: Split, train_s: Floats, rows: PriceRows, rollout_s: float, beside_bytes: float
     ) -> NDArray[np.bool_]:
         """Rows that no point found so far beats, if their trainers took `train_s` and no sync took any time."""
-        fastest_s = engines[0].rollout_s
-        step_s = np.maximum(train_s, fastest_s) if self._overlapping(split) else train_s + fastest_s
-        beside = min(least_beside_bytes(split, each.memory) for each in engines)
-        levels = headroom_levels(self.ctx, capacity_bytes(split) - rows.peak_bytes - beside)
-        return ~beaten_by(self.front, step_s, step_s * split.num_gpus / 3600.0, levels)
+        levels = headroom_levels(self.ctx, capacity_bytes(split) - rows.peak_bytes - beside_bytes)
+        return ~self._beaten(split, self._step_s(split, rollout_s, train_s), levels)
+
+    def _beaten(self, split: Split, step_s: Floats, levels: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """Which prices the front beats. The fastest of them bounds what else the split could do."""
+        beaten = beaten_by(self.front, step_s, step_s * split.num_gpus / 3600.0, levels)
+        if beaten.any():
+            self.bounds[split] = min(self.bounds.get(split, np.inf), float(step_s[beaten].min()))
+        return beaten
 
     def _best_pairs(self, split: Split, trainers: TrainSearch, engines: tuple[RolloutChoice, ...]) -> list[JointChoice]:
         """The split's own front in step time and headroom, fastest first. Its GPU-hours go with its step time."""
@@ -232,7 +272,8 @@ class _Search:
         rows = table.rows.take(kept)
         train_s = rows.step_s + passes_per_step(self.ctx) * rows.log_prob_s
         transports = open_transports(self.ctx, split)
-        kept = kept[self._unbeaten(split, train_s, rows, engines)]
+        beside = min(least_beside_bytes(split, each.memory) for each in engines)
+        kept = kept[self._unbeaten(split, train_s, rows, engines[0].rollout_s, beside)]
         if len(transports) > 1 and len(kept):
             kept = kept[self._still_open(split, table, kept, engines, transports[0])]
         return self._front_of(split, trainers, kept, engines, transports) if len(kept) else []

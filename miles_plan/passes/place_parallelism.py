@@ -17,7 +17,7 @@ from miles_plan.ir.plan import Alternative, Decision
 from miles_plan.ir.tasks import AnyTask, Logprobs, Rollout, TrainStep, Values
 from miles_plan.passes.base import Outcome, Pass, PassContext
 from miles_plan.passes.binding_constraint import binding_constraint
-from miles_plan.passes.joint_search import JointChoice, JointSearch, search_jointly, without_rollout
+from miles_plan.passes.joint_search import JointChoice, JointSearch, SplitBound, search_jointly, without_rollout
 from miles_plan.passes.misfits import misfits
 from miles_plan.passes.nothing_fits import nothing_fits
 from miles_plan.passes.pareto_front import candidates
@@ -131,20 +131,19 @@ def _settled(ctx: PassContext, task: AnyTask, train: TrainChoice, rollout: Rollo
 
 def _decisions(ctx: PassContext, search: JointSearch, workload: StepWorkload) -> Iterator[Decision]:
     chosen = search.front[0]
-    others = tuple(choice for choice in search.of_splits if choice.split != chosen.split)
     rollout = chosen.rollout
     yield Decision(
         field="placement",
         value=str(chosen.split),
-        reason=_placement_reason(ctx, chosen, others),
+        reason=_placement_reason(ctx, chosen, search.others),
         by=PlaceParallelism.name,
         alternatives=tuple(
             Alternative(
                 value=str(other.split),
-                cost=f"{other.step_s:.3g} s/step",
-                why_not=f"{other.step_s / max(chosen.step_s, 1e-9):.2f}x the step time",
+                cost=f"{'' if other.exact else 'at least '}{other.step_s:.3g} s/step",
+                why_not=f"{other.step_s / max(chosen.step_s, 1e-9):.2f}x the step time" + ("" if other.exact else " or more"),
             )
-            for other in others[:5]
+            for other in search.others[:5]
         ),
     )
     fixed = asked_layout(ctx, chosen.split.train_gpus) is not None
@@ -182,12 +181,12 @@ def _decisions(ctx: PassContext, search: JointSearch, workload: StepWorkload) ->
     )
 
 
-def _placement_reason(ctx: PassContext, chosen: JointChoice, others: tuple[JointChoice, ...]) -> str:
+def _placement_reason(ctx: PassContext, chosen: JointChoice, others: tuple[SplitBound, ...]) -> str:
     if ctx.job.placement != "auto":
         return "the spec asks for it"
     if not others:
         return "the only placement that fits"
-    return f"{chosen.step_s:.3g} s a step, the next best takes {others[0].step_s:.3g} s"
+    return f"{chosen.step_s:.3g} s a step, the next best takes {'' if others[0].exact else 'at least '}{others[0].step_s:.3g} s"
 
 
 def _fastest(trainers: TrainSearch | None) -> tuple[TrainChoice, ...]:

@@ -149,7 +149,15 @@ class _Prices:
         if self.graph.group(task.group or "").engine == "torch":  # copies to memory-mapped files, nothing to unmap
             return self._host(task.bytes_per_gpu / self._nodes(task).groups[0].gpu.pcie_bytes_per_s)
         direction: Literal["out", "in"] = "out" if isinstance(task, Offload) else "in"
-        return _estimate(offload_time(float(task.bytes_per_gpu), self._nodes(task), direction))
+        return _estimate(offload_time(self._copied_bytes(task), self._nodes(task), direction))
+
+    def _copied_bytes(self, task: Offload | Onload) -> float:
+        """Bytes that cross to or from the host: a cache is unmapped and mapped again, nobody reads what was in it."""
+        if "kv_cache" not in task.parts:
+            return float(task.bytes_per_gpu)
+        caches = [each for each in self.graph.tasks if isinstance(each, Onload) and each.parts == ("kv_cache",)]
+        cache_bytes = next((each.bytes_per_gpu for each in caches if each.group == task.group), 0)
+        return float(max(0, task.bytes_per_gpu - cache_bytes))
 
     def _nodes(self, task: Task) -> Cluster:
         """The nodes that a task's group is on: their GPUs may differ from those of the rest of the cluster."""

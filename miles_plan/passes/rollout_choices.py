@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -101,35 +101,37 @@ def open_engines(
     return [] if any(rollout_obstacles(fixed, ctx.model, room)) else [fixed]
 
 
-Open = Callable[[RolloutMemory, float], bool]
-
-
-def search_rollout(
+def sized_engines(
     ctx: PassContext,
     cluster: Cluster,
     num_gpus: int,
     workload: StepWorkload,
     *,
     resident_bytes: float,
-    still_open: Open | None = None,
     sizes: Sizes = ANY_SIZES,
-) -> RolloutSearch:
-    """All engine layouts on `num_gpus` beside `resident_bytes` of a sleeping trainer on each GPU.
-
-    With `still_open`, a layout is not simulated when that is false of its memory and of a time that it cannot beat.
-    """
-    layouts = open_engines(ctx, cluster, num_gpus, workload, sizes)
+) -> tuple[list[SizedEngines], Counter[str]]:
+    """All engine layouts on `num_gpus` beside `resident_bytes` of a sleeping trainer on each GPU, and why others are none."""
     found, left_out = [], Counter[str]()
-    for layout in layouts:
+    for layout in open_engines(ctx, cluster, num_gpus, workload, sizes):
         sized = size_engines(ctx, cluster, layout, workload, resident_bytes=resident_bytes)
         if isinstance(sized, str):
             left_out[sized] += 1
-        elif still_open is not None and not still_open(sized.memory, sized.floor_s()):
-            left_out["beaten by bound"] += 1
         else:
-            found.append(sized.simulated())
-    found.sort(key=lambda choice: (choice.rollout_s, choice.layout.tp))
-    return RolloutSearch(choices=tuple(found), left_out=left_out)
+            found.append(sized)
+    return found, left_out
+
+
+def search_rollout(
+    ctx: PassContext, cluster: Cluster, num_gpus: int, workload: StepWorkload, *, resident_bytes: float
+) -> RolloutSearch:
+    """All of them with their prices."""
+    sized, left_out = sized_engines(ctx, cluster, num_gpus, workload, resident_bytes=resident_bytes)
+    return RolloutSearch(choices=fastest_first(each.simulated() for each in sized), left_out=left_out)
+
+
+def fastest_first(choices: Iterable[RolloutChoice]) -> tuple[RolloutChoice, ...]:
+    """Engines in order of their time."""
+    return tuple(sorted(choices, key=lambda choice: (choice.rollout_s, choice.layout.tp)))
 
 
 def price_engines(
@@ -208,6 +210,11 @@ def _simulated(
     model: ModelArchitecture, layout: RolloutLayout, work: RolloutWorkload, gpu: Gpu, pool_tokens: int, max_running: int
 ) -> RolloutTime:
     return simulate_rollout(model, layout, work, gpu, pool_tokens=pool_tokens, max_running=max_running)
+
+
+def forget_simulations() -> None:
+    """Drop what has been simulated so far, for whoever times a search."""
+    _simulated.cache_clear()
 
 
 def size_engines(

@@ -37,7 +37,6 @@ from miles_plan.passes.train_prices import (
     PriceRows,
     PriceTable,
     SizedLayouts,
-    Worth,
     each_row,
     size_layouts,
 )
@@ -175,18 +174,21 @@ def size_trainers(
     return size_layouts(layouts, price_job(ctx, cluster, workload))
 
 
-def train_search(sized: SizedLayouts, worth: Worth | None = None) -> TrainSearch:
-    """Put times to what fits (and to no more than `worth` asks for)."""
-    table = sized.timed(worth)
+def train_search(table: PriceTable) -> TrainSearch:
+    """A table with why others are not in it."""
     left_out = Counter({"peak memory over capacity": table.overflowing} if table.overflowing else {})
-    smallest = _choice(table.layouts, table.smallest, 0) if len(table.smallest) else None
-    return TrainSearch(table=table, left_out=left_out, smallest=smallest)
+    return TrainSearch(table=table, left_out=left_out, smallest=smallest_of(table.layouts, table.smallest))
+
+
+def smallest_of(layouts: Sequence[TrainLayout], smallest: PriceRows) -> TrainChoice | None:
+    """The one row of `smallest` as a choice; None where there is no layout at all."""
+    return _choice(layouts, smallest, 0) if len(smallest) else None
 
 
 def overflowing_trainers(ctx: PassContext, sized: SizedLayouts, under_s: float) -> PriceTable:
     """What does not fit and might train, log-prob passes included, in less than `under_s`: a bound leaves the rest out."""
     passes = PASSES_OF_UPDATE + passes_per_step(ctx)
-    return sized.timed_too_large(lambda rows: passes * rows.log_prob_s < under_s)
+    return sized.passed_too_large(lambda rows: passes * rows.log_prob_s < under_s).updated()
 
 
 def passes_per_step(ctx: PassContext) -> float:
@@ -199,7 +201,7 @@ def passes_per_step(ctx: PassContext) -> float:
 
 def search_train(ctx: PassContext, cluster: Cluster, num_gpus: int, workload: StepWorkload) -> TrainSearch:
     """All choices on `num_gpus` of `cluster` that fit its smallest GPU."""
-    return train_search(size_trainers(ctx, cluster, num_gpus, workload))
+    return train_search(size_trainers(ctx, cluster, num_gpus, workload).timed())
 
 
 def price_job(ctx: PassContext, cluster: Cluster, workload: StepWorkload) -> PriceJob:

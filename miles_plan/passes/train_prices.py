@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miles_plan.catalog.architecture import ModelArchitecture
-from miles_plan.cost.columns import Floats, LayoutColumns, group_layouts, microbatches_in_flight
+from miles_plan.cost.columns import Floats, LayoutColumns, group_layouts, microbatches_in_flight, stage_kinds
 from miles_plan.cost.communication import Links
 from miles_plan.cost.state_memory import FRAGMENTATION, host_bytes, sum_terms
 from miles_plan.cost.train_memory import OUTSIDE, STATIC, stage_terms
@@ -109,35 +109,54 @@ class SizedLayouts:
         """How many rows do not fit."""
         return sum(len(rows) for _, rows in self.too_large)
 
-    def timed(self, worth: Worth | None = None) -> PriceTable:
-        """The rows that fit with their times.
+    def timed(self) -> PriceTable:
+        """The rows that fit with their times."""
+        return self.passed().updated()
 
-        Rows that `worth` is false of are left out: it is asked before anything is timed, when all times are 0, and again
-        when the log-prob pass is, by which an update can be bounded.
-        """
-        return self._table(self.groups, worth)
+    def passed(self, worth: Worth | None = None) -> PassedLayouts:
+        """The rows that fit with the time of a log-prob pass; rows that `worth` is false of, before and after, are left out."""
+        return self._passed(self.groups, worth)
 
-    def timed_too_large(self, worth: Worth) -> PriceTable:
+    def passed_too_large(self, worth: Worth) -> PassedLayouts:
         """The same of the rows that do not fit: what they would take if they did."""
-        return self._table(self.too_large, worth)
+        return self._passed(self.too_large, worth)
 
-    def _table(self, groups: Sequence[tuple[_Group, PriceRows]], worth: Worth | None) -> PriceTable:
-        found = [_no_rows()]
+    def _passed(self, groups: Sequence[tuple[_Group, PriceRows]], worth: Worth | None) -> PassedLayouts:
+        found = []
         for group, rows in groups:
             wanted = rows if worth is None else rows.take(worth(rows))
             if len(wanted):
                 wanted = group.passed(wanted)
                 wanted = wanted if worth is None else wanted.take(worth(wanted))
             if len(wanted):
+                found.append((group, wanted))
+        return PassedLayouts(sized=self, groups=tuple(found))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassedLayouts:
+    """Rows whose log-prob pass is timed, by which an update can be bounded; the update is not."""
+
+    sized: SizedLayouts
+    groups: tuple[tuple[_Group, PriceRows], ...]
+
+    def updated(self, worth: Worth | None = None) -> PriceTable:
+        """The rows with all their times; rows that `worth` is false of are left out."""
+        found = [_no_rows()]
+        for group, rows in self.groups:
+            wanted = rows if worth is None else rows.take(worth(rows))
+            if len(wanted):
                 found.append(group.updated(wanted))
-        return PriceTable(layouts=self.layouts, rows=_joined(found), overflowing=self.overflowing, smallest=self.smallest)
+        sized = self.sized
+        return PriceTable(layouts=sized.layouts, rows=_joined(found), overflowing=sized.overflowing, smallest=sized.smallest)
 
 
 def size_layouts(layouts: Sequence[TrainLayout], job: PriceJob) -> SizedLayouts:
     """Put bytes to every layout under every option of the job."""
     groups, too_large, smallest = [], [], [_no_rows()]
+    shared: dict[tuple[object, ...], dict[str, Floats]] = {}
     for positions, columns in group_layouts(layouts):
-        group = _Group(positions=positions, layouts=[layouts[at] for at in positions], columns=columns, job=job)
+        group = _Group(positions=positions, layouts=[layouts[at] for at in positions], columns=columns, job=job, shared=shared)
         held = group.held()
         fits = held.peak_bytes <= job.capacity_bytes
         smallest.append(held.take(np.array([np.argmin(held.peak_bytes)])))
@@ -172,6 +191,7 @@ class _Group:
     layouts: list[TrainLayout]
     columns: LayoutColumns
     job: PriceJob
+    shared: dict[tuple[object, ...], dict[str, Floats]]
 
     def held(self) -> PriceRows:
         """Bytes of every layout under every option; times are still 0."""
@@ -262,8 +282,19 @@ class _Group:
         return np.zeros((len(self.columns), self.columns.pp))
 
     def _terms(self, tokens: int, recompute: Recompute, offload: bool) -> dict[str, Floats]:
-        options = self.job.memory(tokens, recompute, offload)
-        return stage_terms(self.job.model, self.columns, options, self.job.links.profile)
+        """Terms of the group's layouts, shape [n, pp]; what is in flight aside, interleaving does not change them."""
+        key = (*self._stages, tokens, recompute, offload)
+        if key not in self.shared:
+            options = self.job.memory(tokens, recompute, offload)
+            self.shared[key] = stage_terms(self.job.model, self.columns, options, self.job.links.profile)
+        return self.shared[key]
+
+    @property
+    def _stages(self) -> tuple[object, ...]:
+        """What each rank holds of the model, and the sizes that cut it: equal for groups that differ in interleaving alone."""
+        columns = self.columns
+        sizes = np.stack([columns.tp, columns.cp, columns.dp, columns.ep, columns.etp, columns.sequence_parallel])
+        return columns.pp, stage_kinds(self.job.model, columns).tobytes(), sizes.tobytes()
 
     def passed(self, rows: PriceRows) -> PriceRows:
         """The rows with the seconds of a log-prob pass, which recomputation and offloading leave alone."""

@@ -35,10 +35,10 @@ def price(
     moved_s = 0.0
     if split.kind == "colocate":
         headroom -= engine.memory.asleep_bytes
-        both = engine.memory.weight_bytes + engine.memory.pool_bytes
         moved_s += offload_time(train.static_bytes, cluster).mid + offload_time(train.static_bytes, cluster, "in").mid
-        moved_s += offload_time(both, cluster).mid + offload_time(engine.memory.weight_bytes, cluster, "in").mid
-        moved_s += offload_time(engine.memory.pool_bytes, cluster, "in").mid
+        weights = engine.memory.weight_bytes
+        moved_s += offload_time(weights, cluster).mid + offload_time(weights, cluster, "in").mid
+        moved_s += offload_time(0.0, cluster, "in").mid  # the cache is mapped, not copied
     if headroom < 0:
         return None
     rollout_s = engine.rollout_s + sync_s(ctx, split, train.layout, engine.layout, transport)
