@@ -188,6 +188,14 @@ def test_a_run_that_ran_out_is_said_not_to_fit_or_named() -> None:
     assert "Runs that ran out" in validate([row]).markdown()
 
 
+def test_a_gpu_of_less_memory_holds_less() -> None:
+    row = TRAIN | {"kind": "memory", "metric": "peak_allocated", "value": 60.0, "unit": "GiB", "notes": "OOM in step 2"}
+    verdicts = [
+        each.said_to_fit for name in ("A100-80GB", "A100 40GB") for each in validate([row | {"hardware": name}]).ran_out
+    ]
+    assert verdicts == [True, False]
+
+
 def test_weight_sync_rows_name_their_transport() -> None:
     row = {
         "source": "x",
