@@ -188,6 +188,16 @@ def test_a_run_that_ran_out_is_said_not_to_fit_or_named() -> None:
     assert "Runs that ran out" in validate([row]).markdown()
 
 
+@pytest.mark.parametrize(
+    "change", [{"value": None, "notes": "CUDA out of memory"}, {"value": "OOM"}, {"value": None, "result": "OOMed"}]
+)
+@pytest.mark.parametrize("kind", ["memory", "train_throughput"])
+def test_a_run_that_measured_nothing_else_still_ran_out(kind: str, change: dict[str, object]) -> None:
+    report = validate([TRAIN | {"kind": kind, "model": "Qwen3-32B", "unit": "GiB"} | change])
+    assert [each.said_to_fit for each in report.ran_out] == [False]
+    assert report.unmapped == report.checked == ()
+
+
 def test_a_gpu_of_less_memory_holds_less() -> None:
     row = TRAIN | {"kind": "memory", "metric": "peak_allocated", "value": 60.0, "unit": "GiB", "notes": "OOM in step 2"}
     verdicts = [

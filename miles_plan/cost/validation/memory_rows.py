@@ -113,9 +113,13 @@ def memory_options(row: Row, job: TrainJob) -> TrainMemoryOptions:
     )
 
 
+_RAN_OUT = re.compile(r"\bOOM(?:ed|s)?\b|\b(?:out of|ran out of) memory", re.IGNORECASE)
+
+
 def said_to_fit(row: Row) -> bool | None:
     """Whether a plan would have taken a run that ran out of memory; None for a run that did not, or is not stated."""
-    if "OOM" not in str(row.get("notes")):
+    said = " ".join(str(row.get(name) or "") for name in ("notes", "result", "status", "value"))
+    if not _RAN_OUT.search(said):
         return None
     job = train_job(row, needs_batch=False)
     held = train_memory(job.model, job.layout, memory_options(row, job))
