@@ -283,6 +283,7 @@ BETWEEN_STEPS = (
     "workspace",
     "graph buffers",
     "draft",
+    "draft states",
     "cuda context",
     "communicators",
 )
@@ -293,7 +294,7 @@ def _trainer_terms(residents: Residents, moment: str) -> tuple[MemoryTerm, ...]:
     or in a sync after its states have left."""
     terms = (*residents.train.terms, *residents.train.outside_terms)
     if moment in ("static", "sync"):
-        left = ("gradients", "optimizer") if moment == "sync" else ()
+        left = ("gradients", "optimizer", "draft states") if moment == "sync" else ()
         terms = tuple(term for term in terms if term.name in BETWEEN_STEPS and term.name not in left)
     elif moment == "forward":
         terms = tuple(term for term in terms if term.name not in ("activations", "pipeline in flight", "backward"))
