@@ -132,6 +132,8 @@ def _checked(number: int, row: Row, kind: str) -> Iterator[Checked]:
     name = str(row.get("kind"))
     if name in NOT_ESTIMATED:
         raise IncompleteRowError("not a figure of a job")
+    if not row.get("kind"):
+        raise IncompleteRowError("its kind is not stated")
     if name not in _ESTIMATES:
         raise UnmappedRowError(f"no estimate of kind {name!r}")
     estimate, truth = _ESTIMATES[name][1](row)

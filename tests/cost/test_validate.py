@@ -61,6 +61,7 @@ def test_a_faster_truth_makes_the_estimate_too_slow() -> None:
         ({"value": None}, "value is not stated"),
         ({"value": math.nan}, "value is not a number"),
         ({"metric": 7}, "metric is not stated"),
+        ({"kind": None}, "its kind is not stated"),
         ({"tp": 0.5}, "tp is 0.5"),
         ({"hardware": "A100", "precision": "nvfp4"}, "a100 has no nvfp4"),
     ],
