@@ -25,7 +25,7 @@ from miles_plan.ir.layout import Recompute, TrainLayout
 
 Floats = NDArray[np.float64]
 
-STEP_ERROR = {"measured": 0.3, "calibrated": 0.25, "roofline": 0.45}
+STEP_ERROR = {"measured": 0.18, "calibrated": 0.25, "roofline": 0.45}
 FORWARD_ERROR = {"measured": 0.14, "calibrated": 0.2, "roofline": 0.35}
 """Relative half width of the 90 % interval of a step and of a forward pass, by where the efficiencies come from
 (docs/accuracy.md)."""
