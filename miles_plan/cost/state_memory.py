@@ -39,9 +39,10 @@ def draft_terms(columns: LayoutColumns, options: TrainMemoryOptions, like: Float
         return {}
     own = options.draft_params / columns.tp
     shards = columns.dp * columns.cp if options.optimizer.distributed and options.engine != "torch" else 1.0
-    held = np.zeros_like(like)
-    held[:, -1] = own * (options.element_bytes + options.grad_bytes) + own / shards * options.optimizer.bytes_per_param
-    return {"draft": held}
+    weights, states = np.zeros_like(like), np.zeros_like(like)
+    weights[:, -1] = own * options.element_bytes
+    states[:, -1] = own * options.grad_bytes + own / shards * options.optimizer.bytes_per_param
+    return {"draft": weights, "draft states": states}
 
 
 def optimizer_elements(params: ParamColumns, columns: LayoutColumns, options: TrainMemoryOptions) -> Floats:

@@ -111,6 +111,7 @@ STATIC = (
     "workspace",
     "graph buffers",
     "draft",
+    "draft states",
 )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miles_plan.catalog.architecture import ModelArchitecture
+from miles_plan.catalog.ffns import MoeFfn
 from miles_plan.catalog.gpus import Cluster
 from miles_plan.cost.columns import LayoutColumns, group_layouts, stage_kinds
 from miles_plan.cost.communication import Links, collective_s, links_of, point_to_point_s, ranks_in_domain
@@ -24,13 +25,16 @@ from miles_plan.ir.layout import Recompute, TrainLayout
 
 Floats = NDArray[np.float64]
 
-STEP_ERROR = {"measured": 0.3, "calibrated": 0.25, "roofline": 0.45}
+STEP_ERROR = {"measured": 0.18, "calibrated": 0.25, "roofline": 0.45}
 FORWARD_ERROR = {"measured": 0.14, "calibrated": 0.2, "roofline": 0.35}
 """Relative half width of the 90 % interval of a step and of a forward pass, by where the efficiencies come from
 (docs/accuracy.md)."""
 OPTIMIZER_BYTES = 44.0
 """HBM traffic of one parameter's Adam step: gradient norm and zeroing 8, gradient, master and moments read 16 and
 written 12, bf16 copy 8."""
+TENSOR_HOST_S = 27.0e-6
+"""Host time an optimizer step spends on each weight: copies of gradients and masters are loops (measured: 100 to 2,100
+weights), which the precision-aware optimizer does without."""
 LOSS_FORWARD_BYTES, LOSS_BACKWARD_BYTES = 30.0, 5.0
 """HBM traffic of an element of the logits in vocabulary-parallel cross entropy (measured, not fused)."""
 CONTENTION = 0.2
@@ -273,7 +277,18 @@ def _update_seconds(
         exposed = np.maximum(0.1 * reduce, reduce - 0.6 * microbatch) + np.maximum(0.1 * gather, gather - 0.3 * microbatch)
     shard = dense / replicas + expert / expert_replicas
     shard = shard if options.optimizer.distributed else dense + expert
-    return {"dp": exposed, "optimizer": _optimizer_seconds(shard, links, options.optimizer)}
+    optimizer = _optimizer_seconds(shard, links, options.optimizer)
+    if options.engine == "megatron" and options.optimizer.kind != "none" and not options.optimizer.precision_aware:
+        optimizer = optimizer + _tensors(model, columns)[at] * TENSOR_HOST_S * links.profile.host_scale
+    return {"dp": exposed, "optimizer": optimizer}
+
+
+def _tensors(model: ModelArchitecture, columns: LayoutColumns) -> Floats:
+    """Weights of each rank as Megatron holds them, one an expert and projection, shape [n, pp]."""
+    counts = stage_kinds(model, columns)
+    whole = counts @ np.array([4.0 * sum(1 for part in (kind.mixer, kind.ffn) if part) for kind in model.kinds])
+    experts = counts @ np.array([2.0 * kind.ffn.experts if isinstance(kind.ffn, MoeFfn) else 0.0 for kind in model.kinds])
+    return np.asarray(whole[None] + experts[None] / columns.ep[:, None])
 
 
 def _optimizer_seconds(shard: Floats, links: Links, optimizer: OptimizerOptions) -> Floats:

@@ -88,9 +88,9 @@ def validate(rows: Iterable[Row]) -> ValidationReport:
                 launched.append(_launched(row))
             else:
                 with np.errstate(all="ignore"):  # what a row's absurd sizes make of a figure is looked at below
-                    found, verdicts = list(_checked(number, row, kind)), list(_ran_out(number, row))
-                checked += found
-                ran_out += verdicts
+                    verdicts = list(_ran_out(number, row))
+                    ran_out += verdicts
+                    checked += _figures(number, row, kind, bool(verdicts))
         except UnmappedRowError as reason:
             unmapped.append(Unmapped(kind, number, str(reason), isinstance(reason, IncompleteRowError), place))
         except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
@@ -113,6 +113,16 @@ def _launched(row: Row) -> Launched:
     return Launched(str(row.get("id") or row.get("path")), check.gpu.name, check.gpu_stated, check.fits, check.defect)
 
 
+def _figures(number: int, row: Row, kind: str, ran_out: bool) -> list[Checked]:
+    """What a row measured; a run that ran out of memory may have measured nothing."""
+    try:
+        return list(_checked(number, row, kind))
+    except IncompleteRowError:
+        if ran_out:
+            return []
+        raise
+
+
 def _checked(number: int, row: Row, kind: str) -> Iterator[Checked]:
     if is_megatron_row(row):
         for each in check_megatron(row):
@@ -122,6 +132,8 @@ def _checked(number: int, row: Row, kind: str) -> Iterator[Checked]:
     name = str(row.get("kind"))
     if name in NOT_ESTIMATED:
         raise IncompleteRowError("not a figure of a job")
+    if not row.get("kind"):
+        raise IncompleteRowError("its kind is not stated")
     if name not in _ESTIMATES:
         raise UnmappedRowError(f"no estimate of kind {name!r}")
     estimate, truth = _ESTIMATES[name][1](row)
@@ -139,7 +151,7 @@ def _error(estimate: Interval, truth: float) -> float:
 
 
 def _ran_out(number: int, row: Row) -> Iterator[RanOut]:
-    if row.get("kind") == "memory" and (verdict := said_to_fit(row)) is not None:
+    if row.get("kind") in ("memory", "train_throughput") and (verdict := said_to_fit(row)) is not None:
         modules = f", recompute {row['recompute']}" if row.get("recompute") else ""
         yield RanOut(number, f"{row.get('model')} on {row.get('hardware')}{modules}: {row.get('notes')}", verdict)
 

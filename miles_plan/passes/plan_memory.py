@@ -231,6 +231,9 @@ def _gpu_phases(graph: TaskGraph, residents: Residents, role: str, *, both: bool
     trains, generates = role == "train", role == "rollout" or both
     awake, asleep = _engine_terms(residents, awake=True), _engine_terms(residents, awake=False)
     static = _trainer_terms(residents, "static")
+    # A sleeping trainer's memory is torch_memory_saver's, which cannot grow segments in place: more of it may be lost.
+    needed = residents.train.needed_bytes(expandable_segments=residents.embedded or not sleeping)
+    lost = max(0, int(needed - residents.train.device_bytes.high))
     put_away = (_term("asleep", "train", residents.sleeping_train_bytes),)
     if generates and residents.rollout is not None:
         beside = () if not both else put_away if sleeping else static
@@ -244,7 +247,7 @@ def _gpu_phases(graph: TaskGraph, residents: Residents, role: str, *, both: bool
                 _term(f"teacher {term.name}", "train", int(term.value)) for term in residents.teacher.terms if term.value >= 1.0
             )
             yield _phase("teacher", "teacher_log_probs", (*static, *scoring, *beside), spread=0.04)
-        yield _phase("train", "train", (*_trainer_terms(residents, "peak"), *beside), spread=0.04)
+        yield _phase("train", "train", (*_trainer_terms(residents, "peak"), *beside), spread=0.04, more=lost)
     if residents.rollout is not None:
         bucket = (_term("sync bucket", role, residents.bucket_bytes),)
         weights = (_term("weights", "rollout", int(residents.rollout.weight_bytes + residents.rollout.outside_bytes)),)
@@ -283,6 +286,7 @@ BETWEEN_STEPS = (
     "workspace",
     "graph buffers",
     "draft",
+    "draft states",
     "cuda context",
     "communicators",
 )
@@ -293,7 +297,7 @@ def _trainer_terms(residents: Residents, moment: str) -> tuple[MemoryTerm, ...]:
     or in a sync after its states have left."""
     terms = (*residents.train.terms, *residents.train.outside_terms)
     if moment in ("static", "sync"):
-        left = ("gradients", "optimizer") if moment == "sync" else ()
+        left = ("gradients", "optimizer", "draft states") if moment == "sync" else ()
         terms = tuple(term for term in terms if term.name in BETWEEN_STEPS and term.name not in left)
     elif moment == "forward":
         terms = tuple(term for term in terms if term.name not in ("activations", "pipeline in flight", "backward"))
@@ -334,9 +338,10 @@ def _term(name: str, owner: str, size_bytes: int) -> MemoryTerm:
     return MemoryTerm(name=name, owner=owner, size_bytes=max(0, size_bytes))
 
 
-def _phase(name: str, task: str, terms: tuple[MemoryTerm, ...], *, spread: float) -> MemoryPhase:
+def _phase(name: str, task: str, terms: tuple[MemoryTerm, ...], *, spread: float, more: int = 0) -> MemoryPhase:
+    """A phase whose upper end is a share above its terms, and so many bytes more."""
     total = sum(term.size_bytes for term in terms)
-    return MemoryPhase(name=name, task=task, terms=terms, high_bytes=int(total * (1 + spread)))
+    return MemoryPhase(name=name, task=task, terms=terms, high_bytes=int(total * (1 + spread)) + more)
 
 
 def _over_capacity(ctx: PassContext, timelines: tuple[MemoryTimeline, ...]) -> Iterator[Diagnostic]:

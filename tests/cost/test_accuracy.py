@@ -29,13 +29,13 @@ def of(kind: str) -> Summary:
     ("kind", "rows", "median", "p90", "worst"),
     [
         ("Megatron peak memory", 78, 0.0005, 0.003, 0.006),
-        ("Megatron step time", 51, 0.095, 0.27, 0.45),
-        ("Megatron forward pass", 51, 0.075, 0.13, 0.55),
-        ("training memory", 52, 0.032, 0.09, 0.15),
+        ("Megatron step time", 51, 0.05, 0.14, 0.30),
+        ("Megatron forward pass", 51, 0.055, 0.125, 0.25),
+        ("training memory", 52, 0.018, 0.065, 0.15),
         ("training step time", 368, 0.069, 0.195, 0.75),
         ("decode time per token", 144, 0.093, 0.25, 0.75),
         ("RL step time", 28, 0.10, 0.33, 0.85),
-        ("weight sync", 21, 0.085, 0.27, 0.75),
+        ("weight sync", 21, 0.078, 0.255, 0.75),
     ],
 )
 def test_errors_stay_where_they_are(kind: str, rows: int, median: float, p90: float, worst: float) -> None:

@@ -61,6 +61,7 @@ def test_a_faster_truth_makes_the_estimate_too_slow() -> None:
         ({"value": None}, "value is not stated"),
         ({"value": math.nan}, "value is not a number"),
         ({"metric": 7}, "metric is not stated"),
+        ({"kind": None}, "its kind is not stated"),
         ({"tp": 0.5}, "tp is 0.5"),
         ({"hardware": "A100", "precision": "nvfp4"}, "a100 has no nvfp4"),
     ],
@@ -186,6 +187,24 @@ def test_a_run_that_ran_out_is_said_not_to_fit_or_named() -> None:
     large = validate([row | {"model": "Qwen3-32B"}]).ran_out
     assert [each.said_to_fit for each in large] == [False]
     assert "Runs that ran out" in validate([row]).markdown()
+
+
+@pytest.mark.parametrize(
+    "change", [{"value": None, "notes": "CUDA out of memory"}, {"value": "OOM"}, {"value": None, "result": "OOMed"}]
+)
+@pytest.mark.parametrize("kind", ["memory", "train_throughput"])
+def test_a_run_that_measured_nothing_else_still_ran_out(kind: str, change: dict[str, object]) -> None:
+    report = validate([TRAIN | {"kind": kind, "model": "Qwen3-32B", "unit": "GiB"} | change])
+    assert [each.said_to_fit for each in report.ran_out] == [False]
+    assert report.unmapped == report.checked == ()
+
+
+def test_a_gpu_of_less_memory_holds_less() -> None:
+    row = TRAIN | {"kind": "memory", "metric": "peak_allocated", "value": 60.0, "unit": "GiB", "notes": "OOM in step 2"}
+    verdicts = [
+        each.said_to_fit for name in ("A100-80GB", "A100 40GB") for each in validate([row | {"hardware": name}]).ran_out
+    ]
+    assert verdicts == [True, False]
 
 
 def test_weight_sync_rows_name_their_transport() -> None:

@@ -132,3 +132,24 @@ def test_a_plan_carries_what_its_engine_must_obey() -> None:
     trains = [phase for phase in hosts if phase.name in ("train", "save")]
     assert len(trains) >= 2
     assert all(any(term.name == "offloaded states" for term in phase.terms) for phase in trains)
+
+
+def test_a_sleeping_trainer_may_lose_more_to_its_allocator() -> None:
+    job = {
+        "version": 1,
+        "name": "test",
+        "model": {"name": "qwen3-8b"},
+        "cluster": {"gpu": "h200", "nodes": 1},
+        "algorithm": {"kind": "grpo"},
+        "data": {"prompts": {"generator": "arithmetic"}, "reward": "math"},
+        "train": {"layout": {"tp": 2}, "tokens_per_gpu": 8192},
+        **drafting(method="eagle"),
+    }
+
+    def spread(placement: str) -> float:
+        plan = compile_job(job_from_mapping(job | {"placement": placement})).plan
+        phases = [each for timeline in plan.graph.memory if timeline.place == "gpu" for each in timeline.phases]
+        train = next(phase for phase in phases if phase.name == "train")
+        return train.high_bytes / train.total_bytes - 1.0
+
+    assert spread("colocate") > spread("disaggregate") == pytest.approx(0.04, abs=0.001)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from miles_plan.catalog.architecture import ModelArchitecture
@@ -45,6 +46,7 @@ _GPU_PATTERNS = (  # first match wins, so longer names come first
 )
 
 
+_GPU_NAMES = re.compile(r"\b(?:g?b[23]00|gh200|h[128]00|h20|a100|mi3\d\dx?)\b")
 _VAGUE = re.compile(r"unstated|see |node|class")
 
 
@@ -58,12 +60,26 @@ def row_gpu(row: Row) -> Gpu:
     if not said:
         raise IncompleteRowError("hardware is not stated")
     text = str(said).lower()
+    if len(set(_GPU_NAMES.findall(text))) > 1:
+        raise IncompleteRowError("hardware is not stated")  # one of several
     for pattern, name in _GPU_PATTERNS:
         if pattern in text:
-            return find_gpu(name)
+            return _of_stated_memory(find_gpu(name), text)
     if _VAGUE.search(text):
         raise IncompleteRowError("hardware is not stated")
     raise UnmappedRowError("hardware is not in the catalog")
+
+
+_MEMORY = re.compile(r"(?<![\w.])(\d{2,3}) ?gb\b")
+
+
+def _of_stated_memory(gpu: Gpu, text: str) -> Gpu:
+    """The variant of a GPU that a row names, such as an A100 of 40 GB."""
+    stated = _MEMORY.search(text)
+    share = int(stated[1]) * 1e9 / gpu.memory_bytes if stated else 1.0
+    if 0.85 < share < 1.15 or not 0.2 < share < 2.0:
+        return gpu
+    return replace(gpu, memory_bytes=int(gpu.memory_bytes * share), usable_bytes=int(gpu.usable_bytes * share))
 
 
 _NOISE = re.compile(r"\b(lora|qlora|sft|peft|class|base|hf|nvfp4|fp8|bf16|int4|unstated.*|see .*)\b", re.IGNORECASE)

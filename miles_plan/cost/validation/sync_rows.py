@@ -76,6 +76,7 @@ def _options(row: Row, rollout: RolloutLayout) -> SyncOptions:
         rollout_precision="fp8" if quantized else "bf16",
         adapter_fraction=0.005 if "lora" in text else 1.0,
         engine_load_bytes_per_s=load,
+        exposed_receive_bytes=per_rank if "nccl" in text else 0.0,
     )
 
 

@@ -181,16 +181,18 @@ def train_time_options(row: Row, job: TrainJob) -> TrainTimeOptions:
     """How the row's step ran."""
     mode, modules = recomputation(row, job.software)
     sharded = size_of(row, "fsdp") > 1
+    facts = recipe_facts(job.model.name, str(row.get("recipe") or ""), job.software.tuned)
     return TrainTimeOptions(
         compute=compute_options(row, job.software, job.model, job.gpu),
         recompute=cast(Recompute, mode),
         recompute_modules=modules,
         optimizer=OptimizerOptions(
             kind="none" if is_frozen(row) else "adam",
+            precision_aware=facts.precision_aware,
             offload_fraction=figure_of(row, "optimizer_offload_fraction", 0.0),
         ),
         engine="fsdp2" if sharded else job.software.engine,
-        mtp_layers=recipe_facts(job.model.name, str(row.get("recipe") or ""), job.software.tuned).mtp_layers,
+        mtp_layers=facts.mtp_layers,
     )
 
 
