@@ -1,7 +1,8 @@
-"""Measure the tiles of the matrix kernels and write a table: python -m benchmarks.kernels.tune --out FILE.json [--shapes FILE.json]
+"""Measure the tiles of the matrix kernels: python -m benchmarks.kernels.tune --out TABLE.json [--shapes FILE.json]
 
 For every product of the list and every power of two of rows, the tiles predicted fastest are compared bit for bit with the
-portable kernel's result on random data, and the fastest that is equal wins. Point MILES_PLAN_KERNEL_TABLE at the file to use it.
+portable kernel's result on random data, and the fastest that is equal wins. Point MILES_PLAN_KERNEL_TABLE at the table to use
+it.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def enable(model: torch.nn.Module | None = None) -> Iterator[None]:
 def enable_aten() -> Iterator[None]:
     """Only the first hook: matrix products and log-softmax of every thread of this process. What a Megatron-core or SGLang
     worker needs around its own layers; `hooks` has the rest."""
-    library = torch.library.Library("aten", "IMPL")
+    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]  # torch's class is untyped
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that a kernel is replaced, which is the point
         for name, function in (("mm", _mm), ("addmm", _addmm), ("bmm", _bmm), ("_log_softmax", _log_softmax)):

@@ -100,17 +100,20 @@ def _accumulate(
     blocks: gl.tensor, x_k: gl.tensor, w_k: gl.tensor, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, COLS: gl.constexpr,
     SWAP: gl.constexpr, ME: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
-    """All blocks of a tile, two in flight; the next two's scales are fetched while these two multiply."""
+    """All blocks of a tile, two in flight. Scales are fetched two pairs ahead, since a pair of narrow blocks is done sooner
+    than memory answers."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 32])
     ready, empty = bars
     acc = gl.zeros((64, COLS), gl.float32, layout)
     tokens0, weight0 = _scales(token_at, weight_at, there, 0, blocks, x_k, w_k)
     tokens1, weight1 = _scales(token_at, weight_at, there, 1, blocks, x_k, w_k)
+    tokens2, weight2 = _scales(token_at, weight_at, there, 2, blocks, x_k, w_k)
+    tokens3, weight3 = _scales(token_at, weight_at, there, 3, blocks, x_k, w_k)
     for block in range(0, blocks - 1, 2):
         first = _block(rings, ready, step, CONSUMERS, STAGES, COLS, ME)
         second = _block(rings, ready, step + 1, CONSUMERS, STAGES, COLS, ME)
-        next0, next_weight0 = _scales(token_at, weight_at, there, block + 2, blocks, x_k, w_k)
-        next1, next_weight1 = _scales(token_at, weight_at, there, block + 3, blocks, x_k, w_k)
+        next0, next_weight0 = _scales(token_at, weight_at, there, block + 4, blocks, x_k, w_k)
+        next1, next_weight1 = _scales(token_at, weight_at, there, block + 5, blocks, x_k, w_k)
         part = warpgroup_mma_wait(num_outstanding=1, deps=(first,))
         gl.thread_barrier()
         mbarrier.arrive(empty.index(step % STAGES), count=1)
@@ -119,7 +122,8 @@ def _accumulate(
         gl.thread_barrier()
         mbarrier.arrive(empty.index((step + 1) % STAGES), count=1)
         acc = _promote(part, tokens1, weight1, acc, SWAP)
-        tokens0, weight0, tokens1, weight1 = next0, next_weight0, next1, next_weight1
+        tokens0, weight0, tokens1, weight1 = tokens2, weight2, tokens3, weight3
+        tokens2, weight2, tokens3, weight3 = next0, next_weight0, next1, next_weight1
         step += 2
     if blocks % 2 == 1:
         part = warpgroup_mma_wait(num_outstanding=0, deps=(_block(rings, ready, step, CONSUMERS, STAGES, COLS, ME),))

@@ -138,8 +138,10 @@ def _check(
 def _tile(rows: int, n: int, experts: int, sms: int) -> tuple[bool, int, int, int]:
     """Whether the weights take the rows, warp groups, columns and stages: wide tiles once they fill the device."""
     if not experts and rows <= 64 and n % 64 == 0:
-        cols = max(8, 1 << (rows - 1).bit_length())
-        return True, 1, min(cols, 64), 12
+        cols = min(64, max(8, 1 << (rows - 1).bit_length()))
+        while cols > 16 and n // 64 * -(-rows // cols) * 4 < 3 * sms:  # reading the weights twice from L2 beats idling
+            cols //= 2
+        return True, 1, cols, 12
     if rows > 64 * max(experts, 1) and -(-rows // 128) * -(-n // 128) * 2 >= sms:
         return False, 2, 128, 6
     for cols, stages in ((128, 8), (64, 12), (32, 16)):

@@ -14,6 +14,7 @@ from .gemm_portable import gemm_portable_kernel
 from .gemm_skinny import gemm_skinny_kernel
 from .toolchain import gl, gluon_descriptor, triton
 from .tuning import DIRECT, RING, SKINNY, GemmProblem, GemmTile, choose
+from .workspace import zeroed_ints
 
 TREE_LEAVES = 8  # slices of K in the tree family: what tensor-parallel sizes 1, 2, 4 and 8 share
 HALF = (torch.bfloat16, torch.float16)
@@ -115,12 +116,19 @@ def _launch_hopper(
     if tile.store == 1:
         target = descriptor(out, (tile.rows, tile.cols))
         target_e = descriptor(out, (tile.rows, tile.extra)) if tile.extra else target
-    row_tiles = _row_tiles(m, tile.height, problem.experts)
-    gemm_kernel[(min(multiprocessors(out.device), row_tiles * triton.cdiv(n, tile.width)),)](
-        a_desc, b_desc, e_desc, target, target_e, plan if plan is not None else out, *sizes, GROUPED=problem.experts > 0,
+    tiles = _row_tiles(m, tile.height, problem.experts) * triton.cdiv(n, tile.width)
+    programs = min(multiprocessors(out.device), tiles)
+    handoff = flags = out
+    stream = tile.stream and tiles > programs
+    if stream:
+        handoff = torch.empty(programs * tile.height * tile.width, device=out.device, dtype=torch.float32)
+        flags = zeroed_ints(out.device, 2 * programs)
+    gemm_kernel[(programs,)](
+        a_desc, b_desc, e_desc, target, target_e, plan if plan is not None else out, handoff, flags, *sizes,
+        GROUPED=problem.experts > 0,
         A_KM=a_km, B_KN=b_kn, GROUP=tile.group, CONSUMERS=tile.consumers, STAGES=tile.stages, ROWS=tile.rows, COLS=tile.cols,
         EXTRA=tile.extra, DEPTH=tile.depth, LEAVES=problem.leaves, STASH=tile.stashes(problem.leaves), STORE=tile.store,
-        num_warps=4, maxnreg=168,
+        STREAM=stream, num_warps=4, maxnreg=168,
     )  # fmt: skip
 
 

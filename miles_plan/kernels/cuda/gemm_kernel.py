@@ -8,6 +8,10 @@ ascending K (a `wgmma` k16 step adds its sixteen products and the accumulator in
 nor which operand is called A can show; see `tensor_core`). With `LEAVES` > 0 the accumulator restarts at each of LEAVES equal
 slices of K and the slices are added as a balanced binary tree, which is what a tensor-parallel shard can reproduce.
 
+STREAM evens out the last waves: their tiles are cut along K so that every program gets the same number of steps, and a program
+that begins a tile hands its accumulator, as it is, to the next program, which goes on from it. The chain stays one chain. (An
+ordered form of Stream-K, Osama et al. 2023, arXiv 2301.03598, whose partial sums would be added up instead.)
+
 A value outside a matrix is loaded as zero and adds nothing, so ragged M, N and K need no second path.
 """
 
@@ -50,10 +54,52 @@ def _row_tiles(plan: gl.tensor, M: gl.tensor, TILE: gl.constexpr, GROUPED: gl.co
 
 
 @gluon_jit
+def _turns(tiles: gl.tensor, STREAM: gl.constexpr) -> gl.tensor:
+    """How many segments this program looks at, see `_segment`; with STREAM one more follows, which begins inside a tile."""
+    turns = gl.cdiv(tiles - gl.program_id(0), gl.num_programs(0))
+    if STREAM:
+        turns = tiles // gl.num_programs(0) + 1
+    return turns
+
+
+@gluon_jit
+def _segment(turn: gl.tensor, tiles: gl.tensor, steps: gl.tensor, STREAM: gl.constexpr) -> gl.tensor:
+    """What this program does in its `turn`: steps [first, last) of a tile; nothing if first >= last.
+
+    Whole tiles, and with STREAM at the end an equal share [begin, end) of the steps of the last one to two waves: first the
+    beginning of the share's last tile, which the next program waits for, then a whole tile, then the end of its first tile,
+    whose beginning the previous program did first.
+    """
+    program = gl.program_id(0)
+    programs = gl.num_programs(0)
+    tile = program + turn * programs
+    first = 0
+    last = steps
+    if STREAM:
+        waves = tiles // programs - 1
+        if turn >= waves:
+            rest = tiles - waves * programs
+            begin = program * rest * steps // programs
+            end = (program + 1) * rest * steps // programs
+            if turn == waves:
+                tile = end // steps
+                last = end - tile * steps
+            elif turn == waves + 1:
+                tile = gl.cdiv(begin, steps)
+                last = gl.where((tile + 1) * steps <= end, steps, 0)
+            else:
+                tile = begin // steps
+                first = begin - tile * steps
+                last = gl.where(first > 0, steps, 0)
+            tile += waves * programs
+    return tile, first, last
+
+
+@gluon_jit
 def _produce(
     descs: gl.tensor, rings: gl.tensor, bars: gl.tensor, plan: gl.tensor, M: gl.tensor, N: gl.tensor, K: gl.tensor,
     GROUPED: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    ROWS: gl.constexpr, COLS: gl.constexpr, EXTRA: gl.constexpr, DEPTH: gl.constexpr,
+    ROWS: gl.constexpr, COLS: gl.constexpr, EXTRA: gl.constexpr, DEPTH: gl.constexpr, STREAM: gl.constexpr,
 ) -> None:  # fmt: skip
     """The producer warp: fill the next free stage of the ring with the A rows of each consumer and the shared B columns."""
     a_desc, b_desc, e_desc = descs
@@ -65,13 +111,15 @@ def _produce(
     num_n = gl.cdiv(N, COLS + EXTRA)
     num_m = _row_tiles(plan, M, ROWS * CONSUMERS, GROUPED)
     step = 0
-    for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+    for turn in range(_turns(num_m * num_n, STREAM) + (1 if STREAM else 0)):
+        tile, first, last = _segment(turn, num_m * num_n, gl.cdiv(K, DEPTH), STREAM)
         tile_m, tile_n = _tile_position(tile, num_m, num_n, GROUP)
         row, _, expert = _locate(plan, tile_m, M, ROWS * CONSUMERS, GROUPED)
         col = tile_n * (COLS + EXTRA)
         b_row = expert * N + col
         b_k = expert * K
-        for k in range(0, K, DEPTH):
+        for at in range(first, last):
+            k = at * DEPTH
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             bar = ready.index(stage)
@@ -235,22 +283,99 @@ def _stage_tile(out_desc: gl.tensor, buffer: gl.tensor, tile: gl.tensor, row: gl
 
 
 @gluon_jit
+def _slot(handoff: gl.tensor, program: gl.tensor, CONSUMERS: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr,
+          EXTRA: gl.constexpr, ME: gl.constexpr) -> gl.tensor:  # fmt: skip
+    """Where the accumulators that `program` hands over lie."""
+    return handoff + (program * CONSUMERS + ME).to(gl.int64) * (ROWS * (COLS + EXTRA))
+
+
+@gluon_jit
+def _places(ROWS: gl.constexpr, COLS: gl.constexpr, layout: gl.constexpr) -> gl.tensor:
+    """Offsets of a tile's elements, row by row."""
+    r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    return r[:, None] * COLS + gl.arange(0, COLS, layout=gl.SliceLayout(0, layout))[None, :]
+
+
+@gluon_jit
+def _hand_over(
+    handoff: gl.tensor, flags: gl.tensor, acc: gl.tensor, acc_e: gl.tensor, CONSUMERS: gl.constexpr, ROWS: gl.constexpr,
+    COLS: gl.constexpr, EXTRA: gl.constexpr, ME: gl.constexpr,
+) -> None:  # fmt: skip
+    """Leave this program's accumulators for the next one."""
+    layout: gl.constexpr = acc.type.layout
+    layout_e: gl.constexpr = acc_e.type.layout
+    slot = _slot(handoff, gl.program_id(0), CONSUMERS, ROWS, COLS, EXTRA, ME)
+    gl.store(slot + _places(ROWS, COLS, layout), acc)
+    if EXTRA:
+        gl.store(slot + ROWS * COLS + _places(ROWS, EXTRA, layout_e), acc_e)
+    gl.thread_barrier()
+    gl.atomic_xchg(flags + gl.program_id(0) * CONSUMERS + ME, 1, sem="release", scope="gpu")
+
+
+@gluon_jit
+def _receive(
+    handoff: gl.tensor, flags: gl.tensor, layout: gl.constexpr, layout_e: gl.constexpr, CONSUMERS: gl.constexpr,
+    ROWS: gl.constexpr, COLS: gl.constexpr, EXTRA: gl.constexpr, ME: gl.constexpr,
+) -> gl.tensor:  # fmt: skip
+    """Wait for the previous program's accumulators and take them; its flag is left at zero."""
+    COLS_E: gl.constexpr = max(EXTRA, 8)
+    program = gl.program_id(0) - 1
+    flag = flags + program * CONSUMERS + ME
+    ready = gl.atomic_add(flag, 0, sem="acquire", scope="gpu")
+    while ready == 0:
+        ready = gl.atomic_add(flag, 0, sem="acquire", scope="gpu")
+    gl.thread_barrier()
+    slot = _slot(handoff, program, CONSUMERS, ROWS, COLS, EXTRA, ME)
+    acc = gl.load(slot + _places(ROWS, COLS, layout), cache_modifier=".cg")
+    acc_e = gl.zeros((ROWS, COLS_E), gl.float32, layout_e)
+    if EXTRA:
+        acc_e = gl.load(slot + ROWS * COLS + _places(ROWS, COLS_E, layout_e), cache_modifier=".cg")
+    gl.store(flag, 0)
+    return acc, acc_e
+
+
+@gluon_jit
+def _write(
+    outs: gl.tensor, c_buffers: gl.tensor, e_buffers: gl.tensor, acc: gl.tensor, acc_e: gl.tensor, row: gl.tensor,
+    col: gl.tensor, end: gl.tensor, N: gl.tensor, n_end: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor,
+    COLS: gl.constexpr, EXTRA: gl.constexpr, STORE: gl.constexpr, ME: gl.constexpr,
+) -> None:  # fmt: skip
+    """Round a finished tile and write it."""
+    out, out_e = outs
+    if STORE == 1:
+        tma.store_wait(pendings=0)
+        gl.thread_barrier()
+        _stage_tile(out, c_buffers.index(ME), acc, row, col)
+        if EXTRA:
+            _stage_tile(out_e, e_buffers.index(ME), acc_e, row, col + COLS)
+    else:
+        limit = n_end
+        if STORE == 2:
+            limit = N  # known to be a multiple of 8, which lets whole rows be written 16 bytes at a time
+        _store_tile(out, stride_m, stride_n, acc, row, col, end, limit, STORE == 2, 4)
+        if EXTRA:
+            _store_tile(out, stride_m, stride_n, acc_e, row, col + COLS, end, limit, STORE == 2, 4)
+
+
+@gluon_jit
 def _consume(
-    outs: gl.tensor, rings: gl.tensor, bars: gl.tensor, buffers: gl.tensor, plan: gl.tensor, M: gl.tensor,
-    N: gl.tensor, n_end: gl.tensor, K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor, GROUPED: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    ROWS: gl.constexpr, COLS: gl.constexpr, EXTRA: gl.constexpr, DEPTH: gl.constexpr, LEAVES: gl.constexpr,
-    STASH: gl.constexpr, STORE: gl.constexpr, ME: gl.constexpr,
+    outs: gl.tensor, rings: gl.tensor, bars: gl.tensor, buffers: gl.tensor, plan: gl.tensor, handoff: gl.tensor,
+    flags: gl.tensor, M: gl.tensor, N: gl.tensor, n_end: gl.tensor, K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor,
+    GROUPED: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, EXTRA: gl.constexpr, DEPTH: gl.constexpr,
+    LEAVES: gl.constexpr, STASH: gl.constexpr, STORE: gl.constexpr, STREAM: gl.constexpr, ME: gl.constexpr,
 ) -> None:  # fmt: skip
     """Consumer warp group ME: its ROWS rows of every tile this program walks."""
-    out, out_e = outs
     c_buffers, e_buffers, stash = buffers
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     COLS_E: gl.constexpr = max(EXTRA, 8)
     layout_e: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS_E, 16])
     num_m = _row_tiles(plan, M, ROWS * CONSUMERS, GROUPED)
     num_n = gl.cdiv(N, COLS + EXTRA)
+    steps = gl.cdiv(K, DEPTH)
     step = 0
-    for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+    for turn in range(_turns(num_m * num_n, STREAM)):
+        tile, first, last = _segment(turn, num_m * num_n, steps, STREAM)
         tile_m, tile_n = _tile_position(tile, num_m, num_n, GROUP)
         row, end, _ = _locate(plan, tile_m, M, ROWS * CONSUMERS, GROUPED)
         row += ME * ROWS
@@ -261,62 +386,69 @@ def _consume(
                 rings, bars, stash, step, K // (LEAVES * DEPTH), A_KM, B_KN, CONSUMERS, STAGES, ROWS, COLS, LEAVES,
                 STASH, ME,
             )  # fmt: skip
-        else:
+            _write(outs, c_buffers, e_buffers, acc, acc_e, row, col, end, N, n_end, stride_m, stride_n, COLS, EXTRA, STORE, ME)
+        elif first < last:
             acc = gl.zeros((ROWS, COLS), gl.float32, layout)
-            acc, acc_e, step = _mma_steps(
-                acc, acc_e, rings, bars, step, gl.cdiv(K, DEPTH), A_KM, B_KN, CONSUMERS, STAGES, EXTRA, ME
-            )
-        if STORE == 1:
-            tma.store_wait(pendings=0)
-            gl.thread_barrier()
-            _stage_tile(out, c_buffers.index(ME), acc, row, col)
-            if EXTRA:
-                _stage_tile(out_e, e_buffers.index(ME), acc_e, row, col + COLS)
-        else:
-            limit = n_end
-            if STORE == 2:
-                limit = N  # known to be a multiple of 8, which lets whole rows be written 16 bytes at a time
-            _store_tile(out, stride_m, stride_n, acc, row, col, end, limit, STORE == 2, 4)
-            if EXTRA:
-                _store_tile(out, stride_m, stride_n, acc_e, row, col + COLS, end, limit, STORE == 2, 4)
+            acc, acc_e, step = _mma_steps(acc, acc_e, rings, bars, step, last, A_KM, B_KN, CONSUMERS, STAGES, EXTRA, ME)
+            if STREAM and last < steps:
+                _hand_over(handoff, flags, acc, acc_e, CONSUMERS, ROWS, COLS, EXTRA, ME)
+            else:
+                _write(
+                    outs, c_buffers, e_buffers, acc, acc_e, row, col, end, N, n_end, stride_m, stride_n, COLS, EXTRA, STORE, ME
+                )
+    if STREAM:
+        # The share's first tile goes on from what the previous program computed. Outside the loop, because the assembler
+        # gives up overlapping products whose accumulator is zero on one way in and loaded on another.
+        tile, first, last = _segment(_turns(num_m * num_n, STREAM), num_m * num_n, steps, STREAM)
+        if first < last:
+            tile_m, tile_n = _tile_position(tile, num_m, num_n, GROUP)
+            acc, acc_e = _receive(handoff, flags, layout, layout_e, CONSUMERS, ROWS, COLS, EXTRA, ME)
+            acc, acc_e, step = _mma_steps(acc, acc_e, rings, bars, step, last - first, A_KM, B_KN, CONSUMERS, STAGES, EXTRA, ME)
+            _write(
+                outs, c_buffers, e_buffers, acc, acc_e, (tile_m * CONSUMERS + ME) * ROWS, tile_n * (COLS + EXTRA), M, N, n_end,
+                stride_m, stride_n, COLS, EXTRA, STORE, ME,
+            )  # fmt: skip
     if STORE == 1:
         tma.store_wait(pendings=0)
 
 
 @gluon_jit
 def _consume_first(
-    outs: gl.tensor, rings: gl.tensor, bars: gl.tensor, buffers: gl.tensor, plan: gl.tensor, M: gl.tensor,
-    N: gl.tensor, n_end: gl.tensor, K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor, GROUPED: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    ROWS: gl.constexpr, COLS: gl.constexpr, EXTRA: gl.constexpr, DEPTH: gl.constexpr, LEAVES: gl.constexpr,
-    STASH: gl.constexpr, STORE: gl.constexpr,
+    outs: gl.tensor, rings: gl.tensor, bars: gl.tensor, buffers: gl.tensor, plan: gl.tensor, handoff: gl.tensor,
+    flags: gl.tensor, M: gl.tensor, N: gl.tensor, n_end: gl.tensor, K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor,
+    GROUPED: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, EXTRA: gl.constexpr, DEPTH: gl.constexpr,
+    LEAVES: gl.constexpr, STASH: gl.constexpr, STORE: gl.constexpr, STREAM: gl.constexpr,
 ) -> None:  # fmt: skip
     """The first warp group's entry."""
     _consume(
-        outs, rings, bars, buffers, plan, M, N, n_end, K, stride_m, stride_n, GROUPED, A_KM, B_KN, GROUP, CONSUMERS, STAGES, ROWS, COLS,
-        EXTRA, DEPTH, LEAVES, STASH, STORE, 0,
+        outs, rings, bars, buffers, plan, handoff, flags, M, N, n_end, K, stride_m, stride_n, GROUPED, A_KM, B_KN, GROUP,
+        CONSUMERS, STAGES, ROWS, COLS, EXTRA, DEPTH, LEAVES, STASH, STORE, STREAM, 0,
     )  # fmt: skip
 
 
 @gluon_jit
 def _consume_second(
-    outs: gl.tensor, rings: gl.tensor, bars: gl.tensor, buffers: gl.tensor, plan: gl.tensor, M: gl.tensor,
-    N: gl.tensor, n_end: gl.tensor, K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor, GROUPED: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    ROWS: gl.constexpr, COLS: gl.constexpr, EXTRA: gl.constexpr, DEPTH: gl.constexpr, LEAVES: gl.constexpr,
-    STASH: gl.constexpr, STORE: gl.constexpr,
+    outs: gl.tensor, rings: gl.tensor, bars: gl.tensor, buffers: gl.tensor, plan: gl.tensor, handoff: gl.tensor,
+    flags: gl.tensor, M: gl.tensor, N: gl.tensor, n_end: gl.tensor, K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor,
+    GROUPED: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, EXTRA: gl.constexpr, DEPTH: gl.constexpr,
+    LEAVES: gl.constexpr, STASH: gl.constexpr, STORE: gl.constexpr, STREAM: gl.constexpr,
 ) -> None:  # fmt: skip
     """The second warp group's entry."""
     _consume(
-        outs, rings, bars, buffers, plan, M, N, n_end, K, stride_m, stride_n, GROUPED, A_KM, B_KN, GROUP, CONSUMERS, STAGES, ROWS, COLS,
-        EXTRA, DEPTH, LEAVES, STASH, STORE, 1,
+        outs, rings, bars, buffers, plan, handoff, flags, M, N, n_end, K, stride_m, stride_n, GROUPED, A_KM, B_KN, GROUP,
+        CONSUMERS, STAGES, ROWS, COLS, EXTRA, DEPTH, LEAVES, STASH, STORE, STREAM, 1,
     )  # fmt: skip
 
 
 @gluon_jit(do_not_specialize=["M", "n_end"])
 def gemm_kernel(
-    a_desc: gl.tensor, b_desc: gl.tensor, e_desc: gl.tensor, out: gl.tensor, out_e: gl.tensor, plan: gl.tensor, M: gl.tensor,
-    N: gl.tensor, n_end: gl.tensor, K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor, GROUPED: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    ROWS: gl.constexpr, COLS: gl.constexpr, EXTRA: gl.constexpr, DEPTH: gl.constexpr, LEAVES: gl.constexpr,
-    STASH: gl.constexpr, STORE: gl.constexpr,
+    a_desc: gl.tensor, b_desc: gl.tensor, e_desc: gl.tensor, out: gl.tensor, out_e: gl.tensor, plan: gl.tensor,
+    handoff: gl.tensor, flags: gl.tensor, M: gl.tensor, N: gl.tensor, n_end: gl.tensor, K: gl.tensor, stride_m: gl.tensor,
+    stride_n: gl.tensor, GROUPED: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, GROUP: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, EXTRA: gl.constexpr,
+    DEPTH: gl.constexpr, LEAVES: gl.constexpr, STASH: gl.constexpr, STORE: gl.constexpr, STREAM: gl.constexpr,
 ) -> None:  # fmt: skip
     """C[M, N] = A[M, K] B[N, K]^T; A may lie as [K, M] (A_KM) and B as [K, N] (B_KN). `n_end` is N again:
     N itself is rounded up to a whole tile where it counts tokens, because a compiler that knows N is 1 drops unused columns of the
@@ -352,11 +484,11 @@ def gemm_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume_first, (outs, rings, bars, buffers, plan, M, N, n_end, K, stride_m, stride_n, GROUPED, A_KM, B_KN, GROUP, CONSUMERS,
-                                  STAGES, ROWS, COLS, EXTRA, DEPTH, LEAVES, STASH, STORE)),
-                (_consume_second, (outs, rings, bars, buffers, plan, M, N, n_end, K, stride_m, stride_n, GROUPED, A_KM, B_KN, GROUP, CONSUMERS,
-                                   STAGES, ROWS, COLS, EXTRA, DEPTH, LEAVES, STASH, STORE)),
-                (_produce, (descs, rings, bars, plan, M, N, K, GROUPED, A_KM, B_KN, GROUP, CONSUMERS, STAGES, ROWS, COLS, EXTRA, DEPTH)),
+                (_consume_first, (outs, rings, bars, buffers, plan, handoff, flags, M, N, n_end, K, stride_m, stride_n, GROUPED, A_KM, B_KN, GROUP, CONSUMERS,
+                                  STAGES, ROWS, COLS, EXTRA, DEPTH, LEAVES, STASH, STORE, STREAM)),
+                (_consume_second, (outs, rings, bars, buffers, plan, handoff, flags, M, N, n_end, K, stride_m, stride_n, GROUPED, A_KM, B_KN, GROUP, CONSUMERS,
+                                   STAGES, ROWS, COLS, EXTRA, DEPTH, LEAVES, STASH, STORE, STREAM)),
+                (_produce, (descs, rings, bars, plan, M, N, K, GROUPED, A_KM, B_KN, GROUP, CONSUMERS, STAGES, ROWS, COLS, EXTRA, DEPTH, STREAM)),
             ],
             [4, 1],
             [240, 24],
@@ -364,9 +496,9 @@ def gemm_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume_first, (outs, rings, bars, buffers, plan, M, N, n_end, K, stride_m, stride_n, GROUPED, A_KM, B_KN, GROUP, CONSUMERS,
-                                  STAGES, ROWS, COLS, EXTRA, DEPTH, LEAVES, STASH, STORE)),
-                (_produce, (descs, rings, bars, plan, M, N, K, GROUPED, A_KM, B_KN, GROUP, CONSUMERS, STAGES, ROWS, COLS, EXTRA, DEPTH)),
+                (_consume_first, (outs, rings, bars, buffers, plan, handoff, flags, M, N, n_end, K, stride_m, stride_n, GROUPED, A_KM, B_KN, GROUP, CONSUMERS,
+                                  STAGES, ROWS, COLS, EXTRA, DEPTH, LEAVES, STASH, STORE, STREAM)),
+                (_produce, (descs, rings, bars, plan, M, N, K, GROUPED, A_KM, B_KN, GROUP, CONSUMERS, STAGES, ROWS, COLS, EXTRA, DEPTH, STREAM)),
             ],
             [1],
             [24],

@@ -35,13 +35,13 @@ def partial_kernel(
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
     STEPS: tl.constexpr, ALIGNED: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program (row, chunk): the chunk's maximum and sum of exp2(x - maximum), x = logit * scale, one fused multiply-add each.
+    """Program row * CHUNKS + chunk: the chunk's maximum and sum of exp2(x - maximum), x = logit * scale, one fused multiply-add each.
 
     ALIGNED (rows and chunks begin at multiples of 16 bytes) is a property of the vocabulary, never of the shard: it decides
     which thread holds which column, and so the order in which a lane's eight columns are added.
     """
-    row = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1)
+    row = (tl.program_id(0) // CHUNKS).to(tl.int64)
+    chunk = tl.program_id(0) % CHUNKS  # neighbours read neighbouring memory
     if ALIGNED:
         stride = stride // 8 * 8  # says what the compiler cannot know of an argument
     lane = tl.arange(0, LANES)[:, None]
@@ -117,9 +117,10 @@ def shift_kernel(
     logits: tl.tensor, lse: tl.tensor, out: tl.tensor, stride: tl.tensor, scale: tl.tensor, COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program (row, block of columns): log-softmax = logit * scale - lse, one fused multiply-add as in `combine_kernel`."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """Program row * blocks of columns + block: log-softmax = logit * scale - lse, one fused multiply-add as in `combine_kernel`."""
+    blocks = tl.cdiv(COLUMNS, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = column < COLUMNS
     x = tl.load(logits + row * stride + column, mask=mask, other=0.0).to(tl.float32)
     value = tl.fma(x, tl.zeros_like(x) + scale, tl.zeros_like(x) - tl.load(lse + row))
@@ -131,9 +132,10 @@ def gradient_kernel(
     logits: tl.tensor, targets: tl.tensor, lse: tl.tensor, grad: tl.tensor, out: tl.tensor, stride: tl.tensor,
     scale: tl.tensor, vocab_start: tl.tensor, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program (row, block of columns): d logit = grad * scale * (one-hot - exp(x - lse))."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """Program row * blocks of columns + block: d logit = grad * scale * (one-hot - exp(x - lse))."""
+    blocks = tl.cdiv(COLUMNS, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = column < COLUMNS
     x = tl.load(logits + row * stride + column, mask=mask, other=0.0).to(tl.float32)
     p = tl.exp2(
@@ -182,7 +184,7 @@ def log_softmax(logits: torch.Tensor, *, temperature: float = 1.0, out_dtype: to
         return _fused(logits.float(), _scale(temperature), -lse[:, None]).to(out_dtype)
     out = torch.empty(logits.shape, device=logits.device, dtype=out_dtype)
     if out.numel():
-        shift_kernel[(logits.shape[0], -(-logits.shape[1] // 4096))](
+        shift_kernel[(logits.shape[0] * -(-logits.shape[1] // 4096),)](
             logits, lse, out, logits.stride(0), _scale(temperature), COLUMNS=logits.shape[1], BLOCK=4096, num_warps=8
         )
     return out
@@ -259,7 +261,7 @@ def log_prob_partials(logits: torch.Tensor, vocab_size: int, temperature: float 
         logits = logits.clone(memory_format=torch.contiguous_format)
     m, s = (torch.empty(rows, here, device=logits.device, dtype=torch.float32) for _ in range(2))
     if rows:
-        partial_kernel[(rows, here)](
+        partial_kernel[(rows * here,)](
             logits, m, s, logits.stride(0), _scale(temperature) * LOG2_E, COLUMNS=columns, CHUNK=chunk, CHUNKS=here, LANES=LANES,
             GROUP=GROUP, STEPS=-(-chunk // (LANES * GROUP)), ALIGNED=aligned, num_warps=8,
         )  # fmt: skip
@@ -389,7 +391,7 @@ class _LogProb(torch.autograd.Function):
             return ((grads[0].float()[:, None] * scale * (hot - p)).to(logits.dtype), None, None, None, None, None)
         out = torch.empty(logits.shape, device=logits.device, dtype=logits.dtype)
         if out.numel():
-            gradient_kernel[(logits.shape[0], -(-logits.shape[1] // 4096))](
+            gradient_kernel[(logits.shape[0] * -(-logits.shape[1] // 4096),)](
                 logits, targets, lse, grads[0].contiguous(), out, logits.stride(0), scale, ctx.vocab_start,
                 COLUMNS=logits.shape[1], BLOCK=4096, num_warps=8,
             )  # fmt: skip

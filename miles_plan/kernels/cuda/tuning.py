@@ -31,6 +31,8 @@ L2_BYTES_PER_CYCLE = 60.0  # into one multiprocessor
 MEMORY_BYTES_PER_S = 4.2e12
 FIXED_S = 2.5e-6
 TILE_OVERHEAD_CYCLES = 900.0
+HANDOVER_WAVES = 0.12  # what passing accumulators on costs, in waves
+MOST_STREAMED_WAVES = 12  # beyond these an uneven last wave matters little
 
 
 RING, DIRECT, SKINNY = 0, 1, 2  # `gemm_kernel`, `gemm_direct_kernel`, `gemm_skinny_kernel`
@@ -50,6 +52,7 @@ class GemmTile:
     stages: int
     group: int  # row tiles walked down before the next column tile
     store: int  # 0 from registers, 1 by TMA, 2 from registers as whole rows
+    stream: bool = False  # the last waves cut along K, so that they end together
 
     @property
     def height(self) -> int:
@@ -125,7 +128,9 @@ def predict_s(tile: GemmTile, problem: GemmProblem, multiprocessors: int) -> flo
     itemsize = problem.dtype.itemsize
     beside = tile.per_multiprocessor(itemsize, problem.out_dtype.itemsize, problem.leaves)
     beside = min(beside, -(-tiles // multiprocessors))
-    waves = -(-tiles // (multiprocessors * beside))
+    waves = float(-(-tiles // (multiprocessors * beside)))
+    if tile.stream:
+        waves = tiles / multiprocessors + HANDOVER_WAVES
     mma_cycles = problem.k / 16 * _mma_cycles(tile) * beside
     load_cycles = problem.k * (tile.height + tile.width) * itemsize / L2_BYTES_PER_CYCLE * beside
     # A ring must hold about a microsecond of the port's bandwidth, or latency shows.
@@ -188,7 +193,7 @@ def _wide_tiles(store: int, whole: int) -> Iterable[GemmTile]:
     yield GemmTile(RING, True, 64, 2, 64, 0, 64, 8, 8, 0)
 
 
-def candidates(problem: GemmProblem) -> list[GemmTile]:
+def candidates(problem: GemmProblem, multiprocessors: int = 132) -> list[GemmTile]:
     """Every tile that fits the problem. All of them compute the same bits."""
     aligned = problem.n * problem.out_dtype.itemsize % 16 == 0 and problem.out_dtype.itemsize == 2
     whole = 2 if aligned else 0
@@ -206,7 +211,18 @@ def candidates(problem: GemmProblem) -> list[GemmTile]:
         tile = _within_memory(_with_depth(shape, leaf) if leaf else shape, problem)
         if tile is not None:
             kept.append(tile)
+            if _streams(tile, problem, multiprocessors):
+                kept.append(replace(tile, stream=True))
     return list(dict.fromkeys(kept))
+
+
+def _streams(tile: GemmTile, problem: GemmProblem, multiprocessors: int) -> bool:
+    """Whether a chain over wide tiles leaves an uneven last wave that is worth evening out."""
+    if tile.engine != RING or tile.swap or tile.height * tile.width < 128 * 128 or problem.leaves or problem.experts:
+        return False
+    tiles = -(-problem.m // tile.height) * -(-problem.n // tile.width)
+    full, rest = divmod(tiles, multiprocessors)
+    return 1 <= full <= MOST_STREAMED_WAVES and 0 < rest < 0.92 * multiprocessors
 
 
 def _within_memory(tile: GemmTile | None, problem: GemmProblem) -> GemmTile | None:
@@ -261,8 +277,8 @@ class Table:
 
 
 def _tile_of(values: Sequence[int]) -> GemmTile:
-    engine, swap, *rest = values
-    return GemmTile(engine, bool(swap), *rest)
+    engine, swap, rows, consumers, cols, extra, depth, stages, group, store, stream = values
+    return GemmTile(engine, bool(swap), rows, consumers, cols, extra, depth, stages, group, store, bool(stream))
 
 
 def _slug(gpu: str) -> str:
@@ -283,7 +299,7 @@ def choose(problem: GemmProblem, gpu: str, multiprocessors: int) -> GemmTile:
     """The tile for a problem: measured if the table has it, else the one predicted fastest."""
     if (tile := table_for(gpu).get(problem)) is not None:
         return tile
-    return min(candidates(problem), key=lambda tile: predict_s(tile, problem, multiprocessors))
+    return min(candidates(problem, multiprocessors), key=lambda tile: predict_s(tile, problem, multiprocessors))
 
 
 def prove(
@@ -298,7 +314,7 @@ def prove(
 
 def ranked(problem: GemmProblem, multiprocessors: int, keep: int = 8) -> list[GemmTile]:
     """The tiles worth timing: the `keep` predicted fastest, and every skinny one, whose prediction is coarse."""
-    tiles = sorted(candidates(problem), key=lambda tile: predict_s(tile, problem, multiprocessors))
+    tiles = sorted(candidates(problem, multiprocessors), key=lambda tile: predict_s(tile, problem, multiprocessors))
     skinny = [tile for tile in tiles if tile.engine == SKINNY]
     return skinny + [tile for tile in tiles if tile.engine != SKINNY][:keep]
 

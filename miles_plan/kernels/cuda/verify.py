@@ -16,12 +16,13 @@ import torch
 
 from . import attention as attention_module
 from .attention import attention
+from .device import multiprocessors
 from .embedding import embedding
 from .fp8_matmul import fp8_grouped_matmul, fp8_matmul, quantize_rows, quantize_weight
 from .gemm import TREE_LEAVES, gemm
 from .grouped_matmul import grouped_matmul
 from .log_prob import combine_log_prob, log_prob, log_prob_partials, log_softmax
-from .matmul import input_gradient, matmul, tree_partial, weight_gradient
+from .matmul import Order, input_gradient, matmul, tree_partial, weight_gradient
 from .moe_combine import moe_combine
 from .rms_norm import rms_norm
 from .rope import rope
@@ -81,18 +82,19 @@ def check_matmul_rows(draw: Draw, dtype: torch.dtype) -> int:
     n, k = draw.pick([(256, 512), (1024, 1024), (768, 2048), (512, 4096), (2048, 768), (200, 1000)])
     x, weight = draw.normal(draw.integer(1, 700), k, dtype=dtype), draw.normal(n, k, dtype=dtype, scale=k**-0.5)
     rows = draw.span(x.shape[0])
-    order = draw.pick(["chain", "tree"]) if k % 128 == 0 else "chain"
+    order: Order = draw.pick(["chain", "tree"]) if k % 128 == 0 else "chain"
     return differing(matmul(x, weight, order=order)[rows], matmul(x[rows], weight, order=order))
 
 
 def check_matmul_tiles(draw: Draw, dtype: torch.dtype) -> int:
     """Two tiles of the tuner's list against each other, float32 results."""
-    n, k = draw.pick([(512, 1024), (384, 2048)])
+    n, k, most = draw.pick([(512, 1024, 300), (384, 2048, 300), (6144, 768, 1500)])
     leaves = draw.pick([0, 0, TREE_LEAVES])
-    problem = GemmProblem(draw.integer(1, 300), n, k, dtype, torch.float32, leaves)
+    problem = GemmProblem(draw.integer(1, most), n, k, dtype, torch.float32, leaves)
     x, weight = draw.normal(problem.m, k, dtype=dtype), draw.normal(n, k, dtype=dtype, scale=k**-0.5)
+    tiles = candidates(problem, multiprocessors(draw.device))
     results = []
-    for tile in (draw.pick(candidates(problem)), draw.pick(candidates(problem))):
+    for tile in (draw.pick(tiles), draw.pick(tiles)):
         out = torch.empty(problem.m, n, device=draw.device)
         gemm(x, weight, out, leaves=leaves, tile=tile)
         results.append(out)
@@ -223,11 +225,11 @@ def check_attention(draw: Draw, dtype: torch.dtype) -> int:
     here = slice(first + rows.start, first + rows.stop)
     part = {"q_starts": _ints(draw, 0, rows.stop - rows.start), "kv_lens": _ints(draw, rows.stop), "window": window}
     sizes = {"max_q_len": rows.stop - rows.start, "max_kv_len": rows.stop}
-    bad = differing(attention(q[here], k[first:], v[first:], **part, **sizes), whole[here])  # type: ignore[arg-type]  # keywords of several types
+    bad = differing(attention(q[here], k[first:], v[first:], **part, **sizes), whole[here])
     page = draw.pick([16, 64, 256])
     k_pages, table = _paged(draw, k[first : first + rows.stop], page)
     v_pages, _ = _paged(draw, v[first : first + rows.stop], page, table)
-    return bad + differing(attention(q[here], k_pages, v_pages, page_table=table, **part, **sizes), whole[here])  # type: ignore[arg-type]  # keywords of several types
+    return bad + differing(attention(q[here], k_pages, v_pages, page_table=table, **part, **sizes), whole[here])
 
 
 def _ints(draw: Draw, *values: int) -> torch.Tensor:
@@ -295,15 +297,15 @@ def check_rope(draw: Draw, dtype: torch.dtype) -> int:
     q, k = draw.normal(tokens, heads, d, dtype=dtype), draw.normal(tokens, 4, d, dtype=dtype)
     cos, sin = (draw.normal(4096, d // 2, dtype=torch.float32) for _ in range(2))
     positions = draw.ints(0, 4096, tokens)
-    norms = {"q_norm": draw.normal(d, dtype=dtype), "k_norm": draw.normal(d, dtype=dtype)}
+    q_norm, k_norm = draw.normal(d, dtype=dtype), draw.normal(d, dtype=dtype)
     some = draw.span(tokens)
-    whole = rope(q, k, cos, sin, positions, **norms)
-    alone = rope(q[some], k[some], cos, sin, positions[some], **norms)
+    whole = rope(q, k, cos, sin, positions, q_norm=q_norm, k_norm=k_norm)
+    alone = rope(q[some], k[some], cos, sin, positions[some], q_norm=q_norm, k_norm=k_norm)
     bad = sum(differing(a[some], b) for a, b in zip(whole, alone, strict=True))
     ranks = draw.pick([2, 4])
     for rank in range(ranks):
         q_heads, k_heads = (slice(rank * h // ranks, (rank + 1) * h // ranks) for h in (heads, 4))
-        part = rope(q[:, q_heads], k[:, k_heads], cos, sin, positions, **norms)
+        part = rope(q[:, q_heads], k[:, k_heads], cos, sin, positions, q_norm=q_norm, k_norm=k_norm)
         bad += differing(part[0], whole[0][:, q_heads]) + differing(part[1], whole[1][:, k_heads])
     return bad
 
