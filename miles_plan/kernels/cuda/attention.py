@@ -18,6 +18,7 @@ from .attention_kernel import BLOCK_KEYS, EMPTY, TILE_ROWS, attention_kernel
 from .attention_portable import attention_merge_kernel, attention_portable_kernel
 from .device import multiprocessors, runs_gluon, runs_triton
 from .gemm import descriptor
+from .overlap import overlap, overlaps
 from .tuning import SHARED_MEMORY_BYTES
 from .workspace import zeroed_ints
 
@@ -272,7 +273,7 @@ def _launch_hopper(call: _Call, out: torch.Tensor, lse: torch.Tensor, want_lse: 
         out.stride(0), out.stride(1), lse.stride(0), call.scale * LOG2_E, call.window,
         CAUSAL=call.causal, SPLIT=int(split) + int(split and not merge_inside), GROUP=group, HEAD_TILES=call.head_tiles,
         TOKENS=tokens, CHUNK=CHUNK_KEYS, BN=BLOCK_KEYS, PAGE=page, BOX=box, STAGES=stages, D=d, D_TAIL=tail, DV=dv, ROWS_KEPT=kept, LSE=want_lse,
-        TILE_TOKENS=tile_tokens, STASH=stash, num_warps=4, maxnreg=168,
+        TILE_TOKENS=tile_tokens, STASH=stash, num_warps=4, maxnreg=168, launch_pdl=overlaps(q.device),
     )  # fmt: skip
     if split and not merge_inside:
         _merge(call, out, lse, parts, items, tiles, chunks, tokens, kept, want_lse)
@@ -300,7 +301,7 @@ def _merge(
         out, lse, *parts, call.q_starts, call.kv_lens, call.kv_heads * call.head_tiles, tiles, chunks,
         out.stride(0), out.stride(1), lse.stride(0), call.window, CAUSAL=call.causal, GROUP=call.group, TOKENS=tokens, CHUNK=CHUNK_KEYS, BN=BLOCK_KEYS, DV=dv,
         DV_PAD=1 << (dv - 1).bit_length(), ROWS_KEPT=kept, LSE=want_lse, UNROLL=8,
-        num_warps=max(1, min(4, dv // 32)),
+        num_warps=max(1, min(4, dv // 32)), **overlap(out.device),
     )  # fmt: skip
 
 

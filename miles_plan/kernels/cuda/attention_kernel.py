@@ -25,6 +25,8 @@ from .toolchain import (
     fence_async_shared,
     gl,
     gluon_jit,
+    grid_release,
+    grid_wait,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -544,6 +546,8 @@ def attention_kernel(
     mbarrier.init(turns.index(1), count=1)
     fence_async_shared()
     gl.thread_barrier()
+    grid_release()
+    grid_wait()
     outs = (out, lse)
     partials = (part_m, part_l, part_acc)
     queries = (q_buffer, tail_buffer)

@@ -13,10 +13,13 @@ scales multiply each other first.
 from __future__ import annotations
 
 from .gemm_kernel import _locate, _row_tiles, _store_tile, _tile_position
+from .overlap import begin, overlap
 from .toolchain import (
     fence_async_shared,
     gl,
     gluon_jit,
+    grid_release,
+    grid_wait,
     jit,
     mbarrier,
     tl,
@@ -219,6 +222,8 @@ def fp8_kernel(
         mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
     gl.thread_barrier()
+    grid_release()
+    grid_wait()
     rings = (a_ring, b_ring)
     bars = (ready, empty)
     scales = (x_scale, w_scale)
@@ -289,9 +294,16 @@ def fp8_portable_kernel(
 
 @jit
 def quantize_kernel(
-    x: tl.tensor, values: tl.tensor, scales: tl.tensor, stride: tl.tensor, BLOCKS: tl.constexpr, TILE: tl.constexpr
+    x: tl.tensor,
+    values: tl.tensor,
+    scales: tl.tensor,
+    stride: tl.tensor,
+    BLOCKS: tl.constexpr,
+    TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """Program (row, TILE blocks of 128): scale = largest magnitude / 448, value = x / scale rounded to e4m3."""
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * TILE + tl.arange(0, TILE)
     column = block[:, None] * 128 + tl.arange(0, 128)[None, :]

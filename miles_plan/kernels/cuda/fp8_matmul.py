@@ -12,6 +12,7 @@ from . import arguments
 from .device import multiprocessors, runs_gluon, runs_triton
 from .fp8_kernel import LARGEST_E4M3, SCALE_BLOCK, fp8_kernel, fp8_portable_kernel, quantize_kernel
 from .grouped_matmul import plan_tiles
+from .overlap import overlap, overlaps
 from .tensor_core import mma_chain
 from .toolchain import gl, gluon_descriptor
 
@@ -37,7 +38,9 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if values.numel():
         tile = 8
         blocks = k // SCALE_BLOCK
-        quantize_kernel[(rows, -(-blocks // tile))](x, values, scales, x.stride(0), BLOCKS=blocks, TILE=tile, num_warps=2)
+        quantize_kernel[(rows, -(-blocks // tile))](
+            x, values, scales, x.stride(0), BLOCKS=blocks, TILE=tile, num_warps=2, **overlap(x.device)
+        )
     return values, scales
 
 
@@ -187,7 +190,7 @@ def _run(
     fp8_kernel[(min(sms, tiles),)](
         _descriptor(a, 64), _descriptor(b, cols), out, plan, x_scale, weight_scale, *strides, m, width, n_end, k,
         *(reversed(out.stride()) if swap else out.stride()), GROUPED=grouped, GROUP=8, CONSUMERS=consumers, STAGES=stages,
-        COLS=cols, COALESCE=not swap and cols >= 64 and out_dtype != torch.float32, SWAP=swap, num_warps=4, maxnreg=168,
+        COLS=cols, COALESCE=not swap and cols >= 64 and out_dtype != torch.float32, SWAP=swap, num_warps=4, maxnreg=168, launch_pdl=overlaps(out.device),
     )  # fmt: skip
     return out
 

@@ -12,6 +12,7 @@ from .gemm_direct import gemm_direct_kernel
 from .gemm_kernel import gemm_kernel
 from .gemm_portable import gemm_portable_kernel
 from .gemm_skinny import gemm_skinny_kernel
+from .overlap import overlap, overlaps
 from .toolchain import gl, gluon_descriptor, triton
 from .tuning import DIRECT, RING, SKINNY, GemmProblem, GemmTile, choose
 from .workspace import zeroed_ints
@@ -105,6 +106,7 @@ def _launch_hopper(
             descriptor(a, (tile.height, tile.depth)), descriptor(b, (tile.cols, tile.depth)), out, *sizes, GROUP=tile.group,
             STAGES=tile.stages, ROWS=tile.height, COLS=tile.cols, DEPTH=tile.depth, LEAVES=problem.leaves,
             COALESCE=tile.store == 2, WARPS=4 * tile.consumers, num_warps=4 * tile.consumers,
+            launch_pdl=overlaps(out.device),
         )  # fmt: skip
         return
     a_desc = descriptor(a, (tile.depth, tile.rows) if a_km else (tile.rows, tile.depth))
@@ -128,7 +130,7 @@ def _launch_hopper(
         GROUPED=problem.experts > 0,
         A_KM=a_km, B_KN=b_kn, GROUP=tile.group, CONSUMERS=tile.consumers, STAGES=tile.stages, ROWS=tile.rows, COLS=tile.cols,
         EXTRA=tile.extra, DEPTH=tile.depth, LEAVES=problem.leaves, STASH=tile.stashes(problem.leaves), STORE=tile.store,
-        STREAM=stream, num_warps=4, maxnreg=168,
+        STREAM=stream, num_warps=4, maxnreg=168, launch_pdl=overlaps(out.device),
     )  # fmt: skip
 
 
@@ -137,7 +139,7 @@ def _launch_skinny(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, problem:
     gemm_skinny_kernel[grid](
         b, a, out, problem.m, problem.n, problem.k, b.stride(0), a.stride(0), out.stride(0), LEAVES=problem.leaves,
         ROWS=tile.rows, TOKENS=tile.cols, DEPTH=tile.depth, STAGES=tile.stages, num_warps=tile.consumers,
-        num_stages=tile.stages,
+        num_stages=tile.stages, **overlap(out.device),
     )  # fmt: skip
 
 

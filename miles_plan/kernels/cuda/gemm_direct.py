@@ -11,6 +11,8 @@ from .toolchain import (
     fence_async_shared,
     gl,
     gluon_jit,
+    grid_release,
+    grid_wait,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -81,6 +83,8 @@ def gemm_direct_kernel(
         mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
     gl.thread_barrier()
+    grid_release()
+    grid_wait()
     descs = (a_desc, b_desc)
     rings = (a_ring, b_ring)
     tile_m, tile_n = _tile_position(gl.program_id(0), gl.cdiv(M, ROWS), gl.cdiv(N, COLS), GROUP)

@@ -17,7 +17,17 @@ A value outside a matrix is loaded as zero and adds nothing, so ragged M, N and 
 
 from __future__ import annotations
 
-from .toolchain import fence_async_shared, gl, gluon_jit, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from .toolchain import (
+    fence_async_shared,
+    gl,
+    gluon_jit,
+    grid_release,
+    grid_wait,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 
 @gluon_jit
@@ -475,6 +485,8 @@ def gemm_kernel(
         mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
     gl.thread_barrier()
+    grid_release()
+    grid_wait()
     rings = (a_ring, b_ring, e_ring)
     bars = (ready, empty)
     outs = (out, out_e)

@@ -19,6 +19,7 @@ import torch.utils.checkpoint
 from . import arguments
 from .device import runs_triton
 from .matmul import matmul
+from .overlap import begin, overlap
 from .toolchain import jit, tl
 
 CHUNKS = 16
@@ -33,13 +34,14 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def partial_kernel(
     logits: tl.tensor, part_m: tl.tensor, part_s: tl.tensor, stride: tl.tensor, scale: tl.tensor,
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
-    STEPS: tl.constexpr, ALIGNED: tl.constexpr,
+    STEPS: tl.constexpr, ALIGNED: tl.constexpr, OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program row * CHUNKS + chunk: the chunk's maximum and sum of exp2(x - maximum), x = logit * scale, one fused multiply-add each.
 
     ALIGNED (rows and chunks begin at multiples of 16 bytes) is a property of the vocabulary, never of the shard: it decides
     which thread holds which column, and so the order in which a lane's eight columns are added.
     """
+    begin(OVERLAP)
     row = (tl.program_id(0) // CHUNKS).to(tl.int64)
     chunk = tl.program_id(0) % CHUNKS  # neighbours read neighbouring memory
     if ALIGNED:
@@ -77,10 +79,11 @@ def _target_logit(
 def combine_kernel(
     part_m: tl.tensor, part_s: tl.tensor, chosen: tl.tensor, logits: tl.tensor, targets: tl.tensor, log_probs: tl.tensor,
     lse: tl.tensor, rows: tl.tensor, stride: tl.tensor, columns: tl.tensor, scale: tl.tensor, CHUNKS: tl.constexpr,
-    BLOCK: tl.constexpr, PICK: tl.constexpr,
+    BLOCK: tl.constexpr, PICK: tl.constexpr, OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program: BLOCK rows; fold each row's pairs in ascending order. PICK takes the target's logit from the logits, which are
     then whole; otherwise it is in `chosen`."""
+    begin(OVERLAP)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = row < rows
     at = row.to(tl.int64) * CHUNKS
@@ -263,7 +266,7 @@ def log_prob_partials(logits: torch.Tensor, vocab_size: int, temperature: float 
     if rows:
         partial_kernel[(rows * here,)](
             logits, m, s, logits.stride(0), _scale(temperature) * LOG2_E, COLUMNS=columns, CHUNK=chunk, CHUNKS=here, LANES=LANES,
-            GROUP=GROUP, STEPS=-(-chunk // (LANES * GROUP)), ALIGNED=aligned, num_warps=8,
+            GROUP=GROUP, STEPS=-(-chunk // (LANES * GROUP)), ALIGNED=aligned, num_warps=8, **overlap(logits.device),
         )  # fmt: skip
     return m, s
 
@@ -315,6 +318,7 @@ def _combine(
         combine_kernel[(-(-rows // 32),)](
             m, s, m if chosen is None else chosen, logits if pick else m, targets if pick else m, log_probs, lse, rows, stride,
             columns, _scale(temperature), CHUNKS=chunks, BLOCK=32, PICK=pick, num_warps=1,
+            **overlap(m.device),
         )  # fmt: skip
     return log_probs, lse
 

@@ -52,6 +52,11 @@ warpgroup_mma_wait: Any = _hopper.warpgroup_mma_wait if HAVE_GLUON else None
 fence_async_shared: Any = _hopper.fence_async_shared if HAVE_GLUON else None
 gluon_descriptor: Any = _host.TensorDescriptor if HAVE_GLUON else None
 
+# Programmatic dependent launch: a kernel may start while the one before it ends, and then waits before it touches memory.
+_dependent: Any = _module("triton.language.extra.cuda") if HAVE_GLUON else None
+grid_wait: Any = getattr(_dependent, "gdc_wait", None)
+grid_release: Any = getattr(_dependent, "gdc_launch_dependents", None)
+
 if TYPE_CHECKING:
 
     @overload
