@@ -50,14 +50,20 @@ def _item_of(turn: gl.tensor) -> gl.tensor:
 def _span(
     q_starts: gl.tensor, kv_lens: gl.tensor, item: gl.tensor, items: gl.tensor, SEQS: gl.tensor, HEADS: gl.tensor,
     TILES: gl.tensor, CHUNKS: gl.tensor, window: gl.tensor, CAUSAL: gl.constexpr, SPLIT: gl.constexpr, TOKENS: gl.constexpr,
-    CHUNK: gl.constexpr, BN: gl.constexpr,
+    CHUNK: gl.constexpr, BN: gl.constexpr, HEADS_FIRST: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
     """What work item `item` covers: its sequence, head, first token, chunk, and the range of key blocks [lo, hi)."""
     rest = gl.minimum(item, items - 1)
-    chunk = rest % CHUNKS
-    rest = rest // CHUNKS
-    head = rest % HEADS
-    rest = rest // HEADS
+    if HEADS_FIRST:
+        head = rest % HEADS
+        rest = rest // HEADS
+        chunk = rest % CHUNKS
+        rest = rest // CHUNKS
+    else:
+        chunk = rest % CHUNKS
+        rest = rest // CHUNKS
+        head = rest % HEADS
+        rest = rest // HEADS
     seq = rest % SEQS
     first_token = (TILES - 1 - rest // SEQS) * TOKENS  # long rows first
     q_start = gl.load(q_starts + seq)
@@ -98,7 +104,7 @@ def _produce(
     table_stride: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr, BN: gl.constexpr,
     PAGE: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr,
-    DV: gl.constexpr, HEAD_TILES: gl.constexpr,
+    DV: gl.constexpr, HEAD_TILES: gl.constexpr, HEADS_FIRST: gl.constexpr,
 ) -> None:  # fmt: skip
     """The producer warp: keys and values of every work item of this program, as far ahead as the ring allows."""
     k_desc, t_desc, v_desc = descs
@@ -112,7 +118,7 @@ def _produce(
     step = 0
     for turn in range(gl.cdiv(items, gl.num_programs(0))):
         seq, head, _, _, _, _, _, _, lo, hi = _span(
-            q_starts, kv_lens, _item_of(turn), items, SEQS, HEADS, TILES, CHUNKS, window, CAUSAL, SPLIT, TOKENS, CHUNK, BN
+            q_starts, kv_lens, _item_of(turn), items, SEQS, HEADS, TILES, CHUNKS, window, CAUSAL, SPLIT, TOKENS, CHUNK, BN, HEADS_FIRST
         )
         kv_head = head // HEAD_TILES
         pages = table + seq.to(gl.int64) * table_stride
@@ -280,7 +286,7 @@ def _merge_chunks(
     head: gl.tensor, GROUP: gl.constexpr, TOKENS: gl.constexpr, ROWS_KEPT: gl.constexpr, DV: gl.constexpr,
     LSE: gl.constexpr,
 ) -> None:  # fmt: skip
-    """Fold a tile's chunks [first_chunk, last_chunk) in ascending order and write its rows; eight chunks' loads at a time."""
+    """Fold a tile's chunks [first_chunk, last_chunk) in ascending order and write its rows; several chunks' loads at a time."""
     part_m, part_l, part_acc = partials
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // DV, DV // 4], [4, 1], [1, 0])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
@@ -289,8 +295,9 @@ def _merge_chunks(
     total_m = gl.full((ROWS_KEPT,), -1.0e30, gl.float32, rows)
     total_l = gl.zeros((ROWS_KEPT,), gl.float32, rows)
     total = gl.zeros((ROWS_KEPT, DV), gl.float32, layout)
-    for base in range(first_chunk, last_chunk, 8):
-        for ahead in gl.static_range(8):
+    AT_ONCE: gl.constexpr = 16 if ROWS_KEPT * DV <= 1024 else 8
+    for base in range(first_chunk, last_chunk, AT_ONCE):
+        for ahead in gl.static_range(AT_ONCE):
             there = base + ahead < last_chunk
             at = (slot.to(gl.int64) * chunks + base + ahead) * ROWS_KEPT + r
             mask = there & (r < ROWS_KEPT)
@@ -406,7 +413,7 @@ def _consume(
     turns: gl.tensor, totals: gl.tensor, counters: gl.tensor, lengths: gl.tensor, sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr,
     BN: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr,
-    ROWS_KEPT: gl.constexpr, LSE: gl.constexpr, TILE_TOKENS: gl.constexpr, STASH: gl.constexpr, ME: gl.constexpr,
+    ROWS_KEPT: gl.constexpr, LSE: gl.constexpr, TILE_TOKENS: gl.constexpr, STASH: gl.constexpr, HEADS_FIRST: gl.constexpr, ME: gl.constexpr,
 ) -> None:  # fmt: skip
     """Consumer warp group ME: its 64 rows of every work item of this program, or every second item when an item has but 64.
 
@@ -425,7 +432,7 @@ def _consume(
     for turn in range(gl.cdiv(items, gl.num_programs(0))):
         item = _item_of(turn)
         seq, head, first_token, chunk, q_start, q_len, kv_len, position, lo, hi = _span(
-            q_starts, kv_lens, item, items, SEQS, HEADS, TILES, CHUNKS, window, CAUSAL, SPLIT, TILE_TOKENS, CHUNK, BN
+            q_starts, kv_lens, item, items, SEQS, HEADS, TILES, CHUNKS, window, CAUSAL, SPLIT, TILE_TOKENS, CHUNK, BN, HEADS_FIRST
         )
         mine = first_token
         place = position
@@ -460,10 +467,10 @@ def _consume(
                 ROWS, BN, STAGES, D_TAIL, DV, TAKE_TURNS, STASH, ME,
             )  # fmt: skip
             if SPLIT:
-                _store_partial(partials, acc, m, l, item, ROWS, ROWS_KEPT, DV)
+                slot = ((TILES - 1 - first_token // TILE_TOKENS) * SEQS + seq) * HEADS + head
+                _store_partial(partials, acc, m, l, slot * CHUNKS + chunk, ROWS, ROWS_KEPT, DV)
                 gl.thread_barrier()
                 if SPLIT == 1:
-                    slot = item // CHUNKS
                     first_chunk = gl.maximum(position - window + 1, 0) // CHUNK
                     last_chunk = gl.cdiv(gl.minimum(kv_len, position + TILE_TOKENS) if CAUSAL else kv_len, CHUNK)
                     done = gl.atomic_add(counters + slot, 1, sem="acq_rel", scope="gpu")
@@ -483,12 +490,12 @@ def _consume_first(
     turns: gl.tensor, totals: gl.tensor, counters: gl.tensor, lengths: gl.tensor, sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr,
     BN: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr,
-    ROWS_KEPT: gl.constexpr, LSE: gl.constexpr, TILE_TOKENS: gl.constexpr, STASH: gl.constexpr,
+    ROWS_KEPT: gl.constexpr, LSE: gl.constexpr, TILE_TOKENS: gl.constexpr, STASH: gl.constexpr, HEADS_FIRST: gl.constexpr,
 ) -> None:  # fmt: skip
     """The first warp group's entry."""
     _consume(
         q, outs, partials, queries, rings, bars, turns, totals, counters, lengths, sizes, strides, scale, window, CAUSAL, SPLIT, GROUP, TOKENS, CHUNK,
-        BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH, 0,
+        BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH, HEADS_FIRST, 0,
     )  # fmt: skip
 
 
@@ -498,12 +505,12 @@ def _consume_second(
     turns: gl.tensor, totals: gl.tensor, counters: gl.tensor, lengths: gl.tensor, sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr,
     BN: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr,
-    ROWS_KEPT: gl.constexpr, LSE: gl.constexpr, TILE_TOKENS: gl.constexpr, STASH: gl.constexpr,
+    ROWS_KEPT: gl.constexpr, LSE: gl.constexpr, TILE_TOKENS: gl.constexpr, STASH: gl.constexpr, HEADS_FIRST: gl.constexpr,
 ) -> None:  # fmt: skip
     """The second warp group's entry."""
     _consume(
         q, outs, partials, queries, rings, bars, turns, totals, counters, lengths, sizes, strides, scale, window, CAUSAL, SPLIT, GROUP, TOKENS, CHUNK,
-        BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH, 1,
+        BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH, HEADS_FIRST, 1,
     )  # fmt: skip
 
 
@@ -517,7 +524,7 @@ def attention_kernel(
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, GROUP: gl.constexpr, HEAD_TILES: gl.constexpr, TOKENS: gl.constexpr,
     CHUNK: gl.constexpr, BN: gl.constexpr, PAGE: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr,
     D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, ROWS_KEPT: gl.constexpr, LSE: gl.constexpr,
-    TILE_TOKENS: gl.constexpr, STASH: gl.constexpr,
+    TILE_TOKENS: gl.constexpr, STASH: gl.constexpr, HEADS_FIRST: gl.constexpr,
 ) -> None:  # fmt: skip
     """Softmax attention of packed queries over packed or paged keys and values; see the module's text for the arithmetic."""
     dtype: gl.constexpr = k_desc.dtype
@@ -560,11 +567,11 @@ def attention_kernel(
     gl.warp_specialize(
         [
             (_consume_first, (q, outs, partials, queries, rings, bars, turns, totals, counters, lengths, sizes, strides, scale, window, CAUSAL, SPLIT,
-                              GROUP, TOKENS, CHUNK, BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH)),
+                              GROUP, TOKENS, CHUNK, BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH, HEADS_FIRST)),
             (_consume_second, (q, outs, partials, queries, rings, bars, turns, totals, counters, lengths, sizes, strides, scale, window, CAUSAL, SPLIT,
-                               GROUP, TOKENS, CHUNK, BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH)),
+                               GROUP, TOKENS, CHUNK, BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH, HEADS_FIRST)),
             (_produce, (descs, rings, bars, lengths, sizes, table, table_stride, window, CAUSAL, SPLIT, TILE_TOKENS, CHUNK,
-                        BN, PAGE, BOX, STAGES, D, D_TAIL, DV, HEAD_TILES)),
+                        BN, PAGE, BOX, STAGES, D, D_TAIL, DV, HEAD_TILES, HEADS_FIRST)),
         ],
         [4, 1],
         [240, 24],

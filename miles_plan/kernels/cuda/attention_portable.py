@@ -6,7 +6,7 @@ The arithmetic of the forward kernel is the one `attention_kernel` documents, bl
 
 from __future__ import annotations
 
-from .overlap import begin, overlap
+from .overlap import begin
 from .toolchain import jit, tl
 
 

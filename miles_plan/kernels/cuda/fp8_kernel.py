@@ -12,8 +12,9 @@ scales multiply each other first.
 
 from __future__ import annotations
 
-from .gemm_kernel import _locate, _row_tiles, _store_tile, _tile_position
-from .overlap import begin, overlap
+from .gemm_kernel import locate, row_tiles, tile_position
+from .gemm_store import store_tile
+from .overlap import begin
 from .toolchain import (
     fence_async_shared,
     gl,
@@ -43,12 +44,12 @@ def _produce(
     ready, empty = bars
     TILE: gl.constexpr = 64 * CONSUMERS
     BYTES: gl.constexpr = a_desc.block_type.nbytes * CONSUMERS + b_desc.block_type.nbytes
-    num_m = _row_tiles(plan, M, TILE, GROUPED)
+    num_m = row_tiles(plan, M, TILE, GROUPED)
     num_n = gl.cdiv(N, COLS)
     step = 0
     for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
-        tile_m, tile_n = _tile_position(tile, num_m, num_n, GROUP)
-        row, _, expert = _locate(plan, tile_m, M, TILE, GROUPED)
+        tile_m, tile_n = tile_position(tile, num_m, num_n, GROUP)
+        row, _, expert = locate(plan, tile_m, M, TILE, GROUPED)
         for k in range(0, K, 128):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
@@ -149,13 +150,13 @@ def _consume(
     x_row, x_k, w_expert, w_n, w_k = scale_strides
     TILE: gl.constexpr = 64 * CONSUMERS
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 32])
-    num_m = _row_tiles(plan, M, TILE, GROUPED)
+    num_m = row_tiles(plan, M, TILE, GROUPED)
     num_n = gl.cdiv(N, COLS)
     blocks = gl.cdiv(K, 128)
     step = 0
     for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
-        tile_m, tile_n = _tile_position(tile, num_m, num_n, GROUP)
-        row, end, expert = _locate(plan, tile_m, M, TILE, GROUPED)
+        tile_m, tile_n = tile_position(tile, num_m, num_n, GROUP)
+        row, end, expert = locate(plan, tile_m, M, TILE, GROUPED)
         row += ME * 64
         col = tile_n * COLS
         if SWAP:
@@ -173,7 +174,7 @@ def _consume(
         limit = n_end
         if COALESCE:
             limit = N
-        _store_tile(out, stride_m, stride_n, acc, row, col, end, limit, COALESCE, 4)
+        store_tile(out, stride_m, stride_n, acc, row, col, end, limit, COALESCE, 4)
 
 
 @gluon_jit

@@ -97,15 +97,18 @@ def _launch_hopper(
     m, n = problem.m, problem.n
     stride_m, stride_n = out.stride(0), out.stride(1)
     a_km, b_kn = problem.a_km, problem.b_kn
+    weights = b
+    prefetch = 0 if problem.experts or a_km or b_kn else 1 if tile.swap else 2
     if tile.swap:
         a, b, m, n, stride_m, stride_n, a_km, b_kn = b, a, n, m, stride_n, stride_m, b_kn, a_km
     width = -(-n // tile.width) * tile.width if tile.swap else n  # see `gemm_kernel` on N
     sizes = (m, width, n, problem.k, stride_m, stride_n)
     if tile.engine == DIRECT:
         gemm_direct_kernel[(triton.cdiv(m, tile.height) * triton.cdiv(n, tile.width),)](
-            descriptor(a, (tile.height, tile.depth)), descriptor(b, (tile.cols, tile.depth)), out, *sizes, GROUP=tile.group,
+            descriptor(a, (tile.height, tile.depth)), descriptor(b, (tile.cols, tile.depth)), out, weights, weights.stride(0),
+            *sizes, GROUP=tile.group,
             STAGES=tile.stages, ROWS=tile.height, COLS=tile.cols, DEPTH=tile.depth, LEAVES=problem.leaves,
-            COALESCE=tile.store == 2, WARPS=4 * tile.consumers, num_warps=4 * tile.consumers,
+            COALESCE=tile.store == 2, WARPS=4 * tile.consumers, PREFETCH=prefetch, num_warps=4 * tile.consumers,
             launch_pdl=overlaps(out.device),
         )  # fmt: skip
         return
@@ -126,11 +129,11 @@ def _launch_hopper(
         handoff = torch.empty(programs * tile.height * tile.width, device=out.device, dtype=torch.float32)
         flags = zeroed_ints(out.device, 2 * programs)
     gemm_kernel[(programs,)](
-        a_desc, b_desc, e_desc, target, target_e, plan if plan is not None else out, handoff, flags, *sizes,
+        a_desc, b_desc, e_desc, target, target_e, plan if plan is not None else out, handoff, flags, weights, weights.stride(0), *sizes,
         GROUPED=problem.experts > 0,
         A_KM=a_km, B_KN=b_kn, GROUP=tile.group, CONSUMERS=tile.consumers, STAGES=tile.stages, ROWS=tile.rows, COLS=tile.cols,
         EXTRA=tile.extra, DEPTH=tile.depth, LEAVES=problem.leaves, STASH=tile.stashes(problem.leaves), STORE=tile.store,
-        STREAM=stream, num_warps=4, maxnreg=168, launch_pdl=overlaps(out.device),
+        STREAM=stream, PREFETCH=prefetch, num_warps=4, maxnreg=168, launch_pdl=overlaps(out.device),
     )  # fmt: skip
 
 

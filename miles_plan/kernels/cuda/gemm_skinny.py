@@ -7,7 +7,7 @@ still fills the device. The order of the sum is the one `gemm_kernel` documents,
 
 from __future__ import annotations
 
-from .overlap import begin, overlap
+from .overlap import begin
 from .toolchain import jit, tl
 
 

@@ -14,8 +14,8 @@ import torch
 from . import arguments
 from .device import multiprocessors, runs_gluon, runs_triton
 from .gemm import HALF, gemm
-from .tensor_core import mma_chain
 from .overlap import begin, overlap
+from .tensor_core import mma_chain
 from .toolchain import jit, tl
 from .tuning import GemmProblem, choose
 

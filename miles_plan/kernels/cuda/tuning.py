@@ -9,6 +9,7 @@ variable MILES_PLAN_KERNEL_TABLE names to be read in place of the shipped one.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -24,6 +25,7 @@ SHARED_MEMORY_BYTES = 232_448  # what one Hopper thread block may use
 TABLE_VARIABLE = "MILES_PLAN_KERNEL_TABLE"
 BARRIER_BYTES = 1_024  # barriers and alignment, rounded up
 LARGEST_BUCKET = 65_536
+MOST_STAGES = 12
 
 # Rates of an H200 at its usual clock, for `predict` only.
 CLOCK_HZ = 1.7e9
@@ -69,7 +71,8 @@ class GemmTile:
         ring = self.stages * (self.height + self.width) * self.depth * itemsize
         staging = self.height * self.width * out_itemsize if self.store else 0
         stash = self.height * self.cols * 4 if self.stashes(leaves) else 0
-        return ring + staging + stash + BARRIER_BYTES
+        beside = max(staging, stash) if self.store == 1 else staging + stash  # TMA stores leave through the stash
+        return ring + beside + BARRIER_BYTES
 
     def stashes(self, leaves: int) -> bool:
         """A full tree over a tile this wide keeps its uppermost level in shared memory."""
@@ -177,20 +180,20 @@ def _decode_tiles(whole: int) -> Iterable[GemmTile]:
 
 
 def _wide_tiles(store: int, whole: int) -> Iterable[GemmTile]:
-    """Tiles for many tokens."""
+    """Tiles for many tokens, each with as many stages as memory holds: staging a TMA store takes one or two of them away."""
     shapes = [
-        (64, 1, 64, 0, 64, 10), (64, 1, 64, 0, 128, 6), (64, 1, 128, 0, 64, 8), (64, 1, 64, 32, 64, 8),
-        (64, 1, 128, 64, 64, 5), (64, 1, 256, 0, 64, 4), (64, 2, 64, 0, 64, 8), (64, 2, 32, 0, 64, 9),
-        (64, 2, 64, 16, 64, 7), (64, 2, 64, 32, 64, 6), (64, 2, 128, 0, 64, 5), (64, 2, 128, 32, 64, 4),
-        (64, 2, 128, 64, 64, 4), (64, 2, 256, 0, 64, 3), (128, 2, 64, 0, 64, 4), (128, 2, 128, 0, 64, 3),
+        (64, 1, 64, 0, 64), (64, 1, 64, 0, 128), (64, 1, 128, 0, 64), (64, 1, 64, 32, 64), (64, 1, 128, 64, 64),
+        (64, 1, 256, 0, 64), (64, 2, 64, 0, 64), (64, 2, 32, 0, 64), (64, 2, 64, 16, 64), (64, 2, 64, 32, 64),
+        (64, 2, 128, 0, 64), (64, 2, 128, 32, 64), (64, 2, 128, 64, 64), (64, 2, 256, 0, 64), (128, 2, 64, 0, 64),
+        (128, 2, 128, 0, 64), (64, 2, 128, 0, 32),
     ]  # fmt: skip
-    for rows, consumers, cols, extra, depth, stages in shapes:
-        yield GemmTile(RING, False, rows, consumers, cols, extra, depth, stages, 8, store)
-        if rows * consumers >= 128 and cols + extra >= 128:
-            yield GemmTile(RING, False, rows, consumers, cols, extra, depth, stages, 16, store)
+    for (rows, consumers, cols, extra, depth), way in itertools.product(shapes, dict.fromkeys((store, 0))):
+        yield GemmTile(RING, False, rows, consumers, cols, extra, depth, MOST_STAGES, 8, way)
+        if rows * consumers >= 128 and cols + extra >= 128 and way:
+            yield GemmTile(RING, False, rows, consumers, cols, extra, depth, MOST_STAGES, 16, way)
     for consumers, cols, depth, stages in ((1, 64, 64, 5), (1, 128, 64, 4), (2, 64, 64, 4), (2, 64, 64, 8), (2, 128, 64, 6)):
         yield GemmTile(DIRECT, False, 64, consumers, cols, 0, depth, stages, 8, whole)
-    yield GemmTile(RING, True, 64, 2, 64, 0, 64, 8, 8, 0)
+    yield GemmTile(RING, True, 64, 2, 64, 0, 64, MOST_STAGES, 8, 0)
 
 
 def candidates(problem: GemmProblem, multiprocessors: int = 132) -> list[GemmTile]:
@@ -237,7 +240,7 @@ def _with_depth(tile: GemmTile, leaf: int) -> GemmTile | None:
     depth = next((d for d in (256, 128, 64, 32, 16) if d <= tile.depth and leaf % d == 0), 0)
     if tile.extra or depth == 0:
         return None
-    return replace(tile, depth=depth, stages=min(tile.stages * tile.depth // depth, 12))
+    return replace(tile, depth=depth, stages=min(tile.stages * tile.depth // depth, MOST_STAGES))
 
 
 @dataclass
