@@ -24,7 +24,7 @@ from .workspace import zeroed_ints
 
 SPLIT_ROWS = 16  # a decode tile of at most this many rows is always split into chunks: its states are small beside its keys
 SPLIT_BELOW = 4  # work items a multiprocessor; with more, larger decode tiles are computed whole
-MERGE_INSIDE_BELOW = 8  # split work items a multiprocessor; with more, the chunks are merged by a kernel of their own
+MERGE_INSIDE_BELOW = 3  # split work items a multiprocessor; with more, the chunks are merged by a kernel of their own
 CHUNK_KEYS = 1024  # keys after which the running state restarts; what a split decode computes alone
 LOG2_E = 1.4426950408889634
 DTYPES = (torch.bfloat16, torch.float16)
@@ -274,7 +274,7 @@ def _launch_hopper(call: _Call, out: torch.Tensor, lse: torch.Tensor, want_lse: 
         out.stride(0), out.stride(1), lse.stride(0), call.scale * LOG2_E, call.window,
         CAUSAL=call.causal, SPLIT=int(split) + int(split and not merge_inside), GROUP=group, HEAD_TILES=call.head_tiles,
         TOKENS=tokens, CHUNK=CHUNK_KEYS, BN=BLOCK_KEYS, PAGE=page, BOX=box, STAGES=stages, D=d, D_TAIL=tail, DV=dv, ROWS_KEPT=kept, LSE=want_lse,
-        TILE_TOKENS=tile_tokens, STASH=stash, HEADS_FIRST=heads_first, num_warps=4, maxnreg=168, launch_pdl=overlaps(q.device),
+        TILE_TOKENS=tile_tokens, STASH=stash, HEADS_FIRST=heads_first, MERGE_AHEAD=8, num_warps=4, maxnreg=168, launch_pdl=overlaps(q.device),
     )  # fmt: skip
     if split and not merge_inside:
         _merge(call, out, lse, parts, items, tiles, chunks, tokens, kept, want_lse)

@@ -118,7 +118,21 @@ def _produce(
     step = 0
     for turn in range(gl.cdiv(items, gl.num_programs(0))):
         seq, head, _, _, _, _, _, _, lo, hi = _span(
-            q_starts, kv_lens, _item_of(turn), items, SEQS, HEADS, TILES, CHUNKS, window, CAUSAL, SPLIT, TOKENS, CHUNK, BN, HEADS_FIRST
+            q_starts,
+            kv_lens,
+            _item_of(turn),
+            items,
+            SEQS,
+            HEADS,
+            TILES,
+            CHUNKS,
+            window,
+            CAUSAL,
+            SPLIT,
+            TOKENS,
+            CHUNK,
+            BN,
+            HEADS_FIRST,
         )
         kv_head = head // HEAD_TILES
         pages = table + seq.to(gl.int64) * table_stride
@@ -284,7 +298,7 @@ def _merge_chunks(
     outs: gl.tensor, partials: gl.tensor, strides: gl.tensor, slot: gl.tensor, chunks: gl.tensor,
     first_chunk: gl.tensor, last_chunk: gl.tensor, q_start: gl.tensor, first_token: gl.tensor, q_len: gl.tensor,
     head: gl.tensor, GROUP: gl.constexpr, TOKENS: gl.constexpr, ROWS_KEPT: gl.constexpr, DV: gl.constexpr,
-    LSE: gl.constexpr,
+    LSE: gl.constexpr, MERGE_AHEAD: gl.constexpr,
 ) -> None:  # fmt: skip
     """Fold a tile's chunks [first_chunk, last_chunk) in ascending order and write its rows; several chunks' loads at a time."""
     part_m, part_l, part_acc = partials
@@ -295,9 +309,8 @@ def _merge_chunks(
     total_m = gl.full((ROWS_KEPT,), -1.0e30, gl.float32, rows)
     total_l = gl.zeros((ROWS_KEPT,), gl.float32, rows)
     total = gl.zeros((ROWS_KEPT, DV), gl.float32, layout)
-    AT_ONCE: gl.constexpr = 16 if ROWS_KEPT * DV <= 1024 else 8
-    for base in range(first_chunk, last_chunk, AT_ONCE):
-        for ahead in gl.static_range(AT_ONCE):
+    for base in range(first_chunk, last_chunk, MERGE_AHEAD):
+        for ahead in gl.static_range(MERGE_AHEAD):
             there = base + ahead < last_chunk
             at = (slot.to(gl.int64) * chunks + base + ahead) * ROWS_KEPT + r
             mask = there & (r < ROWS_KEPT)
@@ -413,7 +426,7 @@ def _consume(
     turns: gl.tensor, totals: gl.tensor, counters: gl.tensor, lengths: gl.tensor, sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr,
     BN: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr,
-    ROWS_KEPT: gl.constexpr, LSE: gl.constexpr, TILE_TOKENS: gl.constexpr, STASH: gl.constexpr, HEADS_FIRST: gl.constexpr, ME: gl.constexpr,
+    ROWS_KEPT: gl.constexpr, LSE: gl.constexpr, TILE_TOKENS: gl.constexpr, STASH: gl.constexpr, HEADS_FIRST: gl.constexpr, MERGE_AHEAD: gl.constexpr, ME: gl.constexpr,
 ) -> None:  # fmt: skip
     """Consumer warp group ME: its 64 rows of every work item of this program, or every second item when an item has but 64.
 
@@ -432,7 +445,21 @@ def _consume(
     for turn in range(gl.cdiv(items, gl.num_programs(0))):
         item = _item_of(turn)
         seq, head, first_token, chunk, q_start, q_len, kv_len, position, lo, hi = _span(
-            q_starts, kv_lens, item, items, SEQS, HEADS, TILES, CHUNKS, window, CAUSAL, SPLIT, TILE_TOKENS, CHUNK, BN, HEADS_FIRST
+            q_starts,
+            kv_lens,
+            item,
+            items,
+            SEQS,
+            HEADS,
+            TILES,
+            CHUNKS,
+            window,
+            CAUSAL,
+            SPLIT,
+            TILE_TOKENS,
+            CHUNK,
+            BN,
+            HEADS_FIRST,
         )
         mine = first_token
         place = position
@@ -478,7 +505,7 @@ def _consume(
                         gl.store(counters + slot, 0)
                         _merge_chunks(
                             outs, partials, strides, slot, CHUNKS, first_chunk, last_chunk, q_start, mine, q_len, head,
-                            GROUP, TOKENS, ROWS_KEPT, DV, LSE,
+                            GROUP, TOKENS, ROWS_KEPT, DV, LSE, MERGE_AHEAD,
                         )  # fmt: skip
             else:
                 _store_rows(outs, strides, acc, m, l, q_start, mine, q_len, head0, GROUP, TOKENS, ROWS, DV, LSE)
@@ -490,12 +517,12 @@ def _consume_first(
     turns: gl.tensor, totals: gl.tensor, counters: gl.tensor, lengths: gl.tensor, sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr,
     BN: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr,
-    ROWS_KEPT: gl.constexpr, LSE: gl.constexpr, TILE_TOKENS: gl.constexpr, STASH: gl.constexpr, HEADS_FIRST: gl.constexpr,
+    ROWS_KEPT: gl.constexpr, LSE: gl.constexpr, TILE_TOKENS: gl.constexpr, STASH: gl.constexpr, HEADS_FIRST: gl.constexpr, MERGE_AHEAD: gl.constexpr,
 ) -> None:  # fmt: skip
     """The first warp group's entry."""
     _consume(
         q, outs, partials, queries, rings, bars, turns, totals, counters, lengths, sizes, strides, scale, window, CAUSAL, SPLIT, GROUP, TOKENS, CHUNK,
-        BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH, HEADS_FIRST, 0,
+        BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH, HEADS_FIRST, MERGE_AHEAD, 0,
     )  # fmt: skip
 
 
@@ -505,12 +532,12 @@ def _consume_second(
     turns: gl.tensor, totals: gl.tensor, counters: gl.tensor, lengths: gl.tensor, sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr,
     BN: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr,
-    ROWS_KEPT: gl.constexpr, LSE: gl.constexpr, TILE_TOKENS: gl.constexpr, STASH: gl.constexpr, HEADS_FIRST: gl.constexpr,
+    ROWS_KEPT: gl.constexpr, LSE: gl.constexpr, TILE_TOKENS: gl.constexpr, STASH: gl.constexpr, HEADS_FIRST: gl.constexpr, MERGE_AHEAD: gl.constexpr,
 ) -> None:  # fmt: skip
     """The second warp group's entry."""
     _consume(
         q, outs, partials, queries, rings, bars, turns, totals, counters, lengths, sizes, strides, scale, window, CAUSAL, SPLIT, GROUP, TOKENS, CHUNK,
-        BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH, HEADS_FIRST, 1,
+        BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH, HEADS_FIRST, MERGE_AHEAD, 1,
     )  # fmt: skip
 
 
@@ -524,7 +551,7 @@ def attention_kernel(
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, GROUP: gl.constexpr, HEAD_TILES: gl.constexpr, TOKENS: gl.constexpr,
     CHUNK: gl.constexpr, BN: gl.constexpr, PAGE: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr,
     D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, ROWS_KEPT: gl.constexpr, LSE: gl.constexpr,
-    TILE_TOKENS: gl.constexpr, STASH: gl.constexpr, HEADS_FIRST: gl.constexpr,
+    TILE_TOKENS: gl.constexpr, STASH: gl.constexpr, HEADS_FIRST: gl.constexpr, MERGE_AHEAD: gl.constexpr,
 ) -> None:  # fmt: skip
     """Softmax attention of packed queries over packed or paged keys and values; see the module's text for the arithmetic."""
     dtype: gl.constexpr = k_desc.dtype
@@ -567,9 +594,9 @@ def attention_kernel(
     gl.warp_specialize(
         [
             (_consume_first, (q, outs, partials, queries, rings, bars, turns, totals, counters, lengths, sizes, strides, scale, window, CAUSAL, SPLIT,
-                              GROUP, TOKENS, CHUNK, BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH, HEADS_FIRST)),
+                              GROUP, TOKENS, CHUNK, BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH, HEADS_FIRST, MERGE_AHEAD)),
             (_consume_second, (q, outs, partials, queries, rings, bars, turns, totals, counters, lengths, sizes, strides, scale, window, CAUSAL, SPLIT,
-                               GROUP, TOKENS, CHUNK, BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH, HEADS_FIRST)),
+                               GROUP, TOKENS, CHUNK, BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH, HEADS_FIRST, MERGE_AHEAD)),
             (_produce, (descs, rings, bars, lengths, sizes, table, table_stride, window, CAUSAL, SPLIT, TILE_TOKENS, CHUNK,
                         BN, PAGE, BOX, STAGES, D, D_TAIL, DV, HEAD_TILES, HEADS_FIRST)),
         ],

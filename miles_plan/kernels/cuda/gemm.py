@@ -12,10 +12,8 @@ from .gemm_direct import gemm_direct_kernel
 from .gemm_kernel import gemm_kernel
 from .gemm_portable import gemm_portable_kernel
 from .gemm_skinny import gemm_skinny_kernel
-from .overlap import overlap, overlaps
 from .toolchain import gl, gluon_descriptor, triton
 from .tuning import DIRECT, RING, SKINNY, GemmProblem, GemmTile, choose
-from .workspace import zeroed_ints
 
 TREE_LEAVES = 8  # slices of K in the tree family: what tensor-parallel sizes 1, 2, 4 and 8 share
 HALF = (torch.bfloat16, torch.float16)
@@ -63,6 +61,7 @@ def gemm(
     leaves: 0 for one chain over K, else the slices of the binary tree. plan, plan_height: the row tiles of `grouped_matmul`.
     tile: overrides the tuner's choice. portable: takes the kernel for any GPU. Shapes are the caller's to check.
     """
+    leaves = 0 if leaves == 1 else leaves  # one leaf is a chain
     problem = problem_of(a, b, out, leaves=leaves, a_km=a_km, b_kn=b_kn, experts=experts)
     if problem.m == 0 or problem.n == 0:
         return
@@ -97,19 +96,16 @@ def _launch_hopper(
     m, n = problem.m, problem.n
     stride_m, stride_n = out.stride(0), out.stride(1)
     a_km, b_kn = problem.a_km, problem.b_kn
-    weights = b
-    prefetch = 0 if problem.experts or a_km or b_kn else 1 if tile.swap else 2
     if tile.swap:
         a, b, m, n, stride_m, stride_n, a_km, b_kn = b, a, n, m, stride_n, stride_m, b_kn, a_km
     width = -(-n // tile.width) * tile.width if tile.swap else n  # see `gemm_kernel` on N
     sizes = (m, width, n, problem.k, stride_m, stride_n)
     if tile.engine == DIRECT:
         gemm_direct_kernel[(triton.cdiv(m, tile.height) * triton.cdiv(n, tile.width),)](
-            descriptor(a, (tile.height, tile.depth)), descriptor(b, (tile.cols, tile.depth)), out, weights, weights.stride(0),
-            *sizes, GROUP=tile.group,
+            descriptor(a, (tile.height, tile.depth)), descriptor(b, (tile.cols, tile.depth)), out, *sizes, GROUP=tile.group,
             STAGES=tile.stages, ROWS=tile.height, COLS=tile.cols, DEPTH=tile.depth, LEAVES=problem.leaves,
-            COALESCE=tile.store == 2, WARPS=4 * tile.consumers, PREFETCH=prefetch, num_warps=4 * tile.consumers,
-            launch_pdl=overlaps(out.device),
+            COALESCE=tile.store == 2, WARPS=4 * tile.consumers, num_warps=4 * tile.consumers,
+            RELEASE=tile.overlap == 2, launch_pdl=tile.overlap > 0,
         )  # fmt: skip
         return
     a_desc = descriptor(a, (tile.depth, tile.rows) if a_km else (tile.rows, tile.depth))
@@ -123,17 +119,13 @@ def _launch_hopper(
         target_e = descriptor(out, (tile.rows, tile.extra)) if tile.extra else target
     tiles = _row_tiles(m, tile.height, problem.experts) * triton.cdiv(n, tile.width)
     programs = min(multiprocessors(out.device), tiles)
-    handoff = flags = out
-    stream = tile.stream and tiles > programs
-    if stream:
-        handoff = torch.empty(programs * tile.height * tile.width, device=out.device, dtype=torch.float32)
-        flags = zeroed_ints(out.device, 2 * programs)
     gemm_kernel[(programs,)](
-        a_desc, b_desc, e_desc, target, target_e, plan if plan is not None else out, handoff, flags, weights, weights.stride(0), *sizes,
+        a_desc, b_desc, e_desc, target, target_e, plan if plan is not None else out, *sizes,
         GROUPED=problem.experts > 0,
         A_KM=a_km, B_KN=b_kn, GROUP=tile.group, CONSUMERS=tile.consumers, STAGES=tile.stages, ROWS=tile.rows, COLS=tile.cols,
         EXTRA=tile.extra, DEPTH=tile.depth, LEAVES=problem.leaves, STASH=tile.stashes(problem.leaves), STORE=tile.store,
-        STREAM=stream, PREFETCH=prefetch, num_warps=4, maxnreg=168, launch_pdl=overlaps(out.device),
+        AHEAD=1 if problem.leaves or problem.k <= tile.depth else 2, DEFER=tile.defers,
+        RELEASE=tile.overlap == 2, num_warps=4, maxnreg=168, launch_pdl=tile.overlap > 0,
     )  # fmt: skip
 
 
@@ -142,7 +134,7 @@ def _launch_skinny(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, problem:
     gemm_skinny_kernel[grid](
         b, a, out, problem.m, problem.n, problem.k, b.stride(0), a.stride(0), out.stride(0), LEAVES=problem.leaves,
         ROWS=tile.rows, TOKENS=tile.cols, DEPTH=tile.depth, STAGES=tile.stages, num_warps=tile.consumers,
-        num_stages=tile.stages, **overlap(out.device),
+        num_stages=tile.stages, OVERLAP=tile.overlap > 0, launch_pdl=tile.overlap > 0,
     )  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from .gemm_kernel import tile_position
 from .gemm_store import store_tile
-from .overlap import prefetch_rows
 from .toolchain import (
     fence_async_shared,
     gl,
@@ -71,11 +70,10 @@ def _chain(
 
 @gluon_jit(do_not_specialize=["M", "n_end"])
 def gemm_direct_kernel(
-    a_desc: gl.tensor, b_desc: gl.tensor, out: gl.tensor, weights: gl.tensor, weights_stride: gl.tensor, M: gl.tensor,
+    a_desc: gl.tensor, b_desc: gl.tensor, out: gl.tensor, M: gl.tensor,
     N: gl.tensor, n_end: gl.tensor, K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor,
     GROUP: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DEPTH: gl.constexpr,
     LEAVES: gl.constexpr, COALESCE: gl.constexpr, WARPS: gl.constexpr, RELEASE: gl.constexpr,
-    PREFETCH: gl.constexpr,
 ) -> None:  # fmt: skip
     """C[M, N] = A[M, K] B[N, K]^T, both operands row-major; arguments as `gemm_kernel`'s."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLS, 16])
@@ -93,10 +91,6 @@ def gemm_direct_kernel(
     col = tile_n * COLS
     if RELEASE:
         grid_release()
-    if PREFETCH == 1:
-        prefetch_rows(weights, row, M, weights_stride, K, ROWS, STAGES * DEPTH, WARPS)
-    elif PREFETCH == 2:
-        prefetch_rows(weights, col, N, weights_stride, K, COLS, STAGES * DEPTH, WARPS)
     grid_wait()
     steps = gl.cdiv(K, DEPTH)
     for i in gl.static_range(STAGES - 1):

@@ -17,7 +17,6 @@ from __future__ import annotations
 from .gemm_ring import begin, caught_up, drain, proceed
 from .gemm_store import write
 from .gemm_tree import leaf_tree
-from .overlap import prefetch_rows
 from .toolchain import fence_async_shared, gl, gluon_jit, grid_release, grid_wait, mbarrier, tma
 
 
@@ -134,9 +133,7 @@ def _consume(
         else:
             if AHEAD == 2:
                 acc, acc_e = caught_up(acc, acc_e, bars, step, STAGES, EXTRA)
-            acc, acc_e, step = proceed(
-                acc, acc_e, rings, bars, step, steps - AHEAD, A_KM, B_KN, CONSUMERS, STAGES, EXTRA, ME
-            )
+            acc, acc_e, step = proceed(acc, acc_e, rings, bars, step, steps - AHEAD, A_KM, B_KN, CONSUMERS, STAGES, EXTRA, ME)
             acc, acc_e = drain(acc, acc_e, bars, step, STAGES, EXTRA)
         if DEFER:
             done = acc
@@ -191,15 +188,15 @@ def _consume_second(
 @gluon_jit(do_not_specialize=["M", "n_end"])
 def gemm_kernel(
     a_desc: gl.tensor, b_desc: gl.tensor, e_desc: gl.tensor, out: gl.tensor, out_e: gl.tensor, plan: gl.tensor,
-    weights: gl.tensor, weights_stride: gl.tensor, M: gl.tensor, N: gl.tensor,
+    M: gl.tensor, N: gl.tensor,
     n_end: gl.tensor, K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor, GROUPED: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, GROUP: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, EXTRA: gl.constexpr,
     DEPTH: gl.constexpr, LEAVES: gl.constexpr, STASH: gl.constexpr, STORE: gl.constexpr,
-    AHEAD: gl.constexpr, DEFER: gl.constexpr, RELEASE: gl.constexpr, PREFETCH: gl.constexpr,
+    AHEAD: gl.constexpr, DEFER: gl.constexpr, RELEASE: gl.constexpr,
 ) -> None:  # fmt: skip
     """C[M, N] = A[M, K] B[N, K]^T; A may lie as [K, M] (A_KM) and B as [K, N] (B_KN). `n_end` is N again:
     N itself is rounded up to a whole tile where it counts tokens, because a compiler that knows N is 1 drops unused columns of the
-    accumulator and then waits for every step. PREFETCH: `weights` is A (1) or B (2), and its first stages are asked for early."""
+    accumulator and then waits for every step."""
     a_ring = gl.allocate_shared_memory(a_desc.dtype, [STAGES * CONSUMERS] + a_desc.block_shape, a_desc.layout)
     b_ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES] + b_desc.block_shape, b_desc.layout)
     e_ring = b_ring
@@ -228,12 +225,6 @@ def gemm_kernel(
     gl.thread_barrier()
     if RELEASE:
         grid_release()
-    if PREFETCH:
-        tile_m, tile_n = tile_position(gl.program_id(0), gl.cdiv(M, ROWS * CONSUMERS), gl.cdiv(N, COLS + EXTRA), GROUP)
-        if PREFETCH == 1:
-            prefetch_rows(weights, tile_m * (ROWS * CONSUMERS), M, weights_stride, K, ROWS * CONSUMERS, STAGES * DEPTH, 4)
-        else:
-            prefetch_rows(weights, tile_n * (COLS + EXTRA), N, weights_stride, K, COLS, STAGES * DEPTH, 4)
     grid_wait()
     rings = (a_ring, b_ring, e_ring)
     bars = (ready, empty)

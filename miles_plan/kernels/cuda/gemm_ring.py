@@ -70,7 +70,7 @@ def begin(
     if EXTRA:
         acc, acc_e = warpgroup_mma_wait(num_outstanding=2 * AHEAD, deps=(acc, acc_e))
     else:
-        acc = warpgroup_mma_wait(num_outstanding=AHEAD + 1, deps=(acc,))
+        acc = warpgroup_mma_wait(num_outstanding=AHEAD, deps=(acc,))
     return acc, acc_e, step + AHEAD
 
 

@@ -70,11 +70,13 @@ def _leaves(
     else:
         b, c, step = _next_leaf(b, rings, bars, step, A_KM, B_KN, CONSUMERS, STAGES, ROWS, COLS, ME)
         pair = a + b
+        # Waits for nothing, but pins the sum here: put off to its use, it would keep two leaves in registers instead of one.
+        c, pair = warpgroup_mma_wait(num_outstanding=1, deps=(c, pair))
         c, step = _finish_leaf(c, rings, bars, step, steps, A_KM, B_KN, CONSUMERS, STAGES, ME)
         c, d, step = _next_leaf(c, rings, bars, step, A_KM, B_KN, CONSUMERS, STAGES, ROWS, COLS, ME)
         d, step = _finish_leaf(d, rings, bars, step, steps, A_KM, B_KN, CONSUMERS, STAGES, ME)
         d = _drain(d, bars, step, STAGES)
-        total = pair + (c + d)
+        total = warpgroup_mma_wait(num_outstanding=0, deps=(pair + (c + d),))  # pins the sum before the next leaf starts
     return total, step
 
 
@@ -92,14 +94,18 @@ def leaf_tree(
     COUNT: gl.constexpr = min(LEAVES, 4)
     total, step = _leaves(a, rings, bars, step, steps, COUNT, A_KM, B_KN, CONSUMERS, STAGES, ROWS, COLS, ME)
     if LEAVES == 8:
-        a = _first_step(rings, bars, step, A_KM, B_KN, CONSUMERS, STAGES, ROWS, COLS, ME)
-        a = warpgroup_mma_wait(num_outstanding=1, deps=(a,))  # waits for nothing; it makes a tensor of what is in flight
-        step += 1
         if STASH:
             if STORE == 1:  # the last tile may still be on its way out of the same memory
                 tma.store_wait(pendings=0)
                 gl.thread_barrier()
             stash.index(ME).store(total)
+            gl.thread_barrier()  # the registers first, then the next leaf
+        a = _first_step(rings, bars, step, A_KM, B_KN, CONSUMERS, STAGES, ROWS, COLS, ME)
+        a = warpgroup_mma_wait(num_outstanding=1, deps=(a,))  # waits for nothing; it makes a tensor of what is in flight
+        step += 1
         right, step = _leaves(a, rings, bars, step, steps, COUNT, A_KM, B_KN, CONSUMERS, STAGES, ROWS, COLS, ME)
-        total = (stash.index(ME).load(layout) if STASH else total) + right
+        if STASH:
+            gl.thread_barrier()  # keeps the loads after the sum, which needs the registers
+            total = stash.index(ME).load(layout)
+        total = total + right
     return total, step
