@@ -24,7 +24,7 @@ from .workspace import zeroed_ints
 
 SPLIT_ROWS = 16  # a decode tile of at most this many rows is always split into chunks: its states are small beside its keys
 SPLIT_BELOW = 4  # work items a multiprocessor; with more, larger decode tiles are computed whole
-MERGE_INSIDE_BELOW = 3  # split work items a multiprocessor; with more, the chunks are merged by a kernel of their own
+MERGE_INSIDE_BELOW = 4  # split work items a multiprocessor; with more, the chunks are merged by a kernel of their own
 CHUNK_KEYS = 1024  # keys after which the running state restarts; what a split decode computes alone
 LOG2_E = 1.4426950408889634
 DTYPES = (torch.bfloat16, torch.float16)

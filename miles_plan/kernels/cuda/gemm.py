@@ -99,13 +99,13 @@ def _launch_hopper(
     if tile.swap:
         a, b, m, n, stride_m, stride_n, a_km, b_kn = b, a, n, m, stride_n, stride_m, b_kn, a_km
     width = -(-n // tile.width) * tile.width if tile.swap else n  # see `gemm_kernel` on N
-    sizes = (m, width, n, problem.k, stride_m, stride_n)
+    sizes = (tile.overlap == 2, m, width, n, problem.k, stride_m, stride_n)
     if tile.engine == DIRECT:
         gemm_direct_kernel[(triton.cdiv(m, tile.height) * triton.cdiv(n, tile.width),)](
             descriptor(a, (tile.height, tile.depth)), descriptor(b, (tile.cols, tile.depth)), out, *sizes, GROUP=tile.group,
             STAGES=tile.stages, ROWS=tile.height, COLS=tile.cols, DEPTH=tile.depth, LEAVES=problem.leaves,
             COALESCE=tile.store == 2, WARPS=4 * tile.consumers, num_warps=4 * tile.consumers,
-            RELEASE=tile.overlap == 2, launch_pdl=tile.overlap > 0,
+            launch_pdl=tile.overlap > 0,
         )  # fmt: skip
         return
     a_desc = descriptor(a, (tile.depth, tile.rows) if a_km else (tile.rows, tile.depth))
@@ -125,7 +125,7 @@ def _launch_hopper(
         A_KM=a_km, B_KN=b_kn, GROUP=tile.group, CONSUMERS=tile.consumers, STAGES=tile.stages, ROWS=tile.rows, COLS=tile.cols,
         EXTRA=tile.extra, DEPTH=tile.depth, LEAVES=problem.leaves, STASH=tile.stashes(problem.leaves), STORE=tile.store,
         AHEAD=1 if problem.leaves or problem.k <= tile.depth else 2, DEFER=tile.defers,
-        RELEASE=tile.overlap == 2, num_warps=4, maxnreg=168, launch_pdl=tile.overlap > 0,
+        num_warps=4, maxnreg=168, launch_pdl=tile.overlap > 0,
     )  # fmt: skip
 
 
@@ -151,8 +151,9 @@ def _launch_portable(
         height = 16
     if plan_height:
         height = plan_height
-    leaf = problem.k // problem.leaves if problem.leaves else problem.k
-    if problem.leaves and leaf % depth:
+    if problem.dtype == torch.float32 and height == 64:
+        width, depth = 128, 16  # no tensor cores: what counts is how much a thread keeps in registers
+    if problem.leaves and problem.k // problem.leaves % depth:
         depth = 16
     stride_am, stride_ak = (a.stride(1), a.stride(0)) if problem.a_km else (a.stride(0), a.stride(1))
     stride_bn, stride_bk = (b.stride(1), b.stride(0)) if problem.b_kn else (b.stride(0), b.stride(1))
