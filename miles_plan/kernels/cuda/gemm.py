@@ -99,7 +99,7 @@ def _launch_hopper(
     if tile.swap:
         a, b, m, n, stride_m, stride_n, a_km, b_kn = b, a, n, m, stride_n, stride_m, b_kn, a_km
     width = -(-n // tile.width) * tile.width if tile.swap else n  # see `gemm_kernel` on N
-    sizes = (tile.overlap == 2, m, width, n, problem.k, stride_m, stride_n)
+    sizes = (int(tile.overlap == 2), m, width, n, problem.k, stride_m, stride_n)
     if tile.engine == DIRECT:
         gemm_direct_kernel[(triton.cdiv(m, tile.height) * triton.cdiv(n, tile.width),)](
             descriptor(a, (tile.height, tile.depth)), descriptor(b, (tile.cols, tile.depth)), out, *sizes, GROUP=tile.group,
