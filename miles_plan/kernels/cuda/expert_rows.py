@@ -35,7 +35,9 @@ def expert_order(ids: torch.Tensor, experts: int) -> ExpertOrder:
     order = torch.argsort(flat, stable=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(flat.numel(), device=flat.device)
-    counts = torch.bincount(flat, minlength=experts).to(torch.int32)
+    # bincount would wait for the device; integers add up the same in any order
+    counts = torch.zeros(experts, device=flat.device, dtype=torch.int32)
+    counts.scatter_add_(0, flat.long(), torch.ones_like(flat, dtype=torch.int32))
     return ExpertOrder(order // ids.shape[1], place.view(ids.shape).to(torch.int32), counts)
 
 

@@ -27,7 +27,11 @@ from .rms_norm_module import RmsNorm
 from .rope import rope
 from .rope_table import rotation_tables
 
-KEPT = ("TransformerLayer", "SelfAttention", "IdentityOp", "IdentityFuncOp", "SharedExpertMLP")
+KEPT = ("TransformerLayer", "SelfAttention", "IdentityOp", "IdentityFuncOp")
+REPLACED = (
+    "ColumnParallelLinear", "RowParallelLinear", "VocabParallelEmbedding", "Mlp", "GroupedExperts", "SharedExperts", "TopKRouter",
+    "MoELayer",
+)  # fmt: skip
 KEPT_FUNCTIONS = ("get_bias_dropout_add", "_build_shared_experts")
 
 
@@ -51,15 +55,7 @@ def _classes() -> dict[type, type]:
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     pairs: dict[type, type] = {WrappedTorchNorm: RmsNorm, DotProductAttention: ours.CoreAttention}
-    for name in (
-        "ColumnParallelLinear",
-        "RowParallelLinear",
-        "VocabParallelEmbedding",
-        "Mlp",
-        "GroupedExperts",
-        "TopKRouter",
-        "MoELayer",
-    ):
+    for name in REPLACED:
         mine: type = getattr(ours, name)
         pairs[mine.__mro__[1]] = mine
     return pairs

@@ -23,6 +23,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer as MegatronMoELayer
 from megatron.core.transformer.moe.moe_utils import compute_routing_scores_for_aux_loss
 from megatron.core.transformer.moe.router import TopKRouter as MegatronTopKRouter
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 
 from .attention import attention
 from .embedding import embedding
@@ -97,8 +98,10 @@ class VocabParallelEmbedding(MegatronVocabParallelEmbedding):
         """ids [batch, tokens] to [batch, tokens, hidden], or [tokens / ranks, batch, hidden] with sequence parallelism."""
         out = embedding(input_, self.weight, self.vocab_start_index)
         if self.reduce_scatter_embeddings:
-            return reduce_scatter_to_sequence_parallel_region(out.transpose(0, 1).contiguous(), group=self.tp_group)
-        return reduce_from_tensor_model_parallel_region(out, group=self.tp_group) if self.tp_group.size() > 1 else out
+            out = reduce_scatter_to_sequence_parallel_region(out.transpose(0, 1).contiguous(), group=self.tp_group)
+        elif self.tp_group.size() > 1:
+            out = reduce_from_tensor_model_parallel_region(out, group=self.tp_group)
+        return out
 
 
 class CoreAttention(torch.nn.Module):
@@ -156,6 +159,15 @@ class Mlp(mlp.MLP):
         if per_token_scale is not None:
             raise ValueError("per_token_scale is given; allowed: None")
         return self.linear_fc2(swiglu(self.linear_fc1(hidden_states)[0]))  # type: ignore[no-any-return]  # Megatron is untyped here
+
+
+class SharedExperts(SharedExpertMLP):
+    """Experts that every token takes: `swiglu` between two parallel linear layers of this file, and their gate."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[tokens, batch, hidden] to the same."""
+        out: torch.Tensor = self.linear_fc2(swiglu(self.linear_fc1(hidden_states)[0]))[0]
+        return out * torch.sigmoid(matmul(hidden_states, self.gate_weight)) if self.use_shared_expert_gate else out
 
 
 class GroupedExperts(SequentialMLP):

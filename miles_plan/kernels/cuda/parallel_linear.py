@@ -127,7 +127,7 @@ def _row_forward(x: torch.Tensor, weight: torch.Tensor, group: Any, sequence_par
     return _sum(tree_partial(x, weight, ranks), x.dtype, group, sequence_parallel)
 
 
-def _partial_input_gradient(grad: torch.Tensor, weight: torch.Tensor, ranks: int) -> torch.Tensor:
+def partial_input_gradient(grad: torch.Tensor, weight: torch.Tensor, ranks: int) -> torch.Tensor:
     """This rank's subtree of grad [rows, N / ranks] @ weight [N / ranks, K], float32."""
     leaves = TREE_LEAVES // ranks
     if not runs_triton(grad.device):
@@ -156,7 +156,7 @@ class _ColumnParallel(torch.autograd.Function):
         grad = _rows(grads[0]).contiguous()
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            partial = _partial_input_gradient(grad, weight, _ranks(ctx.group))
+            partial = partial_input_gradient(grad, weight, _ranks(ctx.group))
             dx = _sum(partial.view(*grads[0].shape[:-1], -1), x.dtype, ctx.group, ctx.sequence_parallel)
         if ctx.needs_input_grad[1]:
             whole = _gather_tokens(x, ctx.group) if ctx.sequence_parallel else x
