@@ -6,8 +6,8 @@
     with enable():                    # rotary embedding, and products that no layer names
         loss = ...; loss.backward()
 
-With `log_prob(..., group=...)` on the vocabulary-parallel logits that is the whole forward and backward of a policy. megatron-core
-is imported by these functions alone; without it they raise `MegatronMissing`.
+With `log_prob(..., group=...)` on the vocabulary-parallel logits that is the whole forward and backward of a policy.
+megatron-core is imported by these functions alone; without it they raise `MegatronMissing`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from .rope_table import rotation_tables
 
 KEPT = ("TransformerLayer", "SelfAttention", "IdentityOp", "IdentityFuncOp")
 REPLACED = (
-    "ColumnParallelLinear", "RowParallelLinear", "VocabParallelEmbedding", "Mlp", "GroupedExperts", "SharedExperts", "TopKRouter",
-    "MoELayer",
+    "ColumnParallelLinear", "RowParallelLinear", "VocabParallelEmbedding", "Mlp", "GroupedExperts", "SharedExperts",
+    "TopKRouter", "MoELayer",
 )  # fmt: skip
 KEPT_FUNCTIONS = ("get_bias_dropout_add", "_build_shared_experts")
 
@@ -99,7 +99,8 @@ def _replaced_class(node: type, place: str) -> type:
         return pairs[node]
     if node.__name__ in KEPT or node in pairs.values():
         return node
-    raise ValueError(f"{place} is {node.__name__}; allowed: {', '.join(sorted({c.__name__ for c in pairs} | set(KEPT)))}")
+    allowed = sorted({known.__name__ for known in pairs} | set(KEPT))
+    raise ValueError(f"{place} is {node.__name__}; allowed: {', '.join(allowed)}")
 
 
 def take_over(model: torch.nn.Module) -> int:
@@ -145,7 +146,7 @@ def _rotary(
     t: torch.Tensor, freqs: torch.Tensor, config: Any, cu_seqlens: torch.Tensor | None = None, mscale: float = 1.0,
     cp_group: Any = None, mla_rotary_interleaved: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """Megatron's apply_rotary_pos_emb: t [tokens, batch, heads, D] or packed [tokens, heads, D], freqs [positions, 1, 1, rotary]."""
+    """Megatron's apply_rotary_pos_emb: t [tokens, batch, heads, D], or packed [tokens, heads, D]; freqs [positions, 1, 1, size]."""
     if config.rotary_interleaved or mla_rotary_interleaved or (cp_group is not None and cp_group.size() > 1):
         raise ValueError("rotary_interleaved or context parallelism is on; allowed: half rotation and context_parallel_size 1")
     size = freqs.shape[-1]

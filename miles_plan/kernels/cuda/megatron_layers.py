@@ -171,7 +171,7 @@ class SharedExperts(SharedExpertMLP):
 
 
 class GroupedExperts(SequentialMLP):
-    """All experts of a rank as two `grouped_matmul`s. Keeps SequentialMLP's one weight an expert and stacks them for each call."""
+    """All experts of a rank as two `grouped_matmul`s. SequentialMLP's one weight an expert is kept, and stacked for each call."""
 
     def forward(
         self, rows: torch.Tensor, tokens_per_expert: torch.Tensor, permuted_probs: torch.Tensor | None = None
@@ -179,10 +179,8 @@ class GroupedExperts(SequentialMLP):
         """Rows sorted by expert to rows; tokens_per_expert int32 [experts]. Nothing is weighted here."""
         if permuted_probs is not None:
             raise ValueError("permuted_probs is given; allowed: None, as moe_combine weights the rows")
-        up, down = (
-            torch.stack([getattr(expert, name).weight for expert in self.local_experts])
-            for name in ("linear_fc1", "linear_fc2")
-        )
+        up = torch.stack([expert.linear_fc1.weight for expert in self.local_experts])
+        down = torch.stack([expert.linear_fc2.weight for expert in self.local_experts])
         return grouped_matmul(swiglu(grouped_matmul(rows, up, tokens_per_expert)), down, tokens_per_expert), None
 
 

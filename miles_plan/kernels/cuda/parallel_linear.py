@@ -45,9 +45,8 @@ def column_parallel_linear(
     ranks = _check(x, weight, group)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         if weight.shape[0] * ranks % (16 * TREE_LEAVES):
-            raise ValueError(
-                f"weight has N = {weight.shape[0]} on each of {ranks} ranks; allowed: a multiple of {16 * TREE_LEAVES} over all ranks"
-            )
+            allowed = f"a multiple of {16 * TREE_LEAVES} over all ranks"
+            raise ValueError(f"weight has N = {weight.shape[0]} on each of {ranks} ranks; allowed: {allowed}")
         return _ColumnParallel.apply(x, weight, group, sequence_parallel)  # type: ignore[no-any-return, no-untyped-call]  # torch's apply is untyped
     return matmul(_gather_tokens(x, group) if sequence_parallel else x, weight)
 
@@ -72,11 +71,13 @@ def row_parallel_linear(
 
 
 def tree_reduce_scatter(partial: torch.Tensor, out_dtype: torch.dtype = torch.bfloat16, group: Any = None) -> torch.Tensor:
-    """Add `tree_partial`s over the ranks of `group` as `tree_all_reduce` does; each rank keeps its share of the first dimension.
+    """Add `tree_partial`s over the ranks of `group` as `tree_all_reduce` does; each rank keeps its share of the tokens.
 
-    partial: float32 [tokens, ...], tokens a multiple of the ranks. Float32 crosses the network once; the network adds nothing.
+    partial: float32 [tokens, ...], tokens a multiple of the ranks. group: None is the default group. Float32 crosses the
+    network once; the network adds nothing.
     """
-    ranks = _ranks(group)
+    ranks = torch.distributed.get_world_size(group)
+    arguments.require_size("the size of group", ranks, TENSOR_PARALLEL_SIZES)
     arguments.require_dtype("partial", partial, (torch.float32,))
     if ranks == 1:
         return partial.to(out_dtype)

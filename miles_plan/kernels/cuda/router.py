@@ -109,24 +109,21 @@ def router_gradient_kernel(
     logits: tl.tensor, ids: tl.tensor, grad: tl.tensor, out: tl.tensor, scale: tl.tensor,
     EXPERTS: tl.constexpr, PAD: tl.constexpr, CHOSEN: tl.constexpr, SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program: one token; the chosen are constants, sums over them run in slot order."""
+    """Program: one token; the chosen are constants, and sums over them run over all experts as in `router_kernel`."""
     token = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, PAD)
     scores = _scores(logits, token * EXPERTS, e, EXPERTS, SIGMOID)
-    total = 0.0
-    inner = 0.0
+    kept = tl.zeros((PAD,), tl.int32)
+    given = tl.zeros((PAD,), tl.float32)
     for slot in tl.static_range(CHOSEN):
         chosen = tl.load(ids + token * CHOSEN + slot)
-        value = tl.sum(tl.where(e == chosen, scores, 0.0), 0)
-        total += value
-        inner += tl.load(grad + token * CHOSEN + slot) * value
-    d_scores = tl.zeros((PAD,), tl.float32)
-    for slot in tl.static_range(CHOSEN):
-        chosen = tl.load(ids + token * CHOSEN + slot)
-        d = tl.load(grad + token * CHOSEN + slot) * scale
-        if RENORMALIZE:
-            d = d / total - scale * inner / (total * total)
-        d_scores = tl.where(e == chosen, d_scores + d, d_scores)
+        kept = tl.where(e == chosen, 1, kept)
+        given = tl.where(e == chosen, tl.load(grad + token * CHOSEN + slot), given)
+    d_scores = given * scale
+    if RENORMALIZE:
+        total = tl.sum(tl.where(kept == 1, scores, 0.0), 0)
+        inner = tl.sum(given * scores, 0)
+        d_scores = tl.where(kept == 1, d_scores / total - scale * inner / (total * total), 0.0)
     if SIGMOID:
         d_logits = d_scores * scores * (1.0 - scores)
     else:
@@ -201,14 +198,21 @@ def router_reference(
     logits: torch.Tensor, bias: torch.Tensor | None, ids: torch.Tensor | None, rule: Rule
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same in plain torch."""
-    scores = torch.softmax(logits, -1) if rule.scoring == "softmax" else 1.0 / (1.0 + torch.exp(-logits))
+    scores = _reference_scores(logits, rule)
     if ids is None:
         ids = _chosen(scores if bias is None else scores + bias, rule)
     weights = scores.gather(1, ids.long())
     if rule.renormalize:
-        kept = torch.zeros_like(scores).scatter(1, ids.long(), 1.0)
-        weights = weights / (scores * kept).sum(-1, keepdim=True)
+        weights = weights / _reference_total(scores, ids)
     return weights * rule.scale, ids
+
+
+def _reference_scores(logits: torch.Tensor, rule: Rule) -> torch.Tensor:
+    return torch.softmax(logits, -1) if rule.scoring == "softmax" else 1.0 / (1.0 + torch.exp(-logits))
+
+
+def _reference_total(scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return (scores * torch.zeros_like(scores).scatter(1, ids.long(), 1.0)).sum(-1, keepdim=True)
 
 
 def _chosen(ranked: torch.Tensor, rule: Rule) -> torch.Tensor:
@@ -271,12 +275,13 @@ class _Router(torch.autograd.Function):
 
 
 def _reference_gradient(logits: torch.Tensor, ids: torch.Tensor, grad: torch.Tensor, rule: Rule) -> torch.Tensor:
-    with torch.enable_grad():
-        leaf = logits.detach().requires_grad_()
-        scores = torch.softmax(leaf, -1) if rule.scoring == "softmax" else torch.sigmoid(leaf)
-        weights = scores.gather(1, ids.long())
-        if rule.renormalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        (weights * rule.scale).backward(grad)  # type: ignore[no-untyped-call]  # torch's backward is untyped
-    assert leaf.grad is not None
-    return leaf.grad
+    scores = _reference_scores(logits, rule)
+    given = torch.zeros_like(scores).scatter(1, ids.long(), grad)
+    d_scores = given * rule.scale
+    if rule.renormalize:
+        total, inner = _reference_total(scores, ids), (given * scores).sum(-1, keepdim=True)
+        kept = torch.zeros_like(scores).scatter(1, ids.long(), 1.0)
+        d_scores = kept * (d_scores / total - rule.scale * inner / (total * total))
+    if rule.scoring == "sigmoid":
+        return d_scores * scores * (1.0 - scores)
+    return scores * (d_scores - (scores * d_scores).sum(-1, keepdim=True))

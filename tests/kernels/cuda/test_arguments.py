@@ -14,7 +14,9 @@ from miles_plan.kernels.cuda.grouped_matmul import grouped_matmul
 from miles_plan.kernels.cuda.log_prob import linear_log_prob, log_prob, log_softmax
 from miles_plan.kernels.cuda.matmul import matmul, tree_partial
 from miles_plan.kernels.cuda.moe_combine import moe_combine
+from miles_plan.kernels.cuda.parallel_linear import column_parallel_linear, row_parallel_linear
 from miles_plan.kernels.cuda.rms_norm import rms_norm
+from miles_plan.kernels.cuda.rms_norm_module import RmsNorm
 from miles_plan.kernels.cuda.rope import rope
 from miles_plan.kernels.cuda.router import router
 from miles_plan.kernels.cuda.sample import sample
@@ -43,7 +45,11 @@ def paged(**changes: object) -> None:
     attention(given.pop("q"), given.pop("k"), given.pop("v"), **given)  # type: ignore[arg-type]  # keywords of several types
 
 
-ANGLES = torch.zeros(9, 31)
+class Odd:
+    """A Megatron-core config whose norms store their weight less one."""
+
+    layernorm_zero_centered_gamma = True
+
 
 CASES: list[tuple[Callable[[], object], str]] = [
     (lambda: matmul(half(2, 32).double(), half(4, 32)), r"^x has dtype float64; allowed: bfloat16, float16, float32"),
@@ -71,6 +77,19 @@ CASES: list[tuple[Callable[[], object], str]] = [
     (lambda: router(torch.zeros(2, 8), 2, scoring="tanh"), r"^scoring is 'tanh'; allowed: softmax, sigmoid"),  # type: ignore[arg-type]  # the point
     (lambda: router(torch.zeros(2, 8), 2, groups=3), r"^groups is 3 with groups_kept 1 and 8 experts; allowed: powers of two"),
     (lambda: router(torch.zeros(2, 8), 5, groups=4, groups_kept=2), r"^top_k is 5; allowed: at most the 4 experts"),
+    (lambda: router(torch.zeros(2, 8), 2, ids=ints(1, 2)[None].long()), r"^ids has dtype int64; allowed: int32"),
+    (
+        lambda: router(torch.zeros(2, 8), 2, ids=ints(1, 2)[None]),
+        r"^ids has shape \[1, 2\]; allowed: \[tokens, top_k\] = \[2, 2\]",
+    ),
+    (lambda: column_parallel_linear(half(2, 32), half(4, 64)), r"^x has shape \[2, 32\]; allowed: \[tokens, \.\.\., 64\]"),
+    (
+        lambda: column_parallel_linear(half(2, 32).requires_grad_(), half(4, 32)),
+        r"^weight has N = 4 on each of 1 ranks; allowed: a mul",
+    ),
+    (lambda: row_parallel_linear(half(2, 32), half(4, 32).half()), r"^weight has dtype float16; allowed: bfloat16"),
+    (lambda: row_parallel_linear(half(2, 96), half(4, 96)), r"^x has K = 96 with order 'tree'; allowed: a multiple of 128"),
+    (lambda: RmsNorm(Odd(), 8), r"^config\.layernorm_zero_centered_gamma is set; allowed: weights that multiply"),
     (lambda: attention(half(2, 4, 40), half(2, 2, 40), half(2, 2, 40)), r"^the head size of q is 40; allowed: 16, 32, 64, 80"),
     (lambda: attention(half(2, 3, 64), half(2, 2, 64), half(2, 2, 64)), r"^q has 3 heads; allowed: a multiple of k's, 2"),
     (lambda: attention(half(2, 2, 64), half(2, 2, 128), half(2, 2, 64)), r"^k has head size 128; allowed: q's, 64"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from miles_plan.kernels.cuda.enable import enable, visible_range
+from miles_plan.kernels.cuda.enable import enable, enable_aten, visible_range
 
 
 def mask_of(batch: int, q_len: int, kv_len: int, first: list[int], window: int | None = None) -> torch.Tensor:
@@ -51,59 +52,110 @@ def test_other_masks_are_refused() -> None:
         visible_range(None, 1, 2, 4, True)
 
 
-def small(moe: bool, device: torch.device) -> torch.nn.Module:
+SIZES = {
+    "cpu": {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16},
+    "cuda": {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64},
+}
+FAMILIES: dict[str, tuple[Any, Any, dict[str, int]]] = {
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen3_moe": (
+        Qwen3MoeConfig, Qwen3MoeForCausalLM, {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
+}  # fmt: skip
+
+
+def small(family: str, device: torch.device) -> torch.nn.Module:
+    """An unmodified transformers model with random weights."""
     torch.manual_seed(0)
+    config, model, more = FAMILIES[family]
     options = {
-        "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 64, "attn_implementation": "sdpa", "dtype": torch.bfloat16,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "attn_implementation": "sdpa",
+        "dtype": torch.bfloat16, **SIZES[device.type], **more,
     }  # fmt: skip
-    if moe:
-        options |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
-        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**options)).to(device, torch.bfloat16).eval()
-    return Qwen3ForCausalLM(Qwen3Config(**options)).to(device, torch.bfloat16).eval()
+    found: torch.nn.Module = model(config(**options)).to(device, torch.bfloat16).eval()
+    return found
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("moe", [False, True])
-def test_decode_gives_prefills_bits(gpu: torch.device, moe: bool) -> None:
-    model = small(moe, gpu)
-    ids = torch.randint(0, 512, (3, 40), device=gpu)
+def log_probs(logits: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(logits.float(), -1)
+
+
+def decode_against_prefill(model: Any, ids: torch.Tensor, prompt: int) -> None:
+    """Log-probabilities alone, in chunks, step by step and left-padded: the bits of one prefill of the batch."""
     with torch.no_grad(), enable(model):
-        whole = model(ids).logits
-        assert torch.equal(model(ids[1:2]).logits, whole[1:2]), "a sequence alone"
-        step = model(ids[:, :30], use_cache=True)
-        assert torch.equal(step.logits, whole[:, :30])
-        for at in range(30, 40):
+        whole = log_probs(model(ids).logits)
+        assert torch.equal(log_probs(model(ids[1:2]).logits), whole[1:2]), "a sequence alone"
+        step = model(ids[:, :prompt], use_cache=True)
+        assert torch.equal(log_probs(step.logits), whole[:, :prompt]), "a chunk"
+        for at in range(prompt, ids.shape[1]):
             step = model(ids[:, at : at + 1], past_key_values=step.past_key_values, use_cache=True)
-            assert torch.equal(step.logits[:, 0], whole[:, at]), at
-        padded = torch.cat([torch.zeros(1, 8, dtype=ids.dtype, device=gpu), ids[:1]], 1)
+            assert torch.equal(log_probs(step.logits)[:, 0], whole[:, at]), at
+        padded = torch.cat([torch.zeros_like(ids[:1, :8]), ids[:1]], 1)
         mask = torch.ones_like(padded)
         mask[:, :8] = 0
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        left = model(padded, attention_mask=mask, position_ids=positions).logits[:, 8:]
+        left = log_probs(model(padded, attention_mask=mask, position_ids=positions).logits)[:, 8:]
         assert torch.equal(left, whole[:1]), "left padding"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decode_gives_prefills_log_probs(family: str) -> None:
+    decode_against_prefill(small(family, torch.device("cpu")), torch.randint(0, 96, (2, 14)), 9)
+
+
 @pytest.mark.gpu
-def test_gradients_repeat_and_the_model_is_as_before(gpu: torch.device, error: Callable[..., float]) -> None:
-    model = small(False, gpu)
-    ids = torch.randint(0, 512, (2, 33), device=gpu)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decode_gives_prefills_log_probs_on_a_gpu(gpu: torch.device, family: str) -> None:
+    decode_against_prefill(small(family, gpu), torch.randint(0, 512, (3, 40), device=gpu), 30)
+
+
+def gradients_repeat(model: Any, ids: torch.Tensor, error: Callable[..., float], kinds: set[str]) -> None:
+    """Gradients twice the same and near torch's; afterwards the model is itself again."""
     plain = model(ids).logits
 
     def gradients() -> list[torch.Tensor]:
         model.zero_grad()
         loss = torch.nn.functional.cross_entropy(model(ids).logits.float().flatten(0, 1), ids.flatten())
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's backward is untyped
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     with enable(model):
+        taken = {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
         ours = model(ids).logits
         first, second = gradients(), gradients()
+    assert taken == kinds
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     reference = gradients()
     assert max(error(a, b) for a, b in zip(first, reference, strict=True)) < 0.1
     assert error(ours, plain) < 0.03
     assert torch.equal(model(ids).logits, plain), "after the context the model is itself again"
-    norms = [module for module in model.modules() if "RMSNorm" in type(module).__name__]
-    assert norms
-    assert not any("forward" in vars(module) for module in norms)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_gradients_repeat_and_the_model_is_as_before(error: Callable[..., float]) -> None:
+    kinds = {"Qwen3MoeRMSNorm", "Qwen3MoeExperts"}
+    gradients_repeat(small("qwen3_moe", torch.device("cpu")), torch.randint(0, 96, (2, 9)), error, kinds)
+
+
+@pytest.mark.gpu
+def test_gradients_repeat_on_a_gpu(gpu: torch.device, error: Callable[..., float]) -> None:
+    gradients_repeat(small("qwen3", gpu), torch.randint(0, 512, (2, 33), device=gpu), error, {"Qwen3RMSNorm"})
+
+
+def test_an_error_inside_restores_the_model_too() -> None:
+    model, x = small("llama", torch.device("cpu")), torch.randn(4, 64).bfloat16()
+    before = x @ x.T
+    with pytest.raises(KeyError), enable(model):
+        raise KeyError
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert torch.equal(x @ x.T, before)
+
+
+def test_what_is_not_covered_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^device_type is 'meta'; allowed: cuda, cpu"), enable_aten("meta"):
+        raise AssertionError("not entered")
+    model = small("llama", torch.device("cpu"))
+    q = torch.randn(1, 4, 3, 16).bfloat16()
+    with enable(model), pytest.raises(ValueError, match=r"dropout_p is 0\.5; allowed: 0\.0"):
+        torch.nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=0.5, is_causal=True)

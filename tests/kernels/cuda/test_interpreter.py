@@ -8,18 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-
-PROBE = """
-import torch, triton, triton.language as tl
-@triton.jit
-def probe(x, n):
-    for i in range(n):
-        tl.store(x + i, 1.0)
-x = torch.zeros(2)
-probe[(1,)](x, torch.ones(2).numel())
-assert x.tolist() == [1.0, 1.0]
-"""
 
 
 def _run(code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
@@ -31,11 +21,13 @@ def _run(code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def interpreter(tmp_path: Path) -> Path:
-    """Where scripts go, once Triton's interpreter has run a kernel here: 3.6's does not work with numpy 2.4."""
-    pytest.importorskip("triton")
-    found = _run(PROBE, tmp_path)
-    if found.returncode:
-        pytest.skip(f"Triton's interpreter does not run here: {found.stderr.strip().splitlines()[-1]}")
+    """Where scripts go; skips where Triton is missing, or where its interpreter cannot run a loop (3.6 with numpy 2.4)."""
+    pytest.importorskip("triton", reason="Triton, whose interpreter runs the kernels, is not installed")
+    import triton
+
+    release = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if release < (3, 7) and tuple(int(part) for part in np.__version__.split(".")[:2]) >= (2, 4):
+        pytest.skip(f"the interpreter of Triton {triton.__version__} does not work with numpy {np.__version__}")
     return tmp_path
 
 
@@ -66,7 +58,7 @@ assert torch.equal(matmul(x[2:3], w), matmul(x, w)[2:3])
     "experts": """
 from miles_plan.kernels.cuda.grouped_matmul import grouped_matmul, grouped_matmul_reference
 from miles_plan.kernels.cuda.moe_combine import moe_combine, moe_combine_reference
-from miles_plan.kernels.cuda.router import router, router_reference
+from miles_plan.kernels.cuda.router import Rule, router, router_reference
 import miles_plan.kernels.cuda.fp8_matmul as fp8
 counts = torch.tensor([3, 0, 70, 1], dtype=torch.int32)
 x, w = torch.randn(74, 64, dtype=torch.float16, requires_grad=True), (torch.randn(4, 40, 64) / 8).half().requires_grad_()
@@ -83,14 +75,17 @@ logits = torch.randn(5, 32)
 logits[0, 3] = logits[0, 9]
 for options in ({}, {"scoring": "sigmoid", "bias": torch.randn(32) / 10, "groups": 8, "groups_kept": 3}):
     got = router(logits, 6, **options)
-    groups, kept = options.get("groups", 1), options.get("groups_kept", 1)
-    want = router_reference(logits, 6, options.get("scoring", "softmax"), options.get("bias"), True, groups, kept, 1.0)
+    rule = Rule(6, **{name: value for name, value in options.items() if name != "bias"})
+    want = router_reference(logits, options.get("bias"), None, rule)
     assert torch.equal(got[1], want[1]) and rel(got[0], want[0]) < 1e-6
+    again = router(logits, 6, **options, ids=got[1].flip(1).contiguous())
+    assert torch.equal(again[0].flip(1), got[0]), "the order in which experts are given does not show"
 x, w = torch.randn(70, 256), torch.randn(144, 256) / 16
 values, scales = fp8.quantize_rows(x)
 want = fp8._quantize_reference(x)
 assert torch.equal(scales, want[1])
-assert rel(values.float(), want[0].float()) < 0.04  # the interpreter does not round to FP8 as the hardware does
+exact = want[0].float()  # the interpreter loses carries when it rounds to FP8: a few values come out at half their size
+assert rel(values.float(), exact) < 0.1 and (values.float() != exact).float().mean() < 0.05
 pair = fp8.quantize_weight(w)
 assert rel(fp8.fp8_matmul(values, scales, *pair), fp8.fp8_matmul_reference(values, scales, *pair)) < 5e-3
 """,

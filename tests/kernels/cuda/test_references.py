@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -102,7 +103,8 @@ def test_router(scoring: str, error: Error) -> None:
     logits = torch.randn(6, 16)
     logits[2, 1] = logits[2, 3] = logits[2].max() + 1  # a tie at the top, inside one group
     logits.requires_grad_()
-    weights, ids = router(logits, 4, scoring=scoring, bias=torch.zeros(16), groups=4, groups_kept=2, scale=2.5)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"scoring": scoring, "scale": 2.5}
+    weights, ids = router(logits, 4, bias=torch.zeros(16), groups=4, groups_kept=2, **options)
     assert ids[2, :2].tolist() == [1, 3]
     torch.testing.assert_close(weights.sum(1), torch.full((6,), 2.5))
     assert all(len({expert // 4 for expert in row}) <= 2 for row in ids.tolist())
@@ -113,6 +115,36 @@ def test_router(scoring: str, error: Error) -> None:
     picked = scores.gather(1, ids.long())
     (picked / picked.sum(1, keepdim=True) * 2.5).backward(grad.double())  # type: ignore[no-untyped-call]
     assert error(logits.grad, leaf.grad) < 1e-5  # type: ignore[arg-type]
+    chosen = logits.grad
+    logits.grad = None
+    recorded = ids.flip(1).contiguous()
+    replayed, same = router(logits, 4, ids=recorded, **options)
+    assert torch.equal(replayed.flip(1), weights), "the order of given experts does not show"
+    assert torch.equal(same, recorded)
+    replayed.backward(grad.flip(1))  # type: ignore[no-untyped-call]
+    assert torch.equal(logits.grad, chosen)  # type: ignore[arg-type]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([torch.bfloat16, torch.float16, torch.float32]), st.integers(1, 9))
+def test_neighbours_do_not_show(seed: int, dtype: torch.dtype, tokens: int) -> None:
+    """The ops that need no more than rows: the first row alone has the bits that it has in the batch."""
+    torch.manual_seed(seed)
+    x, weight = normal(tokens, 48, dtype=dtype), normal(48, dtype=dtype)
+    cos, sin = torch.randn(30, 12), torch.randn(30, 12)
+    at, seeds = torch.randint(0, 30, (tokens,)), torch.randint(0, 2**62, (tokens,))
+    index, logits = torch.randperm(tokens).to(torch.int32)[:, None], torch.randn(tokens, 16)
+
+    def results(rows: slice) -> list[torch.Tensor]:
+        heads = x[rows].view(-1, 2, 24)
+        return [
+            rms_norm(x[rows], weight), swiglu(x[rows]), *rope(heads, heads, cos, sin, at[rows]), *router(logits[rows], 3),
+            moe_combine(x, index[rows], logits[rows, :1].contiguous()), sample(x[rows], seeds[rows], at[rows], temperature=0.8),
+            log_softmax(x[rows]), matmul(x[rows], x), quantize_rows(torch.cat([x[rows]] * 8, 1)[:, :128])[1],
+        ]  # fmt: skip
+
+    for alone, whole in zip(results(slice(0, 1)), results(slice(0, tokens)), strict=True):
+        assert torch.equal(alone, whole[:1])
 
 
 def exact_attention(
@@ -281,7 +313,7 @@ def test_sample_follows_the_distribution_and_the_counter() -> None:
     torch.testing.assert_close(share, torch.softmax(logits[0], 0), atol=0.03, rtol=0)
     assert torch.equal(sample(logits[100:200], seeds[100:200], positions[100:200]), tokens[100:200])
     assert set(sample(logits, seeds, positions, top_k=2).tolist()) == {1, 2}
-    assert set(sample(logits, seeds, positions, top_p=0.5).tolist()) == {2}
+    assert set(sample(logits[:100], seeds[:100], positions[:100], top_p=0.5).tolist()) == {2}
     assert set(sample(logits, seeds, positions, temperature=0.0).tolist()) == {2}
 
 
