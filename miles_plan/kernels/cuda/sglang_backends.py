@@ -132,13 +132,9 @@ class SeededSampler(Sampler):
         for rows, temperature, top_k, top_p in rows_by_options(sampling_info, logits.shape[1]):
             part = logits[rows]
             drawn = sample(
-                part,
-                seeds[rows].to(torch.int64),
-                positions[rows].to(torch.int64),
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-            )
+                part, seeds[rows].to(torch.int64), positions[rows].to(torch.int64), top_k=top_k, top_p=top_p,
+                temperature=0.0 if top_k == 1 else temperature,  # SGLang's way of saying greedy
+            )  # fmt: skip
             tokens[rows] = drawn
             if return_logprob:
                 chosen[rows] = log_prob(part, drawn, temperature=temperature)
@@ -181,5 +177,5 @@ def rows_by_options(sampling_info: Any, vocabulary: int) -> list[tuple[torch.Ten
     found = []
     for i, (temperature, top_k, top_p) in enumerate(kinds.tolist()):
         keep = int(top_k) if 0 < top_k < vocabulary else 0
-        found.append(((which == i).nonzero()[:, 0], 0.0 if keep == 1 else temperature, keep, top_p))
+        found.append(((which == i).nonzero()[:, 0], temperature, keep, top_p))
     return found

@@ -250,9 +250,11 @@ def test_experts_are_added_in_ascending_order_alone_and_in_a_batch() -> None:
     assert torch.equal(experts(x[3:4], alone), whole[3:4]), "the order in which experts are listed does not show"
 
 
-def test_expert_parallel_ranks_add_up_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = model(experts=FusedMoE(4, 32, 16))["experts"]
-    chosen, x = routed(6, 4), torch.randn(6, 32).bfloat16()
+def expert_parallel(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two simulated ranks against one."""
+    one = model(experts=FusedMoE(4, 32, 16)).to(device)["experts"]
+    chosen, x = routed(6, 4), torch.randn(6, 32).bfloat16().to(device)
+    chosen.topk_weights, chosen.topk_ids = chosen.topk_weights.to(device), chosen.topk_ids.to(device)
     want = one(x, chosen)
     sent: list[torch.Tensor] = []
     monkeypatch.setattr(hooks_sglang, "_expert_group", lambda: None)
@@ -262,12 +264,37 @@ def test_expert_parallel_ranks_add_up_to_one(monkeypatch: pytest.MonkeyPatch) ->
         mine = FusedMoE(4, 32, 16, rank, 2)
         mine.w13_weight.data.copy_(one.w13_weight[2 * rank : 2 * rank + 2])  # type: ignore[index]  # a parameter
         mine.w2_weight.data.copy_(one.w2_weight[2 * rank : 2 * rank + 2])  # type: ignore[index]
-        ranks.append(model(experts=mine)["experts"])
+        ranks.append(model(experts=mine).to(device)["experts"])
         ranks[rank](x, chosen)
     assert not ((sent[0] != 0) & (sent[1] != 0)).any(), "a row is one rank's"
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda rows, group: rows.copy_(sent[0] + sent[1]))
     assert torch.equal(ranks[0](x, chosen), want)
     assert not ranks[1](x, chosen).any(), "SGLang adds the ranks' results once more"
+
+
+def test_expert_parallel_ranks_add_up_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    expert_parallel(torch.device("cpu"), monkeypatch)
+
+
+@pytest.mark.gpu
+def test_expert_parallel_ranks_add_up_to_one_on_a_gpu(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    expert_parallel(gpu, monkeypatch)
+
+
+@pytest.mark.gpu
+def test_experts_can_be_captured(gpu: torch.device) -> None:
+    """Nothing waits for the device, so SGLang's decode graphs can hold the layer."""
+    experts = model(experts=FusedMoE(4, 64, 32)).to(gpu)["experts"]
+    chosen, x = routed(6, 4), torch.randn(6, 64).bfloat16().to(gpu)
+    chosen.topk_weights, chosen.topk_ids = chosen.topk_weights.to(gpu), chosen.topk_ids.to(gpu)
+    want = experts(x, chosen)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = experts(x, chosen)
+    x.copy_(torch.randn(6, 64))
+    graph.replay()
+    assert torch.equal(out, experts(x, chosen))
+    assert not torch.equal(out, want)
 
 
 @pytest.mark.parametrize(
