@@ -25,7 +25,7 @@ Seed = Annotated[
     int, typer.Option("--seed", min=0, help="Seed of the first draw; a report names the seed that shows a difference.")
 ]
 Workers = Annotated[
-    int | None, typer.Option("--workers", min=1, help="Processes that share the GPU; by default one a core, at most eight.")
+    int | None, typer.Option("--workers", min=1, help="Processes that share the GPU; by default one a core, at most sixteen.")
 ]
 
 

@@ -112,7 +112,7 @@ def _through_experts(
     """x through its experts, [tokens, slots, N]."""
     order = expert_order(ids, weight.shape[0])
     rows = product(expert_rows(x, order), weight, order.counts)
-    return rows[order.place.flatten().long()].view(*ids.shape, -1)
+    return rows[order.place.flatten().long()].view(*ids.shape, weight.shape[1])
 
 
 def _routed(draw: Draw, tokens: int, experts: int) -> torch.Tensor:

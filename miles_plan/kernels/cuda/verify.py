@@ -1,7 +1,7 @@
 """Is every op invariant on this GPU? Random draws, bit for bit, in about a minute; the report names the op that differs first.
 
 `invariance_checks` says what is compared. Several processes share the GPU, each with its own checks, because compiling kernels
-and drawing shapes is the host's work: with eight of them a minute holds thousands of draws of each op.
+and drawing shapes is the host's work: with sixteen of them a minute holds thousands of draws of each op.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 from .draw import Draw
 from .invariance_checks import CHECKS, Check
 
-MOST_WORKERS = 8
+MOST_WORKERS = 16
+MOST_CHARGED_S = 0.05
 
 
 @dataclass
@@ -79,7 +80,7 @@ def verify(
     """Run every check with each of its dtypes in turn for about `seconds`, each at least once; kernels compile on first use.
 
     seed: the first draw's; the next ones count up. workers: processes that share the GPU, by default one a core and at most
-    eight; 1 stays in this process. Raises ValueError if there is no such device.
+    sixteen; 1 stays in this process. Raises ValueError if there is no such device.
     """
     where = torch.device(device)
     if where.type != "cuda" or not torch.cuda.is_available():
@@ -100,19 +101,29 @@ def verify(
 
 
 def run_pairs(pairs: Sequence[tuple[Check, torch.dtype]], seed: int, device: str, deadline: float) -> list[OpReport]:
-    """Draw for each pair in turn until `deadline` (of time.time()), each at least once."""
+    """Draw for the pairs until `deadline` (of time.time()), each at least once and for as long as the others."""
     where = torch.device(device)
     reports = [OpReport(check.name, str(dtype).removeprefix("torch.")) for check, dtype in pairs]
-    turn = 0
-    while turn == 0 or (time.time() < deadline and any(op.error is None for op in reports)):
-        for (check, dtype), op in zip(pairs, reports, strict=True):
-            if op.error is None and (turn == 0 or time.time() < deadline):
-                _draw_once(check, dtype, op, seed + turn, where)
-        turn += 1
+    spent_s = [0.0] * len(pairs)
+    turns = [0] * len(pairs)
+    for each in range(len(pairs)):
+        _draw_once(pairs[each], reports[each], seed, where)
+        turns[each] = 1
+    while time.time() < deadline:
+        left = [each for each in range(len(pairs)) if reports[each].error is None]
+        if not left:
+            break
+        # the one that has had least time, so that a slow op does not hold the others back; compiling counts as one draw
+        each = min(left, key=lambda one: spent_s[one])
+        begin = time.monotonic()
+        _draw_once(pairs[each], reports[each], seed + turns[each], where)
+        turns[each] += 1
+        spent_s[each] += min(time.monotonic() - begin, MOST_CHARGED_S)
     return reports
 
 
-def _draw_once(check: Check, dtype: torch.dtype, op: OpReport, seed: int, where: torch.device) -> None:
+def _draw_once(pair: tuple[Check, torch.dtype], op: OpReport, seed: int, where: torch.device) -> None:
+    check, dtype = pair
     draw = Draw(seed, where)
     try:
         check.run(draw, dtype)
