@@ -159,6 +159,7 @@ def test_rows(launched: set[str]) -> None:
     combine_log_prob(torch.zeros(9, 16), torch.zeros(9, 16), torch.zeros(9))
     assert {
         "rms_norm_kernel", "rms_norm_gradient_kernel", "ordered_sum_kernel", "swiglu_kernel", "swiglu_gradient_kernel",
-        "rope_kernel", "embedding_kernel", "embedding_gradient_kernel", "router_kernel", "router_gradient_kernel", "combine_kernel",
+        "rope_kernel", "embedding_kernel", "embedding_gradient_kernel", "router_kernel", "router_gradient_kernel",
+        "combine_kernel",
         "combine_gradient_kernel", "sample_kernel", "partial_kernel", "chosen_kernel", "shift_kernel", "gradient_kernel",
     } <= launched  # fmt: skip
