@@ -29,7 +29,7 @@ def reported(monkeypatch: pytest.MonkeyPatch) -> list[OpReport]:
     """The ops that a verification of this machine reports; its GPU is stood in for."""
     ops: list[OpReport] = []
     monkeypatch.setattr("miles_plan.cli.kernel_requirements.require_torch_and_triton", lambda: None)
-    monkeypatch.setattr(verify_module, "verify", lambda **_: Report("NVIDIA H200", "2.11.0", "3.6.0", 60.2, ops))
+    monkeypatch.setattr(verify_module, "verify", lambda **_: Report("NVIDIA H200", "2.11.0", "3.6.0", "2026-01-01", 60.2, ops))
     return ops
 
 

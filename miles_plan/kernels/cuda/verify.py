@@ -6,6 +6,7 @@ and drawing shapes is the host's work: with sixteen of them a minute holds thous
 
 from __future__ import annotations
 
+import datetime
 import multiprocessing
 import os
 import time
@@ -52,6 +53,8 @@ class Report:
     gpu: str
     torch_version: str
     triton_version: str
+    date: str
+    """ISO 8601, of the day."""
     seconds: float = 0.0
     ops: list[OpReport] = field(default_factory=list)
 
@@ -87,7 +90,8 @@ def verify(
         raise ValueError(f"device is {device!r}; allowed: a CUDA device that is there")
     import triton
 
-    report = Report(torch.cuda.get_device_name(where), torch.__version__, triton.__version__)
+    today = datetime.date.today().isoformat()
+    report = Report(torch.cuda.get_device_name(where), torch.__version__, triton.__version__, today)
     count = min(len(os.sched_getaffinity(0)), MOST_WORKERS) if workers is None else workers
     pairs = [(check, dtype) for check in checks for dtype in check.dtypes]
     begin = time.monotonic()

@@ -65,7 +65,7 @@ def test_the_first_difference_is_named_with_its_seed_and_shape() -> None:
     differs_from_the_third_seed(draw, torch.float32)
     assert draw.outcome() == (4, odd.first_shape), "the seed shows it again"
     assert broken.error == "RuntimeError: no such kernel (seed 0)"
-    report = Report("a gpu", "2", "3", 1.0, [fine, odd, broken])
+    report = Report("a gpu", "2", "3", "2026-01-01", 1.0, [fine, odd, broken])
     assert report.first is odd
     assert not report.to_dict()["ok"]
     assert not OpReport("never drawn", "float32").ok
