@@ -382,30 +382,31 @@ def check_fp8(draw: Draw, dtype: torch.dtype) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A check and the dtypes it runs in."""
+    """A check, the dtypes it runs in, and how much compiling its first draws take beside the others'."""
 
     name: str
     run: Callable[[Draw, torch.dtype], None]
     dtypes: tuple[torch.dtype, ...] = HALF
+    weight: int = 1
 
 
 CHECKS = (
     Check("embedding", check_embedding, ALL),
     Check("rms_norm", check_rms_norm, ALL),
-    Check("matmul rows", check_matmul_rows, ALL),
-    Check("matmul tiles", check_matmul_tiles),
-    Check("matmul tensor parallel", check_matmul_ranks, ALL),
-    Check("matmul gradients", check_matmul_gradients),
+    Check("matmul rows", check_matmul_rows, ALL, weight=4),
+    Check("matmul tiles", check_matmul_tiles, weight=8),
+    Check("matmul tensor parallel", check_matmul_ranks, ALL, weight=4),
+    Check("matmul gradients", check_matmul_gradients, weight=3),
     Check("rope", check_rope, ALL),
-    Check("attention", check_attention),
-    Check("attention decode", check_decode),
-    Check("attention gradients", check_attention_gradients),
+    Check("attention", check_attention, weight=8),
+    Check("attention decode", check_decode, weight=6),
+    Check("attention gradients", check_attention_gradients, weight=3),
     Check("swiglu", check_swiglu, ALL),
     Check("router", check_router, (torch.float32,)),
-    Check("grouped_matmul", check_grouped_rows, ALL),
-    Check("grouped_matmul gradients", check_grouped_gradients),
+    Check("grouped_matmul", check_grouped_rows, ALL, weight=4),
+    Check("grouped_matmul gradients", check_grouped_gradients, weight=3),
     Check("moe_combine", check_combine, ALL),
-    Check("fp8", check_fp8, (torch.bfloat16,)),
-    Check("log_prob", check_log_prob, ALL),
+    Check("fp8", check_fp8, (torch.bfloat16,), weight=3),
+    Check("log_prob", check_log_prob, ALL, weight=2),
     Check("sample", check_sample, ALL),
 )

@@ -143,12 +143,20 @@ def _draw_once(pair: tuple[Check, torch.dtype], op: OpReport, seed: int, where: 
             op.first_shape, op.first_seed = shape, seed
 
 
+def shares_of(weights: Sequence[int], workers: int) -> list[list[int]]:
+    """Indices of `weights` dealt to at most `workers`, the heaviest first, each to the one with the least so far."""
+    shares: list[list[int]] = [[] for _ in range(min(workers, len(weights)))]
+    for index in sorted(range(len(weights)), key=lambda one: -weights[one]):
+        min(shares, key=lambda share: sum(weights[one] for one in share)).append(index)
+    return shares
+
+
 def _run_in_processes(
     pairs: Sequence[tuple[Check, torch.dtype]], seed: int, device: str, deadline: float, count: int
 ) -> list[OpReport]:
-    """Pairs dealt out in turn; each process of a pool of its own, so that one that dies takes only its own checks along."""
+    """Each process in a pool of its own, so that one that dies takes only its own checks along."""
     context = multiprocessing.get_context("spawn")
-    shares = [list(range(worker, len(pairs), count)) for worker in range(min(count, len(pairs)))]
+    shares = shares_of([check.weight for check, _ in pairs], count)
     pools = [ProcessPoolExecutor(1, mp_context=context) for _ in shares]
     futures: list[Future[list[OpReport]]] = [
         pool.submit(run_pairs, [pairs[i] for i in share], seed, device, deadline)

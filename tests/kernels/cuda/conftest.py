@@ -11,7 +11,7 @@ import torch
 @pytest.fixture
 def gpu() -> torch.device:
     """The first CUDA device; the test is skipped where there is none."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="needs Triton")
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     return torch.device("cuda", 0)

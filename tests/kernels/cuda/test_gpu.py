@@ -32,7 +32,7 @@ from miles_plan.kernels.cuda.verify import verify
 
 pytestmark = pytest.mark.gpu
 DRAW_SECONDS = 40.0
-LEAST_DRAWS = 100  # of the slowest op and dtype while other tests share the GPU; most reach thousands
+LEAST_DRAWS = 10  # of the slowest op and dtype where every kernel is compiled first; with a warm cache most reach thousands
 Error = Callable[[torch.Tensor, torch.Tensor], float]
 
 

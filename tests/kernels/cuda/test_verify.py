@@ -9,7 +9,7 @@ import torch
 
 from miles_plan.kernels.cuda.draw import Draw, differing
 from miles_plan.kernels.cuda.invariance_checks import CHECKS, Check
-from miles_plan.kernels.cuda.verify import OpReport, Report, run_pairs, verify
+from miles_plan.kernels.cuda.verify import OpReport, Report, run_pairs, shares_of, verify
 
 CPU = torch.device("cpu")
 
@@ -76,6 +76,14 @@ def test_every_check_runs_at_least_once_and_is_described() -> None:
     assert [report.draws for report in reports] == [6]
     assert all(check.run.__doc__ for check in CHECKS)
     assert len({check.name for check in CHECKS}) == len(CHECKS)
+
+
+def test_heavy_checks_are_spread_and_none_is_lost() -> None:
+    shares = shares_of([1, 8, 1, 8, 4, 1, 1], 3)
+    assert sorted(index for share in shares for index in share) == list(range(7))
+    assert [1] in shares
+    assert [3] in shares
+    assert shares_of([1, 1], 16) == [[0], [1]]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
