@@ -20,9 +20,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from miles_plan.kernels.cuda import hooks_megatron
+from miles_plan.kernels.cuda.attention import attention
 from miles_plan.kernels.cuda.log_prob import log_prob
+from miles_plan.kernels.cuda.matmul import matmul
 from miles_plan.kernels.cuda.rms_norm import rms_norm
 from miles_plan.kernels.cuda.rms_norm_module import RmsNorm
+from miles_plan.kernels.cuda.router import router
+from miles_plan.kernels.cuda.swiglu import swiglu
 
 LAYERS, WIDTH, VOCABULARY, EXPERTS, TOKENS = 2, 128, 512, 4, 12
 
@@ -160,6 +164,9 @@ def rank_main(rank: int, layout: Layout, port: int, out: str) -> None:
             found.sum().backward()  # type: ignore[no-untyped-call]  # torch's backward is untyped
             if layout == Layout():
                 others_of_one_rank(model, mine, places, logits)
+        if layout.ranks == 1:
+            with torch.no_grad():
+                assert torch.equal(sglang_log_probs(model, ids[0]), found.view(2, -1)[0]), "SGLang's steps give Megatron's bits"
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         torch.save((found.detach(), gradients), f"{out}.{rank}")
         parallel_state.destroy_model_parallel()
@@ -209,6 +216,56 @@ def test_tensor_parallel_ranks_give_the_bits_of_one(run: Run) -> None:
                 dimension = 1 if "linear_proj" in name or "linear_fc2" in name else 0
                 split = [half.chunk(2, dimension)[rank] for half in (want.chunk(2) if "linear_fc1" in name else (want,))]
                 assert torch.equal(part[name], torch.cat(split)), (name, sequence)
+
+
+def sglang_log_probs(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of one sequence by the steps that SGLang's Qwen3 takes, on its hooks, with a GPTModel's weights."""
+    from miles_plan.kernels.cuda import hooks_sglang
+
+    def norm(theirs: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
+        module = SimpleNamespace(weight=theirs.weight, variance_epsilon=theirs.eps)
+        return hooks_sglang._norm(module, x, residual)
+
+    cache = torch.zeros(64, 32)
+    rotary = hooks_sglang._Rotary(
+        "rotary", SimpleNamespace(is_neox_style=True, head_size=32, rotary_dim=32, base=10_000, cos_sin_cache=cache), plain=True
+    )
+    x, residual, places = model.embedding.word_embeddings.weight[ids], None, torch.arange(ids.numel())
+    for layer in model.decoder.layers:
+        if residual is None:
+            x, residual = norm(layer.input_layernorm, x), x
+        else:
+            x, residual = norm(layer.input_layernorm, x, residual)
+        mine = layer.self_attention
+        # Megatron stores a group's two queries, key and value together; SGLang all queries, keys, values
+        fused = mine.linear_qkv.weight.view(2, 4, 32, WIDTH)
+        weight = torch.cat([fused[:, :2].reshape(-1, WIDTH), fused[:, 2].reshape(-1, WIDTH), fused[:, 3].reshape(-1, WIDTH)])
+        q, k, v = hooks_sglang._column_linear(SimpleNamespace(weight=weight), x).split([128, 64, 64], -1)
+        q, k = norm(mine.q_layernorm, q.reshape(-1, 32)).view_as(q), norm(mine.k_layernorm, k.reshape(-1, 32)).view_as(k)
+        q, k = rotary(places, q, k)
+        out = attention(q.view(-1, 4, 32), k.view(-1, 2, 32), v.reshape(-1, 2, 32)).flatten(1)
+        x = hooks_sglang._row_linear(mine.linear_proj, out, ranks=1)
+        x, residual = norm(layer.pre_mlp_layernorm, x, residual)
+        if hasattr(layer.mlp, "experts"):
+            x = sglang_experts(layer.mlp, x)
+        else:
+            hidden = swiglu(hooks_sglang._column_linear(layer.mlp.linear_fc1, x))
+            x = hooks_sglang._row_linear(layer.mlp.linear_fc2, hidden, ranks=1)
+    x, _ = norm(model.decoder.final_layernorm, x, residual)
+    return log_prob(matmul(x, model.output_layer.weight), torch.roll(ids, -1))
+
+
+def sglang_experts(theirs: Any, x: torch.Tensor) -> torch.Tensor:
+    """The gate, the choice and the experts of SGLang's Qwen3-MoE."""
+    from miles_plan.kernels.cuda import hooks_sglang
+
+    weights, ids = router(hooks_sglang._gate(theirs.router, x), 2)
+    names = ("linear_fc1", "linear_fc2")
+    up, down = (torch.stack([getattr(expert, name).weight for expert in theirs.experts.local_experts]) for name in names)
+    layer = SimpleNamespace(w13_weight=up, w2_weight=down, num_local_experts=EXPERTS, moe_ep_size=1, moe_ep_rank=0)
+    given = SimpleNamespace(hidden_states=x, topk_output=SimpleNamespace(topk_weights=weights, topk_ids=ids))
+    found: torch.Tensor = hooks_sglang._experts(layer, given, combine_input=lambda hidden_states: hidden_states)
+    return found
 
 
 @pytest.mark.slow
