@@ -115,14 +115,19 @@ def test_router(scoring: str, error: Error) -> None:
     picked = scores.gather(1, ids.long())
     (picked / picked.sum(1, keepdim=True) * 2.5).backward(grad.double())  # type: ignore[no-untyped-call]
     assert error(logits.grad, leaf.grad) < 1e-5  # type: ignore[arg-type]
-    chosen = logits.grad
-    logits.grad = None
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_the_order_of_given_experts_does_not_show(scoring: Any) -> None:
+    logits = torch.randn(200, 16).requires_grad_()
+    weights, ids = router(logits, 6, scoring=scoring)
+    grad = torch.randn(200, 6)
+    (want,) = torch.autograd.grad(weights, logits, grad)
     recorded = ids.flip(1).contiguous()
-    replayed, same = router(logits, 4, ids=recorded, **options)
-    assert torch.equal(replayed.flip(1), weights), "the order of given experts does not show"
+    replayed, same = router(logits, 6, scoring=scoring, ids=recorded)
+    assert torch.equal(replayed.flip(1), weights)
     assert torch.equal(same, recorded)
-    replayed.backward(grad.flip(1))  # type: ignore[no-untyped-call]
-    assert torch.equal(logits.grad, chosen)  # type: ignore[arg-type]
+    assert torch.equal(torch.autograd.grad(replayed, logits, grad.flip(1))[0], want)
 
 
 @settings(max_examples=20, deadline=None)
