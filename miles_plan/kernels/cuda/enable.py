@@ -102,7 +102,8 @@ def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a [B, M, K] @ b [B, K, N] as one grouped product."""
     batch, m, k = a.shape
     counts = torch.full((batch,), m, device=a.device, dtype=torch.int32)
-    out = grouped_matmul(a.reshape(batch * m, k).contiguous(), b.transpose(1, 2).contiguous(), counts)
+    with torch.no_grad():  # autograd has seen the operator already
+        out = grouped_matmul(a.reshape(batch * m, k).contiguous(), b.transpose(1, 2).contiguous(), counts)
     return out.view(batch, m, b.shape[2])
 
 
@@ -111,7 +112,8 @@ def _log_softmax(x: torch.Tensor, dim: int, half_to_float: bool) -> torch.Tensor
     moved = x.movedim(dim, -1)
     out_dtype = torch.float32 if half_to_float else x.dtype
     rows = moved.reshape(-1, moved.shape[-1])
-    return log_softmax(rows, out_dtype=out_dtype).view(moved.shape).movedim(-1, dim)
+    with torch.no_grad():  # autograd has seen the operator already
+        return log_softmax(rows, out_dtype=out_dtype).view(moved.shape).movedim(-1, dim)
 
 
 class _Functions(TorchFunctionMode):

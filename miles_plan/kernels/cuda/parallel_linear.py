@@ -88,7 +88,8 @@ def tree_reduce_scatter(partial: torch.Tensor, out_dtype: torch.dtype = torch.bf
     return add_tree(list(received.view(ranks, partial.shape[0] // ranks, *partial.shape[1:]).unbind(0))).to(out_dtype)
 
 
-def _ranks(group: Any) -> int:
+def ranks_of(group: Any) -> int:
+    """The size of a tensor-parallel group, 1 for None. Raises ValueError for other sizes than 1, 2, 4 and 8."""
     ranks = 1 if group is None else torch.distributed.get_world_size(group)
     arguments.require_size("the size of group", ranks, TENSOR_PARALLEL_SIZES)
     return ranks
@@ -103,11 +104,11 @@ def _check(x: torch.Tensor, weight: torch.Tensor, group: Any) -> int:
     arguments.require_contiguous_rows("weight", weight)
     if x.dim() < 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x has shape {list(x.shape)}; allowed: [tokens, ..., {weight.shape[1]}], weight's K")
-    return _ranks(group)
+    return ranks_of(group)
 
 
 def _gather_tokens(x: torch.Tensor, group: Any) -> torch.Tensor:
-    ranks = _ranks(group)
+    ranks = ranks_of(group)
     if ranks == 1:
         return x
     gathered = torch.empty(ranks * x.shape[0], *x.shape[1:], device=x.device, dtype=x.dtype)
@@ -122,7 +123,7 @@ def _sum(partial: torch.Tensor, dtype: torch.dtype, group: Any, sequence_paralle
 
 
 def _row_forward(x: torch.Tensor, weight: torch.Tensor, group: Any, sequence_parallel: bool) -> torch.Tensor:
-    ranks = _ranks(group)
+    ranks = ranks_of(group)
     if ranks == 1:
         return matmul(x, weight, order="tree")
     return _sum(tree_partial(x, weight, ranks), x.dtype, group, sequence_parallel)
@@ -157,7 +158,7 @@ class _ColumnParallel(torch.autograd.Function):
         grad = _rows(grads[0]).contiguous()
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            partial = partial_input_gradient(grad, weight, _ranks(ctx.group))
+            partial = partial_input_gradient(grad, weight, ranks_of(ctx.group))
             dx = _sum(partial.view(*grads[0].shape[:-1], -1), x.dtype, ctx.group, ctx.sequence_parallel)
         if ctx.needs_input_grad[1]:
             whole = _gather_tokens(x, ctx.group) if ctx.sequence_parallel else x

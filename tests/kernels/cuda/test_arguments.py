@@ -11,7 +11,8 @@ from miles_plan.kernels.cuda.attention import attention
 from miles_plan.kernels.cuda.embedding import embedding
 from miles_plan.kernels.cuda.fp8_matmul import fp8_grouped_matmul, fp8_matmul, quantize_rows, quantize_weight
 from miles_plan.kernels.cuda.grouped_matmul import grouped_matmul
-from miles_plan.kernels.cuda.log_prob import linear_log_prob, log_prob, log_softmax
+from miles_plan.kernels.cuda.linear_log_prob import linear_log_prob
+from miles_plan.kernels.cuda.log_prob import log_prob, log_softmax
 from miles_plan.kernels.cuda.matmul import matmul, tree_partial
 from miles_plan.kernels.cuda.moe_combine import moe_combine
 from miles_plan.kernels.cuda.parallel_linear import column_parallel_linear, row_parallel_linear

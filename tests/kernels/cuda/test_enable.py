@@ -10,6 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from miles_plan.kernels.cuda.enable import enable, enable_aten, visible_range
+from miles_plan.kernels.cuda.log_prob import log_softmax
+from miles_plan.kernels.cuda.matmul import matmul
 
 
 def mask_of(batch: int, q_len: int, kv_len: int, first: list[int], window: int | None = None) -> torch.Tensor:
@@ -159,3 +161,21 @@ def test_what_is_not_covered_is_refused() -> None:
     q = torch.randn(1, 4, 3, 16).bfloat16()
     with enable(model), pytest.raises(ValueError, match=r"dropout_p is 0\.5; allowed: 0\.0"):
         torch.nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=0.5, is_causal=True)
+
+
+def test_torchs_own_operators_have_our_bits_and_gradients(error: Callable[..., float]) -> None:
+    torch.manual_seed(0)
+    model = small("llama", torch.device("cpu"))
+    a, b = torch.randn(3, 5, 32).bfloat16().requires_grad_(), torch.randn(3, 32, 8).bfloat16().requires_grad_()
+    with enable(model):
+        product = torch.bmm(a, b)
+        table = torch.log_softmax(product.float(), 1)
+        table.sum().backward()  # type: ignore[no-untyped-call]  # torch's backward is untyped
+    assert torch.equal(product[1], matmul(a[1], b[1].T.contiguous()))
+    assert torch.equal(table[2].T, log_softmax(product[2].float().T.contiguous()))
+    wide = [x.detach().double().requires_grad_() for x in (a, b)]
+    torch.log_softmax(torch.bmm(*wide), 1).sum().backward()  # type: ignore[no-untyped-call]
+    for ours, exact in zip((a, b), wide, strict=True):
+        assert ours.grad is not None
+        assert exact.grad is not None
+        assert error(ours.grad, exact.grad) < 2e-2

@@ -20,7 +20,8 @@ from miles_plan.kernels.cuda.expert_rows import expert_order, expert_rows
 from miles_plan.kernels.cuda.gemm import gemm
 from miles_plan.kernels.cuda.grouped_matmul import grouped_matmul
 from miles_plan.kernels.cuda.invariance_checks import CHECKS, Check
-from miles_plan.kernels.cuda.log_prob import log_prob
+from miles_plan.kernels.cuda.linear_log_prob import linear_log_prob
+from miles_plan.kernels.cuda.log_prob import log_prob, log_softmax
 from miles_plan.kernels.cuda.matmul import matmul
 from miles_plan.kernels.cuda.moe_combine import moe_combine, moe_combine_reference
 from miles_plan.kernels.cuda.parallel_linear import column_parallel_linear, row_parallel_linear
@@ -113,6 +114,14 @@ DIFFERENTIABLE: dict[str, tuple[Operation, Operation, tuple[tuple[int, ...], ...
     ),
     "rms_norm": (lambda x, w: rms_norm(x, w, 1e-6), exact_norm, ((200, 1000), (1000,))),
     "swiglu": (swiglu, exact_swiglu, ((200, 700),)),
+    "log_softmax": (
+        lambda x: log_softmax(x, temperature=0.7), lambda x: torch.log_softmax(x / 0.7, -1), ((50, 4096),),
+    ),
+    "linear_log_prob": (
+        lambda x, w: linear_log_prob(x, w, torch.arange(50, device=x.device), temperature=16.0, rows_at_once=20),
+        lambda x, w: torch.log_softmax(x @ w.T / 16, -1).gather(1, torch.arange(50, device=x.device)[:, None])[:, 0],
+        ((50, 256), (1024, 256)),
+    ),
     "log_prob": (
         lambda x: log_prob(x, torch.arange(50, device=x.device), temperature=0.7),
         lambda x: torch.log_softmax(x / 0.7, -1).gather(1, torch.arange(50, device=x.device)[:, None])[:, 0], ((50, 4096),),

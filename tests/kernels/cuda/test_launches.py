@@ -155,11 +155,12 @@ def test_rows(launched: set[str]) -> None:
     sample(half(9, 5000), at, at, top_p=0.9)
     backward(log_prob(half(9, 4096, grad=True), at))
     log_prob(half(9, 1024), at, vocab_size=4096)
-    log_softmax(half(9, 4096))
+    backward(log_softmax(half(9, 4096, grad=True)))
     combine_log_prob(torch.zeros(9, 16), torch.zeros(9, 16), torch.zeros(9))
     assert {
         "rms_norm_kernel", "rms_norm_gradient_kernel", "ordered_sum_kernel", "swiglu_kernel", "swiglu_gradient_kernel",
         "rope_kernel", "embedding_kernel", "embedding_gradient_kernel", "router_kernel", "router_gradient_kernel",
         "combine_kernel",
         "combine_gradient_kernel", "sample_kernel", "partial_kernel", "chosen_kernel", "shift_kernel", "gradient_kernel",
+        "table_gradient_kernel",
     } <= launched  # fmt: skip

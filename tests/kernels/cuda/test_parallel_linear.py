@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import socket
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from miles_plan.kernels.cuda.linear_log_prob import linear_log_prob
 from miles_plan.kernels.cuda.matmul import matmul, tree_all_reduce, tree_partial
 from miles_plan.kernels.cuda.parallel_linear import column_parallel_linear, row_parallel_linear, tree_reduce_scatter
 
@@ -60,7 +62,20 @@ def rank_main(rank: int, ranks: int, port: int, backend: str) -> None:
     whole = matmul(x[:, 0], up, order="tree")
     assert torch.equal(tree_all_reduce(partial, torch.float32), whole)
     assert torch.equal(tree_reduce_scatter(partial, torch.float32), whole[tokens])
+    hidden, targets = x[:, 0], torch.arange(TOKENS, device=device) * 30
+    alone = scored(hidden, up, targets)
+    together = scored(hidden, my_up, targets, vocab_start=rows.start, vocab_size=INNER, group=dist.group.WORLD)
+    assert torch.equal(together[0], alone[0])
+    assert torch.equal(together[1], alone[1])
+    assert torch.equal(together[2], alone[2][rows])
     dist.destroy_process_group()
+
+
+def scored(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, **shard: Any) -> list[torch.Tensor]:
+    """Log-probabilities of a head, and the gradients of the hidden states and of the head, two blocks of rows."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (hidden, weight)]
+    found = linear_log_prob(*leaves, targets, rows_at_once=5, **shard)
+    return [found.detach(), *torch.autograd.grad(found.sum(), leaves)]
 
 
 def rows_of(size: int, rank: int, ranks: int) -> slice:

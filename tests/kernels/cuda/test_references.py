@@ -14,7 +14,8 @@ from miles_plan.kernels.cuda.attention import attention, attention_with_lse
 from miles_plan.kernels.cuda.embedding import embedding
 from miles_plan.kernels.cuda.fp8_matmul import fp8_grouped_matmul, fp8_matmul, quantize_rows, quantize_weight
 from miles_plan.kernels.cuda.grouped_matmul import grouped_matmul
-from miles_plan.kernels.cuda.log_prob import combine_log_prob, linear_log_prob, log_prob, log_prob_partials, log_softmax
+from miles_plan.kernels.cuda.linear_log_prob import linear_log_prob
+from miles_plan.kernels.cuda.log_prob import combine_log_prob, log_prob, log_prob_partials, log_softmax
 from miles_plan.kernels.cuda.matmul import matmul
 from miles_plan.kernels.cuda.moe_combine import moe_combine
 from miles_plan.kernels.cuda.rms_norm import rms_norm
@@ -296,17 +297,30 @@ def test_log_prob_of_shards_is_log_prob(seed: int, ranks: int, vocab: int) -> No
     torch.testing.assert_close(whole.double(), exact, rtol=2e-6, atol=2e-6)
 
 
-def test_linear_log_prob_blocks_do_not_show(error: Error) -> None:
-    hidden, weight = normal(7, 32).requires_grad_(), normal(64, 32).requires_grad_()
-    targets = torch.randint(0, 64, (7,))
-    whole = linear_log_prob(hidden, weight, targets)
-    blocks = linear_log_prob(hidden, weight, targets, rows_at_once=3)
-    assert torch.equal(whole, blocks)
-    whole.sum().backward()  # type: ignore[no-untyped-call]
+@pytest.mark.parametrize("vocabulary", [64, 256])
+def test_linear_log_prob_is_matmul_and_log_prob(vocabulary: int, error: Error) -> None:
+    hidden, weight = normal(7, 32).requires_grad_(), normal(vocabulary, 32).requires_grad_()
+    targets, grad = torch.randint(0, vocabulary, (7,)), torch.randn(7)
+    found = linear_log_prob(hidden, weight, targets, temperature=0.7)
+    assert torch.equal(found, log_prob(matmul(hidden, weight), targets, temperature=0.7))
+    assert torch.equal(found, linear_log_prob(hidden, weight, targets, temperature=0.7, rows_at_once=3)), "blocks do not show"
+    d_hidden, d_weight = torch.autograd.grad(found, (hidden, weight), grad)
+    blocks = linear_log_prob(hidden, weight, targets, temperature=0.7, rows_at_once=3)
+    assert torch.equal(torch.autograd.grad(blocks, hidden, grad)[0], d_hidden)
     h64, w64 = doubles(hidden, weight)
-    torch.log_softmax(h64 @ w64.T, -1).gather(1, targets[:, None]).sum().backward()  # type: ignore[no-untyped-call]
-    assert error(hidden.grad, h64.grad) < 1e-2  # type: ignore[arg-type]
-    assert error(weight.grad, w64.grad) < 1e-2  # type: ignore[arg-type]
+    exact = torch.log_softmax(h64 @ w64.T / 0.7, -1).gather(1, targets[:, None])[:, 0]
+    for ours, want in zip((d_hidden, d_weight), torch.autograd.grad(exact, (h64, w64), grad.double()), strict=True):
+        assert error(ours, want) < 1e-2
+    assert linear_log_prob(hidden[:0], weight, targets[:0]).shape == (0,)
+
+
+def test_log_softmax_is_differentiable(error: Error) -> None:
+    logits = normal(5, 300).requires_grad_()
+    grad = torch.randn(5, 300)
+    (d_logits,) = torch.autograd.grad(log_softmax(logits, temperature=0.7), logits, grad)
+    (wide,) = doubles(logits)
+    (want,) = torch.autograd.grad(torch.log_softmax(wide / 0.7, -1), wide, grad.double())
+    assert error(d_logits, want) < HALF_EPSILON
 
 
 def test_sample_follows_the_distribution_and_the_counter() -> None:
