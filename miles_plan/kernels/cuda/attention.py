@@ -144,6 +144,11 @@ def _check(
     device = arguments.require_same_device(
         q=q, k=k, v=v, q_starts=q_starts, kv_starts=kv_starts, kv_lens=kv_lens, page_table=table
     )
+    for name, given in (("q_starts", q_starts), ("kv_starts", kv_starts), ("kv_lens", kv_lens)):
+        if given is not None:
+            arguments.require_dtype(name, given, (torch.int32,))
+            arguments.require_dims(name, given, 1, "[sequences + 1]" if name == "q_starts" else "[sequences]")
+            arguments.require_contiguous(name, given)
     if q_starts is None:
         q_starts = torch.tensor([0, q.shape[0]], device=device, dtype=torch.int32)
         max_q_len = q.shape[0] if max_q_len is None else max_q_len
@@ -155,9 +160,6 @@ def _check(
         kv_starts = q_starts[:-1].contiguous() if kv_starts is None else kv_starts
     if kv_starts is None:
         kv_starts = torch.cumsum(kv_lens, 0, dtype=torch.int32) - kv_lens
-    for name, tensor in (("q_starts", q_starts), ("kv_starts", kv_starts), ("kv_lens", kv_lens)):
-        arguments.require_dtype(name, tensor, (torch.int32,))
-        arguments.require_contiguous(name, tensor)
     arguments.require_shape("q_starts", q_starts, (kv_lens.numel() + 1,), "[sequences + 1]")
     arguments.require_shape("kv_starts", kv_starts, (kv_lens.numel(),), "[sequences]")
     if table is not None:

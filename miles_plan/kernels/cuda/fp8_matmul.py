@@ -83,6 +83,7 @@ def fp8_grouped_matmul(
     _check(x, x_scale, weight, weight_scale, out_dtype)
     arguments.require_dtype("counts", counts, (torch.int32,))
     arguments.require_shape("counts", counts, (weight.shape[0],), "[experts]")
+    arguments.require_same_device(x=x, counts=counts)
     return _run(x, x_scale, weight, weight_scale, counts, out_dtype)
 
 

@@ -16,7 +16,7 @@ import torch
 from . import arguments
 from .gemm import TREE_LEAVES
 from .log_prob import check_log_prob, log_prob_gradient, log_prob_with_lse
-from .matmul import input_gradient, matmul, tree_all_reduce, weight_gradient
+from .matmul import DTYPES, input_gradient, matmul, tree_all_reduce, weight_gradient
 from .parallel_linear import partial_input_gradient, ranks_of
 
 
@@ -57,6 +57,8 @@ def linear_log_prob(
     chain over the rows of a block, blocks added in ascending order in float32. Raises ValueError naming a wrong argument.
     """
     arguments.require_dims("hidden", hidden, 2, "[rows, K]")
+    arguments.require_dtype("hidden", hidden, DTYPES)
+    arguments.require_contiguous_rows("hidden", hidden)
     arguments.require_dims("weight", weight, 2, "[columns, K]")
     if rows_at_once < 1:
         raise ValueError(f"rows_at_once is {rows_at_once}; allowed: 1 or more")

@@ -146,6 +146,7 @@ def _check(
         raise ValueError("only one of q_norm and k_norm is given; allowed: both or neither")
     for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
         if weight is not None:
+            arguments.require_dtype(name, weight, DTYPES)
             arguments.require_shape(name, weight, (q.shape[-1],), "[D]")
 
 
