@@ -8,9 +8,8 @@ Three ways in, for a server that SGLang starts by itself or for one that the cal
 - `plugin()` called by hand in the process that loads the model, before it does, is the same without the entry point.
 - `install(model)` takes over a loaded model's layers, and nothing else.
 
-Start the server with `attention_backend="miles_plan"`, `sampling_backend="miles_plan"`, `enable_deterministic_inference=True`
-(which turns SGLang's fused query-key norm off), page size 64 or 128, no quantisation, no data-parallel attention, and no fused
-all-reduce. A layer that is not covered raises ValueError when the model is loaded. sglang is imported by these functions alone;
+Start the server with `attention_backend="miles_plan"`, `enable_deterministic_inference=True` (which turns SGLang's fused
+query-key norm and fused all-reduce off), page size 64 or 128, no quantisation and no data-parallel attention. A layer that is not covered raises ValueError when the model is loaded. sglang is imported by these functions alone;
 without it they raise `SglangMissing`.
 """
 
@@ -89,17 +88,20 @@ def plugin() -> None:
     register()
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    HookRegistry.register("sglang.srt.model_executor.model_runner.ModelRunner.load_model", _after_loading, HookType.AFTER)
+    # The step after loading, where SGLang's deterministic mode would put kernels of its own under aten.
+    HookRegistry.register(
+        "sglang.srt.model_executor.model_runner.ModelRunner.maybe_enable_batch_invariant_mode", _take_over, HookType.REPLACE
+    )
 
 
-def _after_loading(result: Any, runner: Any, *_: Any, **__: Any) -> Any:
+def _take_over(runner: Any) -> None:
     install(runner.model)
-    return result
 
 
 def register() -> None:
     """Register the attention backend and the sampler named "miles_plan", and add partial sums over ranks as a tree.
 
+    The sampler also takes the name "pytorch", which SGLang's deterministic mode sets whatever was asked for.
     Raises SglangMissing.
     """
     try:
@@ -115,7 +117,8 @@ def register() -> None:
     server_args.add_deterministic_attention_backend_choices([NAME])
     server_args.add_radix_supported_deterministic_attention_backend_choices([NAME])
     register_attention_backend(NAME)(PagedAttention)
-    register_sampler_backend(NAME, SeededSampler)
+    for name in (NAME, "pytorch"):
+        register_sampler_backend(name, SeededSampler)
     if not hasattr(GroupCoordinator.all_reduce, "__wrapped__"):
         GroupCoordinator.all_reduce = tree_first(GroupCoordinator.all_reduce)
 

@@ -210,3 +210,56 @@ def test_changed_logits_are_taken_as_they_are_and_min_p_is_refused(backends: Any
     assert backends.as_computed(logits, sampling(2, logit_bias=torch.zeros(2, 32))) is logits
     with pytest.raises(ValueError, match=r"^min_p or return_sampling_masks is asked for"):
         backends.SeededSampler().forward(None, sampling(2, need_min_p_sampling=True), False, [0], [None], torch.zeros(2))
+
+
+def test_the_plugin_registers_everything_and_takes_loaded_models_over(backends: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls that SGLang's registries get, and what its hook does in place of SGLang's own batch-invariant mode."""
+    hooks_sglang = importlib.import_module("miles_plan.kernels.cuda.hooks_sglang")
+    choices: dict[str, list[str]] = {}
+    samplers: dict[str, Any] = {}
+    attentions: dict[str, Any] = {}
+    hooked: list[tuple[Any, ...]] = []
+
+    class GroupCoordinator:
+        def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    def add(kind: str) -> Any:
+        return lambda names: choices.setdefault(kind, []).extend(names)
+
+    kinds = ("attention_backend", "deterministic_attention_backend", "radix_supported_deterministic_attention_backend")
+    registry = "sglang.srt.layers.attention.attention_registry"
+    found: dict[str, dict[str, Any]] = {
+        "sglang.srt.server_args": {f"add_{kind}_choices": add(kind) for kind in kinds},
+        "sglang.srt.distributed": {},
+        "sglang.srt.distributed.parallel_state": {"GroupCoordinator": GroupCoordinator},
+        registry: {"register_attention_backend": lambda name: lambda made: attentions.setdefault(name, made)},
+        "sglang.srt.plugins": {},
+        "sglang.srt.plugins.hook_registry": {
+            "HookType": SimpleNamespace(REPLACE="replace"),
+            "HookRegistry": SimpleNamespace(register=lambda *call: hooked.append(call)),
+        },
+    }  # fmt: skip
+    for name, attributes in found.items():
+        module = ModuleType(name)
+        module.__dict__.update(attributes)
+        monkeypatch.setitem(sys.modules, name, module)
+        parent, _, child = name.rpartition(".")
+        monkeypatch.setattr(sys.modules[parent], child, module, raising=False)
+    sampler_module = sys.modules["sglang.srt.layers.sampler"]
+    monkeypatch.setattr(sampler_module, "register_sampler_backend", samplers.__setitem__, raising=False)
+    monkeypatch.setenv(hooks_sglang.SWITCH, "1")
+    hooks_sglang.plugin()
+    hooks_sglang.plugin()
+    assert set(attentions) == {"miles_plan"}
+    assert set(samplers) == {"miles_plan", "pytorch"}
+    assert all("miles_plan" in choices[kind] for kind in kinds)
+    assert hasattr(GroupCoordinator.all_reduce, "__wrapped__")
+    assert not hasattr(GroupCoordinator.all_reduce.__wrapped__, "__wrapped__"), "wrapped once"
+    (target, take_over, kind), _ = hooked
+    assert target.endswith("ModelRunner.maybe_enable_batch_invariant_mode")
+    assert kind == "replace"
+    taken: list[object] = []
+    monkeypatch.setattr(hooks_sglang, "install", taken.append)
+    take_over(SimpleNamespace(model="the model"))
+    assert taken == ["the model"]
