@@ -189,7 +189,8 @@ def check_router(draw: Draw, dtype: torch.dtype) -> None:
 
 def check_attention(draw: Draw, dtype: torch.dtype) -> None:
     """A sequence in a ragged batch against decode steps, chunks, prefix hits and pages of it alone."""
-    d, dv, heads, kv_heads = draw.pick([(128, 128, 8, 2), (64, 64, 14, 2), (128, 128, 4, 4), (192, 128, 4, 4)])
+    shapes = [(128, 128, 8, 2), (64, 64, 14, 2), (128, 128, 4, 4), (192, 128, 4, 4), (80, 80, 4, 2), (576, 512, 16, 1)]
+    d, dv, heads, kv_heads = draw.pick(shapes)
     lens = [draw.integer(1, 2500) for _ in range(draw.integer(1, 4))]
     window = draw.pick([None, None, 300])
     total = sum(lens)

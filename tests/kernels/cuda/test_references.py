@@ -169,7 +169,13 @@ def exact_attention(
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "d", "dv", "window", "causal"),
-    [(4, 2, 32, 32, None, True), (6, 1, 64, 64, 40, True), (2, 2, 192, 128, None, True), (4, 4, 16, 16, None, False)],
+    [
+        (4, 2, 32, 32, None, True),
+        (6, 1, 64, 64, 40, True),
+        (2, 2, 192, 128, None, True),
+        (4, 4, 16, 16, None, False),
+        (3, 1, 576, 512, None, True),
+    ],  # fmt: skip
 )
 def test_attention(heads: int, kv_heads: int, d: int, dv: int, window: int | None, causal: bool, error: Error) -> None:
     lens = [70, 5]
@@ -187,10 +193,11 @@ def test_attention(heads: int, kv_heads: int, d: int, dv: int, window: int | Non
         assert error(tensor.grad, reference.grad) < 1e-2  # type: ignore[arg-type]
 
 
-def test_decode_chunks_and_pages_give_prefills_bits() -> None:
+@pytest.mark.parametrize("window", [None, 150])
+def test_decode_chunks_and_pages_give_prefills_bits(window: int | None) -> None:
     length, page = 1100, 16  # over a chunk's end
     q, k, v = normal(length, 4, 16), normal(length, 2, 16), normal(length, 2, 16)
-    whole = attention(q, k, v)
+    whole = attention(q, k, v, window=window)
     pages = -(-length // page)
     table = torch.randperm(pages + 2)[:pages].to(torch.int32)[None]
     k_pages, v_pages = (torch.full((pages + 2, page, 2, 16), float("nan"), dtype=torch.bfloat16) for _ in range(2))
@@ -200,9 +207,10 @@ def test_decode_chunks_and_pages_give_prefills_bits() -> None:
         v_pages[table[0, i], : rows.stop - rows.start] = v[rows]
     for first, last in ((1099, 1100), (1000, 1030), (5, 6), (0, 3)):
         kv_lens = torch.tensor([last], dtype=torch.int32)
-        part = attention(q[first:last], k, v, kv_lens=kv_lens)
+        part = attention(q[first:last], k, v, kv_lens=kv_lens, window=window)
         assert torch.equal(part, whole[first:last])
-        assert torch.equal(attention(q[first:last], k_pages, v_pages, kv_lens=kv_lens, page_table=table), part)
+        paged = attention(q[first:last], k_pages, v_pages, kv_lens=kv_lens, page_table=table, window=window)
+        assert torch.equal(paged, part)
 
 
 def test_log_sum_exp(error: Error) -> None:
