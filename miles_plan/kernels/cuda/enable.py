@@ -27,13 +27,13 @@ from .attention import attention
 from .device import runs_triton
 from .embedding import embedding
 from .expert_rows import expert_order, expert_rows
+from .experts import swiglu_experts
 from .gemm import gemm
 from .grouped_matmul import grouped_matmul
 from .log_prob import log_softmax
 from .matmul import matmul_reference
 from .moe_combine import moe_combine
 from .rms_norm import rms_norm
-from .swiglu import swiglu
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PROBE_ROWS = 4
@@ -279,8 +279,8 @@ def _experts_forward(
     """Rows through their experts, then a token's slots first to last."""
     up: Any = module.gate_up_proj
     order = expert_order(top_k_index, up.shape[0])
-    hidden = swiglu(grouped_matmul(expert_rows(hidden_states, order), up, order.counts))
-    out = grouped_matmul(hidden, module.down_proj, order.counts)  # type: ignore[arg-type]  # an attribute of any module
+    down: Any = module.down_proj
+    out = swiglu_experts(expert_rows(hidden_states, order), up, down, order.counts)
     return moe_combine(out, order.place, top_k_weights.float().contiguous())
 
 

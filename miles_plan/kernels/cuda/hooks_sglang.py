@@ -28,7 +28,7 @@ import torch
 
 from .enable import enable_aten
 from .expert_rows import expert_order, expert_rows
-from .grouped_matmul import grouped_matmul
+from .experts import swiglu_experts
 from .matmul import matmul, tree_all_reduce, tree_partial
 from .moe_combine import moe_combine
 from .rms_norm import rms_norm
@@ -318,7 +318,7 @@ def _local_experts(layer: Any, rows: torch.Tensor, counts: torch.Tensor) -> torc
     """The rows of this rank's experts, which come first, through them; zeros for the others'."""
     mine = counts.sum()
     here = rows[: int(mine)] if rows.device.type == "cpu" else rows
-    out = grouped_matmul(swiglu(grouped_matmul(here, layer.w13_weight, counts)), layer.w2_weight, counts)
+    out = swiglu_experts(here, layer.w13_weight, layer.w2_weight, counts)
     if rows.device.type == "cpu":
         return torch.cat((out, out.new_zeros(rows.shape[0] - out.shape[0], out.shape[1])))
     there = torch.arange(rows.shape[0], device=rows.device) < mine

@@ -28,7 +28,7 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from .attention import attention
 from .embedding import embedding
 from .expert_rows import expert_order, expert_rows
-from .grouped_matmul import grouped_matmul
+from .experts import swiglu_experts
 from .matmul import matmul
 from .moe_combine import moe_combine
 from .parallel_linear import column_parallel_linear, row_parallel_linear
@@ -181,7 +181,7 @@ class GroupedExperts(SequentialMLP):
             raise ValueError("permuted_probs is given; allowed: None, as moe_combine weights the rows")
         up = torch.stack([expert.linear_fc1.weight for expert in self.local_experts])
         down = torch.stack([expert.linear_fc2.weight for expert in self.local_experts])
-        return grouped_matmul(swiglu(grouped_matmul(rows, up, tokens_per_expert)), down, tokens_per_expert), None
+        return swiglu_experts(rows, up, down, tokens_per_expert), None
 
 
 class TopKRouter(MegatronTopKRouter):

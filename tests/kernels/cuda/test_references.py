@@ -175,7 +175,7 @@ def exact_attention(
         (2, 2, 192, 128, None, True),
         (4, 4, 16, 16, None, False),
         (3, 1, 576, 512, None, True),
-    ],  # fmt: skip
+    ],
 )
 def test_attention(heads: int, kv_heads: int, d: int, dv: int, window: int | None, causal: bool, error: Error) -> None:
     lens = [70, 5]
