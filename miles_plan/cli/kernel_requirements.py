@@ -16,7 +16,7 @@ def require_torch() -> None:
 
 
 def require_torch_and_triton() -> None:
-    """Raise MP423 without torch, MP450 without a CUDA device or Triton."""
+    """Raise MP423 without torch, MP455 without a CUDA device or Triton."""
     require_torch()
     import torch
 
@@ -24,7 +24,7 @@ def require_torch_and_triton() -> None:
         raise PlanError(
             (
                 error(
-                    "MP450",
+                    "MP455",
                     "no CUDA device is there for the kernels to run on",
                     help="run this on a machine with an NVIDIA GPU and a CUDA build of torch; tests cover the CPU references",
                 ),
@@ -32,5 +32,5 @@ def require_torch_and_triton() -> None:
         )
     if importlib.util.find_spec("triton") is None:
         raise PlanError(
-            (error("MP450", "Triton, which the kernels are written in, is not installed", help="pip install 'triton>=3.6'"),)
+            (error("MP455", "Triton, which the kernels are written in, is not installed", help="pip install 'triton>=3.6'"),)
         )

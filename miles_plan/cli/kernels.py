@@ -46,7 +46,7 @@ def verify(seconds: Seconds = 60.0, seed: Seed = 0, workers: Workers = None, as_
     else:
         _print(report)
     if report.first is not None:
-        raise PlanError((error("MP451", _what_differs(report.first), help=_how_to_see_it(report.first)),))
+        raise PlanError((error("MP456", _what_differs(report.first), help=_how_to_see_it(report.first)),))
 
 
 @kernels.command(name="list")

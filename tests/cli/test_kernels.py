@@ -20,7 +20,7 @@ def test_without_a_gpu_the_finding_says_what_to_do() -> None:
     result = CliRunner().invoke(app, ["kernels", "verify"])
     assert isinstance(result.exception, PlanError)
     (finding,) = result.exception.diagnostics
-    assert finding.code == "MP450"
+    assert finding.code == "MP455"
     assert "NVIDIA GPU" in finding.help
 
 
@@ -48,7 +48,7 @@ def test_the_first_op_that_differs_is_a_finding(reported: list[OpReport]) -> Non
     assert "17 elements" in result.output
     assert isinstance(result.exception, PlanError)
     (finding,) = result.exception.diagnostics
-    assert finding.code == "MP451"
+    assert finding.code == "MP456"
     assert finding.message == "swiglu (float16) is the first op that differs: 17 elements, first at rows 3:4 of 7, width 96"
     assert "--seconds 0 --seed 12" in finding.help
 
