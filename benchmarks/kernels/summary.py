@@ -30,6 +30,12 @@ RATIOS: tuple[tuple[str, Rule, float, float | None], ...] = (
     ("grouped_matmul against the better of torch and DeepGEMM", lambda r: r.shape.op == "grouped_matmul", 1.05, None),
     ("attention prefill against the best of torch", _attention(False), 0.90, 0.90),
     ("attention decode against the best of torch", _attention(True), 1.00, 1.00),
+    (
+        "rms_norm, 4,096 rows and more, against a copy of the same size",
+        lambda r: r.shape.op == "rms_norm" and r.shape["rows"] >= 4096,
+        0.90,
+        0.90,
+    ),
     ("decoder layer of Qwen3-8B against cuBLAS and torch", lambda r: r.shape.op == "decoder_layer", 1.00, 1.00),
 )
 # (what, which records, least share of the copy bandwidth)
@@ -55,7 +61,9 @@ def summarise(records: Sequence[Record], copy_gb_per_s: float) -> list[dict[str,
         rates = [record.gb_per_s for record in records if rule(record) and record.gb_per_s is not None]
         if rates:
             share = min(rates) / copy_gb_per_s
-            figure = f"{share:.3f} of the copy's {copy_gb_per_s:.0f} GB/s at the slowest of {len(rates)} (target >= {least_share:.2f})"
+            figure = (
+                f"{share:.3f} of a large copy's {copy_gb_per_s:.0f} GB/s, lowest of {len(rates)} (target >= {least_share:.2f})"
+            )
             rows.append({"what": what, "figure": figure, "lowest": round(share, 3), "met": share >= least_share})
     checked = [record.same_bits for record in records if record.same_bits is not None]
     rows.append(

@@ -1,7 +1,8 @@
-"""Measure the tiles of the matrix kernels and write a table: python -m benchmarks.kernels.tune --out FILE.json [--shapes FILE.json]
+"""Measure the tiles of the matrix kernels: python -m benchmarks.kernels.tune --out TABLE.json [--shapes FILE.json]
 
 For every product of the list and every power of two of rows, the tiles predicted fastest are compared bit for bit with the
-portable kernel's result on random data, and the fastest that is equal wins. Point MILES_PLAN_KERNEL_TABLE at the file to use it.
+portable kernel's result on random data, and the fastest that is equal wins. Point MILES_PLAN_KERNEL_TABLE at the table to use
+it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ BUCKETS = {
     4096: (4096,), 8192: (8192, 16_384, 32_768, 65_536),
 }  # fmt: skip
 MOST_WORKERS = 14
+MOST_ROWS_OF_SHORT_LAUNCHES = 1024  # only those are compiled in every way of launching
 
 
 def problems(shapes: Iterable[Shape]) -> list[GemmProblem]:
@@ -94,7 +96,7 @@ class Bench:
             str(i): [lambda w=w, tile=tile: self.run(tile, w, self.out) for w in self.weights]  # type: ignore[misc]  # defaults bind the loop's values
             for i, tile in enumerate(tiles)
         }
-        times = time_side_by_side(contenders, budget_ms=0.5, rounds=3)
+        times = time_side_by_side(contenders, budget_ms=0.5, rounds=5 if self.problem.m <= 512 else 3)
         return {tile: times[str(i)] * 1e-6 for i, tile in enumerate(tiles)}
 
 
@@ -103,13 +105,14 @@ def tune_one(problem: GemmProblem, table: Table) -> dict[str, object]:
     bench = Bench(problem)
     sms = multiprocessors(DEVICE)
     times = tune(problem, bench.result, bench.reference(), bench.times_s, sms, table)
-    best = min(times, key=lambda tile: times[tile])
+    best = table.get(problem)
+    assert best is not None
     predicted = min(times, key=lambda tile: predict_s(tile, problem, sms))
     for m in BUCKETS.get(problem.m, (problem.bucket,)):
         table.put(replace(problem, m=m), best)
     return {
         "key": problem.key, "m": problem.m, "best_us": round(times[best] * 1e6, 2), "best": _numbers(best),
-        "predicted_over_best": round(times[predicted] / times[best], 3), "unequal": len(ranked(problem, sms)) - len(times),
+        "predicted_over_best": round(times[predicted] / times[best], 3), "unequal": sum(tile not in times for tile in ranked(problem, sms)),
         "times_us": [[*_numbers(tile), round(s * 1e6, 2)] for tile, s in sorted(times.items(), key=lambda p: p[1])],
     }  # fmt: skip
 
@@ -123,7 +126,9 @@ def compile_share(index: int, of: int, found: Sequence[GemmProblem]) -> None:
     kinds: dict[tuple[object, ...], tuple[GemmProblem, GemmTile]] = {}
     for problem in found:
         for tile in ranked(problem, multiprocessors(DEVICE)):
-            kinds.setdefault((tile, problem.leaves, problem.experts, problem.n % 16, problem.k % 16), (problem, tile))
+            for way in (0, 2) if problem.m <= MOST_ROWS_OF_SHORT_LAUNCHES else (tile.overlap,):
+                kind = (replace(tile, overlap=way), problem.leaves, problem.experts, problem.n % 16, problem.k % 16)
+                kinds.setdefault(kind, (problem, kind[0]))
     for problem, tile in list(kinds.values())[index::of]:
         try:
             Bench(replace(problem, m=min(problem.m, 256))).result(tile)

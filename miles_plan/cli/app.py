@@ -1,7 +1,8 @@
 """The `miles-plan` command: which commands there are, and what happens to what they raise.
 
 A command is a module of its own beside this one, with one function of the command's name that parses arguments and prints;
-it imports what is heavy inside the function. To add one, import it here and put it into COMMANDS.
+it imports what is heavy inside the function. To add one, import it here and put it into COMMANDS. `kernels` has commands of its
+own.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from miles_plan.cli.explain import explain
 from miles_plan.cli.findings import show_findings
 from miles_plan.cli.gpus import gpus
 from miles_plan.cli.internal_error import show_internal_error
+from miles_plan.cli.kernels import kernels
 from miles_plan.cli.models import models
 from miles_plan.cli.report import report
 from miles_plan.cli.resume import resume
@@ -62,6 +64,7 @@ app = typer.Typer(
 )
 for each in COMMANDS:
     app.command()(each)
+app.add_typer(kernels)
 
 
 @app.callback()

@@ -210,4 +210,23 @@ PAGES: tuple[Page, ...] = (
         example="error[MP452]: a measurement cannot be used: collectives: repetitions differ by 48%, at most 25% is usable",
         fix="End other work on the GPUs (`nvidia-smi` lists it) and measure again, longer with `--seconds 180`.",
     ),
+    Page(
+        code="MP455",
+        title="no GPU for the kernels",
+        what="`kernels verify` was started where torch sees no CUDA device, or where Triton is missing.",
+        why="What the kernels compute is decided on the GPU; on a CPU only their references can run.",
+        example="error[MP455]: no CUDA device is there for the kernels to run on",
+        fix="Run it on the machine that will train, with a CUDA build of torch and Triton 3.6 or later.",
+    ),
+    Page(
+        code="MP456",
+        title="a kernel that is not invariant here",
+        what="An op gave different bits for the same row among other neighbours, in another chunk or on another number of "
+        "ranks, or it failed.",
+        why="`exact` alignment promises equal bits of rollout and trainer; with this op on this GPU they may differ.",
+        example="error[MP456]: matmul rows (bfloat16) is the first op that differs: 12 elements, first at rows 3:4 of 700, "
+        "N=512, K=4096, order=chain",
+        fix="Set `precision.alignment` to `replay` or `corrected`, and report the message with the GPU and the versions of "
+        "torch and Triton.",
+    ),
 )

@@ -18,10 +18,13 @@ from .attention_kernel import BLOCK_KEYS, EMPTY, TILE_ROWS, attention_kernel
 from .attention_portable import attention_merge_kernel, attention_portable_kernel
 from .device import multiprocessors, runs_gluon, runs_triton
 from .gemm import descriptor
+from .overlap import overlap, overlaps
 from .tuning import SHARED_MEMORY_BYTES
+from .workspace import zeroed_ints
 
-SPLIT_BELOW = 4  # work items a multiprocessor; with more, decode rows are computed whole
-MERGE_INSIDE_BELOW = 8  # split work items a multiprocessor; with more, the chunks are merged by a kernel of their own
+SPLIT_ROWS = 16  # a decode tile of at most this many rows is always split into chunks: its states are small beside its keys
+SPLIT_BELOW = 4  # work items a multiprocessor; with more, larger decode tiles are computed whole
+MERGE_INSIDE_BELOW = 4  # split work items a multiprocessor; with more, the chunks are merged by a kernel of their own
 CHUNK_KEYS = 1024  # keys after which the running state restarts; what a split decode computes alone
 LOG2_E = 1.4426950408889634
 DTYPES = (torch.bfloat16, torch.float16)
@@ -121,10 +124,10 @@ def attention(
 
 def attention_with_lse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **keywords: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention` and the natural log-sum-exp of each row's scaled scores, float32 [tokens, heads]; no gradients."""
-    names = ("q_starts", "kv_starts", "kv_lens", "page_table", "max_q_len", "max_kv_len")
+    take = keywords.pop
     call = _check(
-        q, k, v, *(keywords.pop(name, None) for name in names), keywords.pop("causal", True), keywords.pop("window", None),
-        keywords.pop("scale", None),
+        q, k, v, take("q_starts", None), take("kv_starts", None), take("kv_lens", None), take("page_table", None),
+        take("max_q_len", None), take("max_kv_len", None), take("causal", True), take("window", None), take("scale", None),
     )  # fmt: skip
     if keywords:
         raise ValueError(f"{next(iter(keywords))} is not an argument; allowed: those of attention()")
@@ -141,6 +144,11 @@ def _check(
     device = arguments.require_same_device(
         q=q, k=k, v=v, q_starts=q_starts, kv_starts=kv_starts, kv_lens=kv_lens, page_table=table
     )
+    for name, given in (("q_starts", q_starts), ("kv_starts", kv_starts), ("kv_lens", kv_lens)):
+        if given is not None:
+            arguments.require_dtype(name, given, (torch.int32,))
+            arguments.require_dims(name, given, 1, "[sequences + 1]" if name == "q_starts" else "[sequences]")
+            arguments.require_contiguous(name, given)
     if q_starts is None:
         q_starts = torch.tensor([0, q.shape[0]], device=device, dtype=torch.int32)
         max_q_len = q.shape[0] if max_q_len is None else max_q_len
@@ -152,9 +160,6 @@ def _check(
         kv_starts = q_starts[:-1].contiguous() if kv_starts is None else kv_starts
     if kv_starts is None:
         kv_starts = torch.cumsum(kv_lens, 0, dtype=torch.int32) - kv_lens
-    for name, tensor in (("q_starts", q_starts), ("kv_starts", kv_starts), ("kv_lens", kv_lens)):
-        arguments.require_dtype(name, tensor, (torch.int32,))
-        arguments.require_contiguous(name, tensor)
     arguments.require_shape("q_starts", q_starts, (kv_lens.numel() + 1,), "[sequences + 1]")
     arguments.require_shape("kv_starts", kv_starts, (kv_lens.numel(),), "[sequences]")
     if table is not None:
@@ -247,13 +252,17 @@ def _launch_hopper(call: _Call, out: torch.Tensor, lse: torch.Tensor, want_lse: 
     items = call.seqs * heads * tiles
     sms = multiprocessors(q.device)
     # Splitting pays while whole rows would leave multiprocessors idle, and never changes a bit.
-    split = call.chunks > 1 and tile_tokens == tokens and items < SPLIT_BELOW * sms
+    kept = _rows_kept(call, tokens)
+    split = call.chunks > 1 and tile_tokens == tokens and (kept <= SPLIT_ROWS or items < SPLIT_BELOW * sms)
     chunks = call.chunks if split else 1
-    kept = _rows_kept(call, tokens) if split else TILE_ROWS
+    kept = kept if split else TILE_ROWS
     merge_inside = split and items * chunks < MERGE_INSIDE_BELOW * sms
     parts = _partials(call, items * chunks, kept, split)
     key_bytes = (d + tail + dv) * 2 * BLOCK_KEYS
-    stages = max(2, min(6, (SHARED_MEMORY_BYTES - 1024 - 2 * TILE_ROWS * (d + tail) * 2) // key_bytes))
+    free = SHARED_MEMORY_BYTES - 1024 - 2 * TILE_ROWS * (d + tail) * 2
+    stash = not split and call.chunks > 1 and free - 2 * TILE_ROWS * dv * 4 >= 2 * key_bytes
+    stages = max(2, min(6, (free - (2 * TILE_ROWS * dv * 4 if stash else 0)) // key_bytes))
+    heads_first = False
     page = call.page
     box = BLOCK_KEYS if page == 0 else min(page, BLOCK_KEYS)
     k_rows, v_rows = _rows_view(call.k), _rows_view(call.v)
@@ -262,26 +271,15 @@ def _launch_hopper(call: _Call, out: torch.Tensor, lse: torch.Tensor, want_lse: 
     k_desc = descriptor(k_rows, (box, d))
     attention_kernel[(min(items * chunks, sms),)](
         q, k_desc, descriptor(k_rows, (box, tail)) if tail else k_desc, descriptor(v_rows, (box, dv)), out, lse, *parts,
-        _counters(q.device, items if merge_inside else 1), call.q_starts, call.kv_starts, call.kv_lens,
+        zeroed_ints(q.device, items) if merge_inside else call.kv_lens, call.q_starts, call.kv_starts, call.kv_lens,
         call.table if call.table is not None else call.kv_lens, call.table.stride(0) if call.table is not None else 0, call.seqs, heads, tiles, chunks, q.stride(0), q.stride(1),
         out.stride(0), out.stride(1), lse.stride(0), call.scale * LOG2_E, call.window,
         CAUSAL=call.causal, SPLIT=int(split) + int(split and not merge_inside), GROUP=group, HEAD_TILES=call.head_tiles,
         TOKENS=tokens, CHUNK=CHUNK_KEYS, BN=BLOCK_KEYS, PAGE=page, BOX=box, STAGES=stages, D=d, D_TAIL=tail, DV=dv, ROWS_KEPT=kept, LSE=want_lse,
-        TILE_TOKENS=tile_tokens, num_warps=4, maxnreg=168,
+        TILE_TOKENS=tile_tokens, STASH=stash, HEADS_FIRST=heads_first, MERGE_AHEAD=8, num_warps=4, maxnreg=168, launch_pdl=overlaps(q.device),
     )  # fmt: skip
     if split and not merge_inside:
         _merge(call, out, lse, parts, items, tiles, chunks, tokens, kept, want_lse)
-
-
-_COUNTERS: dict[tuple[torch.device, int], torch.Tensor] = {}
-
-
-def _counters(device: torch.device, slots: int) -> torch.Tensor:
-    """Zeros that split decodes count their finished chunks in and leave at zero again; one buffer a stream."""
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _COUNTERS or _COUNTERS[key].numel() < slots:
-        _COUNTERS[key] = torch.zeros(max(slots, 1 << 16), device=device, dtype=torch.int32)
-    return _COUNTERS[key]
 
 
 def _rows_kept(call: _Call, tokens: int) -> int:
@@ -306,7 +304,7 @@ def _merge(
         out, lse, *parts, call.q_starts, call.kv_lens, call.kv_heads * call.head_tiles, tiles, chunks,
         out.stride(0), out.stride(1), lse.stride(0), call.window, CAUSAL=call.causal, GROUP=call.group, TOKENS=tokens, CHUNK=CHUNK_KEYS, BN=BLOCK_KEYS, DV=dv,
         DV_PAD=1 << (dv - 1).bit_length(), ROWS_KEPT=kept, LSE=want_lse, UNROLL=8,
-        num_warps=max(1, min(4, dv // 32)),
+        num_warps=max(1, min(4, dv // 32)), **overlap(out.device),
     )  # fmt: skip
 
 

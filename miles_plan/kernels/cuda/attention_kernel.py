@@ -25,6 +25,8 @@ from .toolchain import (
     fence_async_shared,
     gl,
     gluon_jit,
+    grid_release,
+    grid_wait,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -48,11 +50,11 @@ def _item_of(turn: gl.tensor) -> gl.tensor:
 def _span(
     q_starts: gl.tensor, kv_lens: gl.tensor, item: gl.tensor, items: gl.tensor, SEQS: gl.tensor, HEADS: gl.tensor,
     TILES: gl.tensor, CHUNKS: gl.tensor, window: gl.tensor, CAUSAL: gl.constexpr, SPLIT: gl.constexpr, TOKENS: gl.constexpr,
-    CHUNK: gl.constexpr, BN: gl.constexpr,
+    CHUNK: gl.constexpr, BN: gl.constexpr, HEADS_FIRST: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
     """What work item `item` covers: its sequence, head, first token, chunk, and the range of key blocks [lo, hi)."""
     rest = gl.minimum(item, items - 1)
-    if SPLIT == 1:
+    if HEADS_FIRST:
         head = rest % HEADS
         rest = rest // HEADS
         chunk = rest % CHUNKS
@@ -102,7 +104,7 @@ def _produce(
     table_stride: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr, BN: gl.constexpr,
     PAGE: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr,
-    DV: gl.constexpr, HEAD_TILES: gl.constexpr,
+    DV: gl.constexpr, HEAD_TILES: gl.constexpr, HEADS_FIRST: gl.constexpr,
 ) -> None:  # fmt: skip
     """The producer warp: keys and values of every work item of this program, as far ahead as the ring allows."""
     k_desc, t_desc, v_desc = descs
@@ -116,7 +118,21 @@ def _produce(
     step = 0
     for turn in range(gl.cdiv(items, gl.num_programs(0))):
         seq, head, _, _, _, _, _, _, lo, hi = _span(
-            q_starts, kv_lens, _item_of(turn), items, SEQS, HEADS, TILES, CHUNKS, window, CAUSAL, SPLIT, TOKENS, CHUNK, BN
+            q_starts,
+            kv_lens,
+            _item_of(turn),
+            items,
+            SEQS,
+            HEADS,
+            TILES,
+            CHUNKS,
+            window,
+            CAUSAL,
+            SPLIT,
+            TOKENS,
+            CHUNK,
+            BN,
+            HEADS_FIRST,
         )
         kv_head = head // HEAD_TILES
         pages = table + seq.to(gl.int64) * table_stride
@@ -208,6 +224,16 @@ def _fold(total_m: gl.tensor, total_l: gl.tensor, total: gl.tensor, m: gl.tensor
 
 
 @gluon_jit
+def _fold_kept(
+    kept: gl.tensor, folded: gl.tensor, total_m: gl.tensor, total_l: gl.tensor, m: gl.tensor, l: gl.tensor, acc: gl.tensor
+) -> gl.tensor:
+    """`_fold` with the row's total in shared memory, which holds another item's until one chunk has been `folded`."""
+    total = kept.load(acc.type.layout)
+    total = gl.where(folded > 0, total, gl.zeros_like(total))
+    return _fold(total_m, total_l, total, m, l, acc)
+
+
+@gluon_jit
 def _scores(
     queries: gl.tensor, rings: gl.tensor, stage: gl.tensor, ME: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr,
     D_TAIL: gl.constexpr,
@@ -269,12 +295,12 @@ def _store_partial(
 
 @gluon_jit
 def _merge_chunks(
-    outs: gl.tensor, partials: gl.tensor, strides: gl.tensor, slot: gl.tensor, heads: gl.tensor, chunks: gl.tensor,
+    outs: gl.tensor, partials: gl.tensor, strides: gl.tensor, slot: gl.tensor, chunks: gl.tensor,
     first_chunk: gl.tensor, last_chunk: gl.tensor, q_start: gl.tensor, first_token: gl.tensor, q_len: gl.tensor,
     head: gl.tensor, GROUP: gl.constexpr, TOKENS: gl.constexpr, ROWS_KEPT: gl.constexpr, DV: gl.constexpr,
-    LSE: gl.constexpr,
+    LSE: gl.constexpr, MERGE_AHEAD: gl.constexpr,
 ) -> None:  # fmt: skip
-    """Fold a tile's chunks [first_chunk, last_chunk) in ascending order and write its rows; eight chunks' loads at a time."""
+    """Fold a tile's chunks [first_chunk, last_chunk) in ascending order and write its rows; several chunks' loads at a time."""
     part_m, part_l, part_acc = partials
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // DV, DV // 4], [4, 1], [1, 0])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
@@ -283,11 +309,10 @@ def _merge_chunks(
     total_m = gl.full((ROWS_KEPT,), -1.0e30, gl.float32, rows)
     total_l = gl.zeros((ROWS_KEPT,), gl.float32, rows)
     total = gl.zeros((ROWS_KEPT, DV), gl.float32, layout)
-    for base in range(first_chunk, last_chunk, 8):
-        for ahead in gl.static_range(8):
+    for base in range(first_chunk, last_chunk, MERGE_AHEAD):
+        for ahead in gl.static_range(MERGE_AHEAD):
             there = base + ahead < last_chunk
-            item = ((slot // heads) * chunks + base + ahead) * heads + head
-            at = item.to(gl.int64) * ROWS_KEPT + r
+            at = (slot.to(gl.int64) * chunks + base + ahead) * ROWS_KEPT + r
             mask = there & (r < ROWS_KEPT)
             m = gl.load(part_m + at, mask=mask, other=-1.0e30, cache_modifier=".cg")
             l = gl.load(part_l + at, mask=mask, other=0.0, cache_modifier=".cg")
@@ -300,16 +325,17 @@ def _merge_chunks(
 
 @gluon_jit
 def _attend(
-    queries: gl.tensor, rings: gl.tensor, bars: gl.tensor, turns: gl.tensor, step: gl.tensor, paced: gl.tensor,
-    lo: gl.tensor, hi: gl.tensor, position: gl.tensor, kv_len: gl.tensor, scale: gl.tensor, window: gl.tensor,
+    queries: gl.tensor, rings: gl.tensor, bars: gl.tensor, turns: gl.tensor, totals: gl.tensor, step: gl.tensor,
+    paced: gl.tensor, lo: gl.tensor, hi: gl.tensor, position: gl.tensor, kv_len: gl.tensor, scale: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr,
     ROWS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr,
-    TAKE_TURNS: gl.constexpr, ME: gl.constexpr,
+    TAKE_TURNS: gl.constexpr, STASH: gl.constexpr, ME: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
     """Walk the key blocks [lo, hi): while a block's weights meet its values, the next block's scores are under way.
 
     Two warp groups that share an item start their products in turn, so that one computes weights while the other multiplies
-    (the ping-pong of FlashAttention-3); `paced` counts the turns.
+    (the ping-pong of FlashAttention-3); `paced` counts the turns. With STASH the row's total waits in shared memory between
+    chunks, which leaves its registers to the running chunk.
     """
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
@@ -321,6 +347,7 @@ def _attend(
     total_m = gl.full((ROWS,), -1.0e30, gl.float32, s_rows)
     total_l = gl.zeros((ROWS,), gl.float32, s_rows)
     total = gl.zeros((ROWS, DV), gl.float32, o_layout)
+    folded = 0
     acc = gl.zeros((ROWS, DV), gl.float32, o_layout)
     # The first block stands outside the loop: it has scores to compute but no earlier weights to spend.
     stage = step % STAGES
@@ -361,7 +388,12 @@ def _attend(
         mbarrier.arrive(v_empty.index(stage), count=1)
         if not SPLIT:
             if restart:
-                total_m, total_l, total = _fold(total_m, total_l, total, m, l, acc)
+                if STASH:
+                    total_m, total_l, value = _fold_kept(totals.index(ME), folded, total_m, total_l, m, l, acc)
+                    totals.index(ME).store(value)
+                    folded += 1
+                else:
+                    total_m, total_l, total = _fold(total_m, total_l, total, m, l, acc)
         alpha = gl.exp2(m_old - m_new)
         if not SPLIT:
             alpha = gl.where(restart, 0.0, alpha)  # a new chunk begins with nothing
@@ -381,17 +413,20 @@ def _attend(
     acc = warpgroup_mma_wait(num_outstanding=0, deps=(warpgroup_mma(weights, v_ring.index(stage), acc, is_async=True),))
     gl.thread_barrier()
     mbarrier.arrive(v_empty.index(stage), count=1)
-    total_m, total_l, total = _fold(total_m, total_l, total, m, l, acc)
+    if STASH:
+        total_m, total_l, total = _fold_kept(totals.index(ME), folded, total_m, total_l, m, l, acc)
+    else:
+        total_m, total_l, total = _fold(total_m, total_l, total, m, l, acc)
     return total_m, total_l, total, step + 1, paced
 
 
 @gluon_jit
 def _consume(
     q: gl.tensor, outs: gl.tensor, partials: gl.tensor, queries: gl.tensor, rings: gl.tensor, bars: gl.tensor,
-    turns: gl.tensor, counters: gl.tensor, lengths: gl.tensor, sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
+    turns: gl.tensor, totals: gl.tensor, counters: gl.tensor, lengths: gl.tensor, sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr,
     BN: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr,
-    ROWS_KEPT: gl.constexpr, LSE: gl.constexpr, TILE_TOKENS: gl.constexpr, ME: gl.constexpr,
+    ROWS_KEPT: gl.constexpr, LSE: gl.constexpr, TILE_TOKENS: gl.constexpr, STASH: gl.constexpr, HEADS_FIRST: gl.constexpr, MERGE_AHEAD: gl.constexpr, ME: gl.constexpr,
 ) -> None:  # fmt: skip
     """Consumer warp group ME: its 64 rows of every work item of this program, or every second item when an item has but 64.
 
@@ -410,7 +445,21 @@ def _consume(
     for turn in range(gl.cdiv(items, gl.num_programs(0))):
         item = _item_of(turn)
         seq, head, first_token, chunk, q_start, q_len, kv_len, position, lo, hi = _span(
-            q_starts, kv_lens, item, items, SEQS, HEADS, TILES, CHUNKS, window, CAUSAL, SPLIT, TILE_TOKENS, CHUNK, BN
+            q_starts,
+            kv_lens,
+            item,
+            items,
+            SEQS,
+            HEADS,
+            TILES,
+            CHUNKS,
+            window,
+            CAUSAL,
+            SPLIT,
+            TILE_TOKENS,
+            CHUNK,
+            BN,
+            HEADS_FIRST,
         )
         mine = first_token
         place = position
@@ -441,22 +490,22 @@ def _consume(
                 # `served` counts this item already; the j-th item of a group is number 2j or 2j + 1.
                 mbarrier.wait(turns.index(ME), (((served - 1) // 2) & 1) ^ (1 - ME))
             m, l, acc, step, paced = _attend(
-                queries, rings, bars, turns, step, paced, lo, hi, place, kv_len, scale, window, CAUSAL, SPLIT, GROUP, TOKENS, CHUNK,
-                ROWS, BN, STAGES, D_TAIL, DV, TAKE_TURNS, ME,
+                queries, rings, bars, turns, totals, step, paced, lo, hi, place, kv_len, scale, window, CAUSAL, SPLIT, GROUP, TOKENS, CHUNK,
+                ROWS, BN, STAGES, D_TAIL, DV, TAKE_TURNS, STASH, ME,
             )  # fmt: skip
             if SPLIT:
-                _store_partial(partials, acc, m, l, item, ROWS, ROWS_KEPT, DV)
+                slot = ((TILES - 1 - first_token // TILE_TOKENS) * SEQS + seq) * HEADS + head
+                _store_partial(partials, acc, m, l, slot * CHUNKS + chunk, ROWS, ROWS_KEPT, DV)
                 gl.thread_barrier()
                 if SPLIT == 1:
-                    slot = (item // (HEADS * CHUNKS)) * HEADS + head
                     first_chunk = gl.maximum(position - window + 1, 0) // CHUNK
                     last_chunk = gl.cdiv(gl.minimum(kv_len, position + TILE_TOKENS) if CAUSAL else kv_len, CHUNK)
                     done = gl.atomic_add(counters + slot, 1, sem="acq_rel", scope="gpu")
                     if done == last_chunk - first_chunk - 1:
                         gl.store(counters + slot, 0)
                         _merge_chunks(
-                            outs, partials, strides, slot, HEADS, CHUNKS, first_chunk, last_chunk, q_start, mine, q_len, head,
-                            GROUP, TOKENS, ROWS_KEPT, DV, LSE,
+                            outs, partials, strides, slot, CHUNKS, first_chunk, last_chunk, q_start, mine, q_len, head,
+                            GROUP, TOKENS, ROWS_KEPT, DV, LSE, MERGE_AHEAD,
                         )  # fmt: skip
             else:
                 _store_rows(outs, strides, acc, m, l, q_start, mine, q_len, head0, GROUP, TOKENS, ROWS, DV, LSE)
@@ -465,30 +514,30 @@ def _consume(
 @gluon_jit
 def _consume_first(
     q: gl.tensor, outs: gl.tensor, partials: gl.tensor, queries: gl.tensor, rings: gl.tensor, bars: gl.tensor,
-    turns: gl.tensor, counters: gl.tensor, lengths: gl.tensor, sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
+    turns: gl.tensor, totals: gl.tensor, counters: gl.tensor, lengths: gl.tensor, sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr,
     BN: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr,
-    ROWS_KEPT: gl.constexpr, LSE: gl.constexpr, TILE_TOKENS: gl.constexpr,
+    ROWS_KEPT: gl.constexpr, LSE: gl.constexpr, TILE_TOKENS: gl.constexpr, STASH: gl.constexpr, HEADS_FIRST: gl.constexpr, MERGE_AHEAD: gl.constexpr,
 ) -> None:  # fmt: skip
     """The first warp group's entry."""
     _consume(
-        q, outs, partials, queries, rings, bars, turns, counters, lengths, sizes, strides, scale, window, CAUSAL, SPLIT, GROUP, TOKENS, CHUNK,
-        BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, 0,
+        q, outs, partials, queries, rings, bars, turns, totals, counters, lengths, sizes, strides, scale, window, CAUSAL, SPLIT, GROUP, TOKENS, CHUNK,
+        BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH, HEADS_FIRST, MERGE_AHEAD, 0,
     )  # fmt: skip
 
 
 @gluon_jit
 def _consume_second(
     q: gl.tensor, outs: gl.tensor, partials: gl.tensor, queries: gl.tensor, rings: gl.tensor, bars: gl.tensor,
-    turns: gl.tensor, counters: gl.tensor, lengths: gl.tensor, sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
+    turns: gl.tensor, totals: gl.tensor, counters: gl.tensor, lengths: gl.tensor, sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr,
     BN: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr,
-    ROWS_KEPT: gl.constexpr, LSE: gl.constexpr, TILE_TOKENS: gl.constexpr,
+    ROWS_KEPT: gl.constexpr, LSE: gl.constexpr, TILE_TOKENS: gl.constexpr, STASH: gl.constexpr, HEADS_FIRST: gl.constexpr, MERGE_AHEAD: gl.constexpr,
 ) -> None:  # fmt: skip
     """The second warp group's entry."""
     _consume(
-        q, outs, partials, queries, rings, bars, turns, counters, lengths, sizes, strides, scale, window, CAUSAL, SPLIT, GROUP, TOKENS, CHUNK,
-        BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, 1,
+        q, outs, partials, queries, rings, bars, turns, totals, counters, lengths, sizes, strides, scale, window, CAUSAL, SPLIT, GROUP, TOKENS, CHUNK,
+        BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH, HEADS_FIRST, MERGE_AHEAD, 1,
     )  # fmt: skip
 
 
@@ -502,7 +551,7 @@ def attention_kernel(
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, GROUP: gl.constexpr, HEAD_TILES: gl.constexpr, TOKENS: gl.constexpr,
     CHUNK: gl.constexpr, BN: gl.constexpr, PAGE: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr,
     D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, ROWS_KEPT: gl.constexpr, LSE: gl.constexpr,
-    TILE_TOKENS: gl.constexpr,
+    TILE_TOKENS: gl.constexpr, STASH: gl.constexpr, HEADS_FIRST: gl.constexpr, MERGE_AHEAD: gl.constexpr,
 ) -> None:  # fmt: skip
     """Softmax attention of packed queries over packed or paged keys and values; see the module's text for the arithmetic."""
     dtype: gl.constexpr = k_desc.dtype
@@ -514,6 +563,9 @@ def attention_kernel(
     if D_TAIL:
         t_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, D_TAIL], gl.NVMMASharedLayout(128, 16))
         tail_buffer = gl.allocate_shared_memory(dtype, [2, 64, D_TAIL], gl.NVMMASharedLayout(128, 16))
+    totals = q_buffer
+    if STASH:
+        totals = gl.allocate_shared_memory(gl.float32, [2, 64, DV], gl.NVMMASharedLayout(128, 32))
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -528,6 +580,8 @@ def attention_kernel(
     mbarrier.init(turns.index(1), count=1)
     fence_async_shared()
     gl.thread_barrier()
+    grid_release()
+    grid_wait()
     outs = (out, lse)
     partials = (part_m, part_l, part_acc)
     queries = (q_buffer, tail_buffer)
@@ -539,12 +593,12 @@ def attention_kernel(
     descs = (k_desc, t_desc, v_desc)
     gl.warp_specialize(
         [
-            (_consume_first, (q, outs, partials, queries, rings, bars, turns, counters, lengths, sizes, strides, scale, window, CAUSAL, SPLIT,
-                              GROUP, TOKENS, CHUNK, BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS)),
-            (_consume_second, (q, outs, partials, queries, rings, bars, turns, counters, lengths, sizes, strides, scale, window, CAUSAL, SPLIT,
-                               GROUP, TOKENS, CHUNK, BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS)),
+            (_consume_first, (q, outs, partials, queries, rings, bars, turns, totals, counters, lengths, sizes, strides, scale, window, CAUSAL, SPLIT,
+                              GROUP, TOKENS, CHUNK, BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH, HEADS_FIRST, MERGE_AHEAD)),
+            (_consume_second, (q, outs, partials, queries, rings, bars, turns, totals, counters, lengths, sizes, strides, scale, window, CAUSAL, SPLIT,
+                               GROUP, TOKENS, CHUNK, BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH, HEADS_FIRST, MERGE_AHEAD)),
             (_produce, (descs, rings, bars, lengths, sizes, table, table_stride, window, CAUSAL, SPLIT, TILE_TOKENS, CHUNK,
-                        BN, PAGE, BOX, STAGES, D, D_TAIL, DV, HEAD_TILES)),
+                        BN, PAGE, BOX, STAGES, D, D_TAIL, DV, HEAD_TILES, HEADS_FIRST)),
         ],
         [4, 1],
         [240, 24],

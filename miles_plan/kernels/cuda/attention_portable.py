@@ -6,6 +6,7 @@ The arithmetic of the forward kernel is the one `attention_kernel` documents, bl
 
 from __future__ import annotations
 
+from .overlap import begin
 from .toolchain import jit, tl
 
 
@@ -153,9 +154,10 @@ def attention_merge_kernel(
     o_stride_head: tl.tensor, lse_stride: tl.tensor, window: tl.tensor,
     CAUSAL: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr,
     CHUNK: tl.constexpr, BN: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, ROWS_KEPT: tl.constexpr,
-    LSE: tl.constexpr, UNROLL: tl.constexpr,
+    LSE: tl.constexpr, UNROLL: tl.constexpr, OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program (sequence x head x token tile, row): fold the row's chunks in ascending order, as the unsplit kernels do."""
+    begin(OVERLAP)
     slot = tl.program_id(0)
     row = tl.program_id(1)
     head = slot % HEADS

@@ -1,12 +1,12 @@
 """Putting the kernels under a model that does not know of them.
 
-Three hooks, all undone when the context ends:
+Four hooks, all undone when the context ends:
 
-- `aten::mm`, `addmm`, `bmm` and `_log_softmax` on CUDA go to `matmul`, `grouped_matmul` and `log_softmax`. This is below
-  autograd and holds in every thread, so a model's backward products go there too (the way of Thinking Machines'
-  `batch_invariant_ops`).
+- `aten::mm`, `addmm`, `bmm` and `_log_softmax` go to `matmul`, `grouped_matmul` and `log_softmax`. This is below autograd and
+  holds in every thread, so a model's backward products go there too (the way of Thinking Machines' `batch_invariant_ops`).
 - `torch.nn.functional.scaled_dot_product_attention`, `embedding` and `rms_norm` go to `attention`, `embedding` and `rms_norm`.
 - Modules of the model that compute an RMSNorm by hand (transformers' do) compute it with `rms_norm`.
+- Modules of the model that hold stacked experts (transformers' do) compute with `grouped_matmul`, `swiglu` and `moe_combine`.
 
 A call that the kernels do not cover raises ValueError: falling back silently would break the promise.
 """
@@ -24,41 +24,51 @@ from torch.overrides import TorchFunctionMode
 
 from .arguments import require_dtype
 from .attention import attention
+from .device import runs_triton
 from .embedding import embedding
+from .expert_rows import expert_order, expert_rows
+from .experts import swiglu_experts
 from .gemm import gemm
 from .grouped_matmul import grouped_matmul
 from .log_prob import log_softmax
+from .matmul import matmul_reference
+from .moe_combine import moe_combine
 from .rms_norm import rms_norm
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PROBE_ROWS = 4
 PROBE_TOLERANCE = 0.05
+DISPATCH_KEYS = {"cuda": "CUDA", "cpu": "CPU"}
 
 
 @contextlib.contextmanager
 def enable(model: torch.nn.Module | None = None) -> Iterator[None]:
     """While the context lasts, run `model` (and any torch code in this process) on the batch-invariant kernels.
 
-    model: a model on a CUDA device whose RMSNorm modules are to be taken over; None takes over functions only. Use
-    attn_implementation="sdpa" with transformers. The model itself is not changed once the context has ended.
+    model: a model on one kind of device whose RMSNorm and expert modules are to be taken over; None takes over functions only,
+    on CUDA. On a CPU the references run, which is slow and has the kernels' order of sums. Use attn_implementation="sdpa" with
+    transformers. The model itself is not changed once the context has ended.
     """
+    device_type = "cuda" if model is None else next(model.parameters()).device.type
     with contextlib.ExitStack() as stack:
-        stack.enter_context(enable_aten())
-        stack.enter_context(_Functions())
+        stack.enter_context(enable_aten(device_type))
+        stack.enter_context(_Functions(device_type))
         if model is not None:
-            stack.enter_context(_norms_of(model))
+            stack.enter_context(_taken_over(model))
         yield
 
 
 @contextlib.contextmanager
-def enable_aten() -> Iterator[None]:
-    """Only the first hook: matrix products and log-softmax of every thread of this process. What a Megatron-core or SGLang
-    worker needs around its own layers; `hooks` has the rest."""
-    library = torch.library.Library("aten", "IMPL")
+def enable_aten(device_type: str = "cuda") -> Iterator[None]:
+    """Only the first hook: matrix products and log-softmax of every thread of this process, on "cuda" or "cpu". What a
+    Megatron-core or SGLang worker needs around its own layers; `hooks_megatron` and `hooks_sglang` have the rest."""
+    if device_type not in DISPATCH_KEYS:
+        raise ValueError(f"device_type is {device_type!r}; allowed: {', '.join(DISPATCH_KEYS)}")
+    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]  # torch's class is untyped
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that a kernel is replaced, which is the point
         for name, function in (("mm", _mm), ("addmm", _addmm), ("bmm", _bmm), ("_log_softmax", _log_softmax)):
-            library.impl(name, function, "CUDA")
+            library.impl(name, function, DISPATCH_KEYS[device_type])
     try:
         yield
     finally:
@@ -68,6 +78,8 @@ def enable_aten() -> Iterator[None]:
 def _mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a [M, K] @ b [K, N], each stored row by row or column by column."""
     require_dtype("the product's operand", a, DTYPES)
+    if not runs_triton(a.device):
+        return matmul_reference(a, b.T).to(a.dtype)
     out = torch.empty(a.shape[0], b.shape[1], device=a.device, dtype=a.dtype)
     if a.shape[1] == 0:
         return out.zero_()
@@ -90,7 +102,8 @@ def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a [B, M, K] @ b [B, K, N] as one grouped product."""
     batch, m, k = a.shape
     counts = torch.full((batch,), m, device=a.device, dtype=torch.int32)
-    out = grouped_matmul(a.reshape(batch * m, k).contiguous(), b.transpose(1, 2).contiguous(), counts)
+    with torch.no_grad():  # autograd has seen the operator already
+        out = grouped_matmul(a.reshape(batch * m, k).contiguous(), b.transpose(1, 2).contiguous(), counts)
     return out.view(batch, m, b.shape[2])
 
 
@@ -99,18 +112,23 @@ def _log_softmax(x: torch.Tensor, dim: int, half_to_float: bool) -> torch.Tensor
     moved = x.movedim(dim, -1)
     out_dtype = torch.float32 if half_to_float else x.dtype
     rows = moved.reshape(-1, moved.shape[-1])
-    return log_softmax(rows, out_dtype=out_dtype).view(moved.shape).movedim(-1, dim)
+    with torch.no_grad():  # autograd has seen the operator already
+        return log_softmax(rows, out_dtype=out_dtype).view(moved.shape).movedim(-1, dim)
 
 
 class _Functions(TorchFunctionMode):
     """The second hook: functions that torch does not route through one aten operator."""
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()
+        self.device_type = device_type
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         replacement = _REPLACED.get(func)
         kwargs = kwargs or {}
-        if replacement is not None and any(isinstance(x, torch.Tensor) and x.is_cuda for x in args):
+        if replacement is not None and any(isinstance(x, torch.Tensor) and x.device.type == self.device_type for x in args):
             return replacement(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -204,15 +222,17 @@ _REPLACED: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 @contextlib.contextmanager
-def _norms_of(model: torch.nn.Module) -> Iterator[None]:
-    """The third hook."""
-    taken = [module for module in model.modules() if _is_rms_norm(module)]
-    for module in taken:
-        module.forward = MethodType(_norm_forward, module)
+def _taken_over(model: torch.nn.Module) -> Iterator[None]:
+    """The third hook and the fourth."""
+    forwards: dict[torch.nn.Module, Callable[..., torch.Tensor]]
+    forwards = {module: _norm_forward for module in model.modules() if _is_rms_norm(module)}
+    forwards |= {module: _experts_forward for module in model.modules() if _is_experts(module)}
+    for module, forward in forwards.items():
+        module.forward = MethodType(forward, module)
     try:
         yield
     finally:
-        for module in taken:
+        for module in forwards:
             del module.forward
 
 
@@ -237,10 +257,44 @@ def _is_rms_norm(module: torch.nn.Module) -> bool:
     if "RMSNorm" not in type(module).__name__ or set(parameters) != {"weight"} or _epsilon(module) is None:
         return False
     weight = parameters["weight"]
-    if weight.dim() != 1 or not weight.is_cuda:
+    if weight.dim() != 1:
         return False
-    generator = torch.Generator(device=weight.device).manual_seed(0)
-    x = torch.randn(PROBE_ROWS, weight.numel(), device=weight.device, generator=generator).to(weight.dtype)
+    x = _probe(weight, PROBE_ROWS, weight.numel())
     with torch.no_grad():
-        theirs, ours = module(x), _norm_forward(module, x)
+        return _alike(module(x), _norm_forward(module, x))
+
+
+def _probe(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    generator = torch.Generator(device=like.device).manual_seed(0)
+    return torch.randn(shape, device=like.device, generator=generator).to(like.dtype)
+
+
+def _alike(theirs: torch.Tensor, ours: torch.Tensor) -> bool:
     return bool((theirs - ours).abs().max() <= PROBE_TOLERANCE * ours.abs().max().clamp(min=1e-3))
+
+
+def _experts_forward(
+    module: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Rows through their experts, then a token's slots first to last."""
+    up: Any = module.gate_up_proj
+    order = expert_order(top_k_index, up.shape[0])
+    down: Any = module.down_proj
+    out = swiglu_experts(expert_rows(hidden_states, order), up, down, order.counts)
+    return moe_combine(out, order.place, top_k_weights.float().contiguous())
+
+
+def _is_experts(module: torch.nn.Module) -> bool:
+    """A module with the two stacked weights of SwiGLU experts whose result on random rows is theirs; a probe, as for norms."""
+    parameters = dict(module.named_parameters(recurse=False))
+    if set(parameters) != {"gate_up_proj", "down_proj"} or any(weight.dim() != 3 for weight in parameters.values()):
+        return False
+    up, down = parameters["gate_up_proj"], parameters["down_proj"]
+    experts, doubled, width = up.shape
+    if down.shape != (experts, width, doubled // 2) or getattr(module, "_is_expert_parallel", False):
+        return False
+    x = _probe(up, PROBE_ROWS, width)
+    ids = torch.arange(PROBE_ROWS, device=x.device)[:, None] % experts
+    weights = torch.ones(PROBE_ROWS, 1, device=x.device, dtype=x.dtype)
+    with torch.no_grad():
+        return _alike(module(x, ids, weights), _experts_forward(module, x, ids, weights))

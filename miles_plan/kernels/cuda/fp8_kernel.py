@@ -12,11 +12,15 @@ scales multiply each other first.
 
 from __future__ import annotations
 
-from .gemm_kernel import _locate, _row_tiles, _store_tile, _tile_position
+from .gemm_kernel import locate, row_tiles, tile_position
+from .gemm_store import store_tile
+from .overlap import begin
 from .toolchain import (
     fence_async_shared,
     gl,
     gluon_jit,
+    grid_release,
+    grid_wait,
     jit,
     mbarrier,
     tl,
@@ -40,12 +44,12 @@ def _produce(
     ready, empty = bars
     TILE: gl.constexpr = 64 * CONSUMERS
     BYTES: gl.constexpr = a_desc.block_type.nbytes * CONSUMERS + b_desc.block_type.nbytes
-    num_m = _row_tiles(plan, M, TILE, GROUPED)
+    num_m = row_tiles(plan, M, TILE, GROUPED)
     num_n = gl.cdiv(N, COLS)
     step = 0
     for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
-        tile_m, tile_n = _tile_position(tile, num_m, num_n, GROUP)
-        row, _, expert = _locate(plan, tile_m, M, TILE, GROUPED)
+        tile_m, tile_n = tile_position(tile, num_m, num_n, GROUP)
+        row, _, expert = locate(plan, tile_m, M, TILE, GROUPED)
         for k in range(0, K, 128):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
@@ -100,17 +104,20 @@ def _accumulate(
     blocks: gl.tensor, x_k: gl.tensor, w_k: gl.tensor, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, COLS: gl.constexpr,
     SWAP: gl.constexpr, ME: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
-    """All blocks of a tile, two in flight; the next two's scales are fetched while these two multiply."""
+    """All blocks of a tile, two in flight. Scales are fetched two pairs ahead, since a pair of narrow blocks is done sooner
+    than memory answers."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 32])
     ready, empty = bars
     acc = gl.zeros((64, COLS), gl.float32, layout)
     tokens0, weight0 = _scales(token_at, weight_at, there, 0, blocks, x_k, w_k)
     tokens1, weight1 = _scales(token_at, weight_at, there, 1, blocks, x_k, w_k)
+    tokens2, weight2 = _scales(token_at, weight_at, there, 2, blocks, x_k, w_k)
+    tokens3, weight3 = _scales(token_at, weight_at, there, 3, blocks, x_k, w_k)
     for block in range(0, blocks - 1, 2):
         first = _block(rings, ready, step, CONSUMERS, STAGES, COLS, ME)
         second = _block(rings, ready, step + 1, CONSUMERS, STAGES, COLS, ME)
-        next0, next_weight0 = _scales(token_at, weight_at, there, block + 2, blocks, x_k, w_k)
-        next1, next_weight1 = _scales(token_at, weight_at, there, block + 3, blocks, x_k, w_k)
+        next0, next_weight0 = _scales(token_at, weight_at, there, block + 4, blocks, x_k, w_k)
+        next1, next_weight1 = _scales(token_at, weight_at, there, block + 5, blocks, x_k, w_k)
         part = warpgroup_mma_wait(num_outstanding=1, deps=(first,))
         gl.thread_barrier()
         mbarrier.arrive(empty.index(step % STAGES), count=1)
@@ -119,7 +126,8 @@ def _accumulate(
         gl.thread_barrier()
         mbarrier.arrive(empty.index((step + 1) % STAGES), count=1)
         acc = _promote(part, tokens1, weight1, acc, SWAP)
-        tokens0, weight0, tokens1, weight1 = next0, next_weight0, next1, next_weight1
+        tokens0, weight0, tokens1, weight1 = tokens2, weight2, tokens3, weight3
+        tokens2, weight2, tokens3, weight3 = next0, next_weight0, next1, next_weight1
         step += 2
     if blocks % 2 == 1:
         part = warpgroup_mma_wait(num_outstanding=0, deps=(_block(rings, ready, step, CONSUMERS, STAGES, COLS, ME),))
@@ -142,13 +150,13 @@ def _consume(
     x_row, x_k, w_expert, w_n, w_k = scale_strides
     TILE: gl.constexpr = 64 * CONSUMERS
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 32])
-    num_m = _row_tiles(plan, M, TILE, GROUPED)
+    num_m = row_tiles(plan, M, TILE, GROUPED)
     num_n = gl.cdiv(N, COLS)
     blocks = gl.cdiv(K, 128)
     step = 0
     for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
-        tile_m, tile_n = _tile_position(tile, num_m, num_n, GROUP)
-        row, end, expert = _locate(plan, tile_m, M, TILE, GROUPED)
+        tile_m, tile_n = tile_position(tile, num_m, num_n, GROUP)
+        row, end, expert = locate(plan, tile_m, M, TILE, GROUPED)
         row += ME * 64
         col = tile_n * COLS
         if SWAP:
@@ -166,7 +174,7 @@ def _consume(
         limit = n_end
         if COALESCE:
             limit = N
-        _store_tile(out, stride_m, stride_n, acc, row, col, end, limit, COALESCE, 4)
+        store_tile(out, stride_m, stride_n, acc, row, col, end, limit, COALESCE, 4)
 
 
 @gluon_jit
@@ -215,6 +223,8 @@ def fp8_kernel(
         mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
     gl.thread_barrier()
+    grid_release()
+    grid_wait()
     rings = (a_ring, b_ring)
     bars = (ready, empty)
     scales = (x_scale, w_scale)
@@ -285,9 +295,16 @@ def fp8_portable_kernel(
 
 @jit
 def quantize_kernel(
-    x: tl.tensor, values: tl.tensor, scales: tl.tensor, stride: tl.tensor, BLOCKS: tl.constexpr, TILE: tl.constexpr
+    x: tl.tensor,
+    values: tl.tensor,
+    scales: tl.tensor,
+    stride: tl.tensor,
+    BLOCKS: tl.constexpr,
+    TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """Program (row, TILE blocks of 128): scale = largest magnitude / 448, value = x / scale rounded to e4m3."""
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * TILE + tl.arange(0, TILE)
     column = block[:, None] * 128 + tl.arange(0, 128)[None, :]

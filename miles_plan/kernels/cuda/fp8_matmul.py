@@ -12,6 +12,7 @@ from . import arguments
 from .device import multiprocessors, runs_gluon, runs_triton
 from .fp8_kernel import LARGEST_E4M3, SCALE_BLOCK, fp8_kernel, fp8_portable_kernel, quantize_kernel
 from .grouped_matmul import plan_tiles
+from .overlap import overlap, overlaps
 from .tensor_core import mma_chain
 from .toolchain import gl, gluon_descriptor
 
@@ -37,7 +38,9 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if values.numel():
         tile = 8
         blocks = k // SCALE_BLOCK
-        quantize_kernel[(rows, -(-blocks // tile))](x, values, scales, x.stride(0), BLOCKS=blocks, TILE=tile, num_warps=2)
+        quantize_kernel[(rows, -(-blocks // tile))](
+            x, values, scales, x.stride(0), BLOCKS=blocks, TILE=tile, num_warps=2, **overlap(x.device)
+        )
     return values, scales
 
 
@@ -80,6 +83,7 @@ def fp8_grouped_matmul(
     _check(x, x_scale, weight, weight_scale, out_dtype)
     arguments.require_dtype("counts", counts, (torch.int32,))
     arguments.require_shape("counts", counts, (weight.shape[0],), "[experts]")
+    arguments.require_same_device(x=x, counts=counts)
     return _run(x, x_scale, weight, weight_scale, counts, out_dtype)
 
 
@@ -138,8 +142,10 @@ def _check(
 def _tile(rows: int, n: int, experts: int, sms: int) -> tuple[bool, int, int, int]:
     """Whether the weights take the rows, warp groups, columns and stages: wide tiles once they fill the device."""
     if not experts and rows <= 64 and n % 64 == 0:
-        cols = max(8, 1 << (rows - 1).bit_length())
-        return True, 1, min(cols, 64), 12
+        cols = min(64, max(8, 1 << (rows - 1).bit_length()))
+        while cols > 16 and n // 64 * -(-rows // cols) * 4 < 3 * sms:  # reading the weights twice from L2 beats idling
+            cols //= 2
+        return True, 1, cols, 12
     if rows > 64 * max(experts, 1) and -(-rows // 128) * -(-n // 128) * 2 >= sms:
         return False, 2, 128, 6
     for cols, stages in ((128, 8), (64, 12), (32, 16)):
@@ -185,7 +191,7 @@ def _run(
     fp8_kernel[(min(sms, tiles),)](
         _descriptor(a, 64), _descriptor(b, cols), out, plan, x_scale, weight_scale, *strides, m, width, n_end, k,
         *(reversed(out.stride()) if swap else out.stride()), GROUPED=grouped, GROUP=8, CONSUMERS=consumers, STAGES=stages,
-        COLS=cols, COALESCE=not swap and cols >= 64 and out_dtype != torch.float32, SWAP=swap, num_warps=4, maxnreg=168,
+        COLS=cols, COALESCE=not swap and cols >= 64 and out_dtype != torch.float32, SWAP=swap, num_warps=4, maxnreg=168, launch_pdl=overlaps(out.device),
     )  # fmt: skip
     return out
 

@@ -61,6 +61,7 @@ def gemm(
     leaves: 0 for one chain over K, else the slices of the binary tree. plan, plan_height: the row tiles of `grouped_matmul`.
     tile: overrides the tuner's choice. portable: takes the kernel for any GPU. Shapes are the caller's to check.
     """
+    leaves = 0 if leaves == 1 else leaves  # one leaf is a chain
     problem = problem_of(a, b, out, leaves=leaves, a_km=a_km, b_kn=b_kn, experts=experts)
     if problem.m == 0 or problem.n == 0:
         return
@@ -98,12 +99,13 @@ def _launch_hopper(
     if tile.swap:
         a, b, m, n, stride_m, stride_n, a_km, b_kn = b, a, n, m, stride_n, stride_m, b_kn, a_km
     width = -(-n // tile.width) * tile.width if tile.swap else n  # see `gemm_kernel` on N
-    sizes = (m, width, n, problem.k, stride_m, stride_n)
+    sizes = (int(tile.overlap == 2), m, width, n, problem.k, stride_m, stride_n)
     if tile.engine == DIRECT:
         gemm_direct_kernel[(triton.cdiv(m, tile.height) * triton.cdiv(n, tile.width),)](
             descriptor(a, (tile.height, tile.depth)), descriptor(b, (tile.cols, tile.depth)), out, *sizes, GROUP=tile.group,
             STAGES=tile.stages, ROWS=tile.height, COLS=tile.cols, DEPTH=tile.depth, LEAVES=problem.leaves,
             COALESCE=tile.store == 2, WARPS=4 * tile.consumers, num_warps=4 * tile.consumers,
+            launch_pdl=tile.overlap > 0,
         )  # fmt: skip
         return
     a_desc = descriptor(a, (tile.depth, tile.rows) if a_km else (tile.rows, tile.depth))
@@ -115,12 +117,15 @@ def _launch_hopper(
     if tile.store == 1:
         target = descriptor(out, (tile.rows, tile.cols))
         target_e = descriptor(out, (tile.rows, tile.extra)) if tile.extra else target
-    row_tiles = _row_tiles(m, tile.height, problem.experts)
-    gemm_kernel[(min(multiprocessors(out.device), row_tiles * triton.cdiv(n, tile.width)),)](
-        a_desc, b_desc, e_desc, target, target_e, plan if plan is not None else out, *sizes, GROUPED=problem.experts > 0,
+    tiles = _row_tiles(m, tile.height, problem.experts) * triton.cdiv(n, tile.width)
+    programs = min(multiprocessors(out.device), tiles)
+    gemm_kernel[(programs,)](
+        a_desc, b_desc, e_desc, target, target_e, plan if plan is not None else out, *sizes,
+        GROUPED=problem.experts > 0,
         A_KM=a_km, B_KN=b_kn, GROUP=tile.group, CONSUMERS=tile.consumers, STAGES=tile.stages, ROWS=tile.rows, COLS=tile.cols,
         EXTRA=tile.extra, DEPTH=tile.depth, LEAVES=problem.leaves, STASH=tile.stashes(problem.leaves), STORE=tile.store,
-        num_warps=4, maxnreg=168,
+        AHEAD=1 if problem.leaves or problem.k <= tile.depth else 2, DEFER=tile.defers,
+        num_warps=4, maxnreg=168, launch_pdl=tile.overlap > 0,
     )  # fmt: skip
 
 
@@ -129,7 +134,7 @@ def _launch_skinny(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, problem:
     gemm_skinny_kernel[grid](
         b, a, out, problem.m, problem.n, problem.k, b.stride(0), a.stride(0), out.stride(0), LEAVES=problem.leaves,
         ROWS=tile.rows, TOKENS=tile.cols, DEPTH=tile.depth, STAGES=tile.stages, num_warps=tile.consumers,
-        num_stages=tile.stages,
+        num_stages=tile.stages, OVERLAP=tile.overlap > 0, launch_pdl=tile.overlap > 0,
     )  # fmt: skip
 
 
@@ -146,8 +151,9 @@ def _launch_portable(
         height = 16
     if plan_height:
         height = plan_height
-    leaf = problem.k // problem.leaves if problem.leaves else problem.k
-    if problem.leaves and leaf % depth:
+    if problem.dtype == torch.float32 and height == 64:
+        width, depth = 128, 16  # no tensor cores: what counts is how much a thread keeps in registers
+    if problem.leaves and problem.k // problem.leaves % depth:
         depth = 16
     stride_am, stride_ak = (a.stride(1), a.stride(0)) if problem.a_km else (a.stride(0), a.stride(1))
     stride_bn, stride_bk = (b.stride(1), b.stride(0)) if problem.b_kn else (b.stride(0), b.stride(1))

@@ -6,11 +6,14 @@ One output tile a program. The warps that multiply also start the loads: as soon
 
 from __future__ import annotations
 
-from .gemm_kernel import _store_tile, _tile_position
+from .gemm_kernel import tile_position
+from .gemm_store import store_tile
 from .toolchain import (
     fence_async_shared,
     gl,
     gluon_jit,
+    grid_release,
+    grid_wait,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -65,10 +68,10 @@ def _chain(
     return warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
 
 
-@gluon_jit(do_not_specialize=["M", "n_end"])
+@gluon_jit(do_not_specialize=["release", "M", "n_end"])
 def gemm_direct_kernel(
-    a_desc: gl.tensor, b_desc: gl.tensor, out: gl.tensor, M: gl.tensor, N: gl.tensor, n_end: gl.tensor, K: gl.tensor,
-    stride_m: gl.tensor, stride_n: gl.tensor,
+    a_desc: gl.tensor, b_desc: gl.tensor, out: gl.tensor, release: gl.tensor, M: gl.tensor, N: gl.tensor, n_end: gl.tensor,
+    K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor,
     GROUP: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DEPTH: gl.constexpr,
     LEAVES: gl.constexpr, COALESCE: gl.constexpr, WARPS: gl.constexpr,
 ) -> None:  # fmt: skip
@@ -83,9 +86,12 @@ def gemm_direct_kernel(
     gl.thread_barrier()
     descs = (a_desc, b_desc)
     rings = (a_ring, b_ring)
-    tile_m, tile_n = _tile_position(gl.program_id(0), gl.cdiv(M, ROWS), gl.cdiv(N, COLS), GROUP)
+    tile_m, tile_n = tile_position(gl.program_id(0), gl.cdiv(M, ROWS), gl.cdiv(N, COLS), GROUP)
     row = tile_m * ROWS
     col = tile_n * COLS
+    if release:
+        grid_release()
+    grid_wait()
     steps = gl.cdiv(K, DEPTH)
     for i in gl.static_range(STAGES - 1):
         _fetch(descs, rings, ready, i, steps, row, col, STAGES, DEPTH)
@@ -110,4 +116,4 @@ def gemm_direct_kernel(
     limit = n_end
     if COALESCE:
         limit = N
-    _store_tile(out, stride_m, stride_n, total, row, col, M, limit, COALESCE, WARPS)
+    store_tile(out, stride_m, stride_n, total, row, col, M, limit, COALESCE, WARPS)

@@ -1,7 +1,8 @@
 """The one Hopper matrix kernel that chain, tree, data-gradient and weight-gradient products share.
 
 Warp-specialised Gluon kernel: one producer warp streams tiles through a ring of shared-memory stages with TMA, one or two
-consumer warp groups run `wgmma` on them, each on its own `rows` of the tile. Persistent: a program walks several tiles.
+consumer warp groups run `wgmma` on them, each on its own `rows` of the tile. Persistent: a program walks several tiles, and
+where registers allow it stores a tile while the next one's first products are under way.
 
 Order of the sum, for every output element, whatever the tile: products enter one float32 accumulator sixteen at a time in
 ascending K (a `wgmma` k16 step adds its sixteen products and the accumulator in one fused, truncated sum, so neither the tile
@@ -13,11 +14,14 @@ A value outside a matrix is loaded as zero and adds nothing, so ragged M, N and 
 
 from __future__ import annotations
 
-from .toolchain import fence_async_shared, gl, gluon_jit, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from .gemm_ring import begin, caught_up, drain, proceed
+from .gemm_store import write
+from .gemm_tree import leaf_tree
+from .toolchain import fence_async_shared, gl, gluon_jit, grid_release, grid_wait, mbarrier, tma
 
 
 @gluon_jit
-def _tile_position(tile: gl.tensor, num_m: gl.tensor, num_n: gl.tensor, GROUP: gl.constexpr) -> gl.tensor:
+def tile_position(tile: gl.tensor, num_m: gl.tensor, num_n: gl.tensor, GROUP: gl.constexpr) -> gl.tensor:
     """Walk GROUP row tiles down before the next column tile, so that a wave of programs shares its operands in L2."""
     width = GROUP * num_n
     first = (tile // width) * GROUP
@@ -27,7 +31,7 @@ def _tile_position(tile: gl.tensor, num_m: gl.tensor, num_n: gl.tensor, GROUP: g
 
 
 @gluon_jit
-def _locate(plan: gl.tensor, tile_m: gl.tensor, M: gl.tensor, TILE: gl.constexpr, GROUPED: gl.constexpr) -> gl.tensor:
+def locate(plan: gl.tensor, tile_m: gl.tensor, M: gl.tensor, TILE: gl.constexpr, GROUPED: gl.constexpr) -> gl.tensor:
     """Row tile `tile_m`: its first row, the row it must stop before, and the expert whose weights it meets."""
     row = tile_m * TILE
     end = M
@@ -41,7 +45,7 @@ def _locate(plan: gl.tensor, tile_m: gl.tensor, M: gl.tensor, TILE: gl.constexpr
 
 
 @gluon_jit
-def _row_tiles(plan: gl.tensor, M: gl.tensor, TILE: gl.constexpr, GROUPED: gl.constexpr) -> gl.tensor:
+def row_tiles(plan: gl.tensor, M: gl.tensor, TILE: gl.constexpr, GROUPED: gl.constexpr) -> gl.tensor:
     """How many row tiles there are."""
     tiles = gl.cdiv(M, TILE)
     if GROUPED:
@@ -63,11 +67,11 @@ def _produce(
         a_desc.block_type.nbytes * CONSUMERS + b_desc.block_type.nbytes + (e_desc.block_type.nbytes if EXTRA else 0)
     )
     num_n = gl.cdiv(N, COLS + EXTRA)
-    num_m = _row_tiles(plan, M, ROWS * CONSUMERS, GROUPED)
+    num_m = row_tiles(plan, M, ROWS * CONSUMERS, GROUPED)
     step = 0
     for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
-        tile_m, tile_n = _tile_position(tile, num_m, num_n, GROUP)
-        row, _, expert = _locate(plan, tile_m, M, ROWS * CONSUMERS, GROUPED)
+        tile_m, tile_n = tile_position(tile, num_m, num_n, GROUP)
+        row, _, expert = locate(plan, tile_m, M, ROWS * CONSUMERS, GROUPED)
         col = tile_n * (COLS + EXTRA)
         b_row = expert * N + col
         b_k = expert * K
@@ -88,235 +92,106 @@ def _produce(
 
 
 @gluon_jit
-def _mma_steps(
-    acc: gl.tensor, acc_e: gl.tensor, rings: gl.tensor, bars: gl.tensor, step: gl.tensor, steps: gl.tensor,
-    A_KM: gl.constexpr, B_KN: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, EXTRA: gl.constexpr,
-    ME: gl.constexpr,
-) -> gl.tensor:  # fmt: skip
-    """`steps` ring stages in ascending K into the accumulators, keeping one `wgmma` group in flight."""
-    a_ring, b_ring, e_ring = rings
-    ready, empty = bars
-    for k in range(steps):
-        stage = step % STAGES
-        mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
-        a = a_ring.index(stage * CONSUMERS + ME)
-        a = a.permute((1, 0)) if A_KM else a
-        b = b_ring.index(stage)
-        b = b if B_KN else b.permute((1, 0))
-        acc = warpgroup_mma(a, b, acc, is_async=True)
-        if EXTRA:
-            e = e_ring.index(stage)
-            e = e if B_KN else e.permute((1, 0))
-            acc_e = warpgroup_mma(a, e, acc_e, is_async=True)
-            acc, acc_e = warpgroup_mma_wait(num_outstanding=2, deps=(acc, acc_e))
-        else:
-            acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
-        gl.thread_barrier()  # every warp of the group is done with the previous stage
-        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
-        step += 1
-    if EXTRA:
-        acc, acc_e = warpgroup_mma_wait(num_outstanding=0, deps=(acc, acc_e))
-    else:
-        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-    gl.thread_barrier()
-    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
-    return acc, acc_e, step
-
-
-@gluon_jit
-def _leaf_pair(
-    rings: gl.tensor, bars: gl.tensor, step: gl.tensor, steps: gl.tensor,
-    A_KM: gl.constexpr, B_KN: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
-    COLS: gl.constexpr, ME: gl.constexpr,
-) -> gl.tensor:  # fmt: skip
-    """Two neighbouring leaves and their sum; the second chain starts before the first has drained."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
-    left = gl.zeros((ROWS, COLS), gl.float32, layout)
-    right = gl.zeros((ROWS, COLS), gl.float32, layout)
-    left, step = _mma_leaf(left, rings, bars, step, steps, 0, A_KM, B_KN, CONSUMERS, STAGES, ME)
-    right, step = _mma_leaf(right, rings, bars, step, steps, 1, A_KM, B_KN, CONSUMERS, STAGES, ME)
-    left, right = warpgroup_mma_wait(num_outstanding=0, deps=(left, right))
-    gl.thread_barrier()
-    mbarrier.arrive(bars[1].index((step + STAGES - 1) % STAGES), count=1)
-    return left + right, step
-
-
-@gluon_jit
-def _leaf_quad(
-    rings: gl.tensor, bars: gl.tensor, step: gl.tensor, steps: gl.tensor,
-    A_KM: gl.constexpr, B_KN: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
-    COLS: gl.constexpr, ME: gl.constexpr,
-) -> gl.tensor:  # fmt: skip
-    """Two neighbouring pairs and their sum."""
-    left, step = _leaf_pair(rings, bars, step, steps, A_KM, B_KN, CONSUMERS, STAGES, ROWS, COLS, ME)
-    right, step = _leaf_pair(rings, bars, step, steps, A_KM, B_KN, CONSUMERS, STAGES, ROWS, COLS, ME)
-    return left + right, step
-
-
-@gluon_jit
-def _mma_leaf(
-    acc: gl.tensor, rings: gl.tensor, bars: gl.tensor, step: gl.tensor, steps: gl.tensor, follows: gl.constexpr,
-    A_KM: gl.constexpr, B_KN: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, ME: gl.constexpr,
-) -> gl.tensor:  # fmt: skip
-    """One leaf's steps, leaving the last in flight; `follows` a leaf whose last stage is still to be given back."""
-    a_ring, b_ring, _ = rings
-    ready, empty = bars
-    for k in range(steps):
-        stage = step % STAGES
-        mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
-        a = a_ring.index(stage * CONSUMERS + ME)
-        a = a.permute((1, 0)) if A_KM else a
-        b = b_ring.index(stage)
-        b = b if B_KN else b.permute((1, 0))
-        acc = warpgroup_mma(a, b, acc, is_async=True)
-        acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
-        gl.thread_barrier()
-        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=(k > 0) | (follows == 1))
-        step += 1
-    return acc, step
-
-
-@gluon_jit
-def _leaf_tree(
-    rings: gl.tensor, bars: gl.tensor, stash: gl.tensor, step: gl.tensor, steps: gl.tensor,
-    A_KM: gl.constexpr, B_KN: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    ROWS: gl.constexpr, COLS: gl.constexpr, LEAVES: gl.constexpr, STASH: gl.constexpr, ME: gl.constexpr,
-) -> gl.tensor:  # fmt: skip
-    """LEAVES chains of `steps` stages, added as a balanced binary tree.
-
-    Leaves come in pairs; level1 holds a lone pair, level2 the sum of two pairs, the latter in shared memory when STASH: with it
-    the registers of a 64 x 128 tile would overflow, and spilling would go through L2 beside the loads.
-    """
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
-    if LEAVES == 1:
-        total = gl.zeros((ROWS, COLS), gl.float32, layout)
-        total, step = _mma_leaf(total, rings, bars, step, steps, 0, A_KM, B_KN, CONSUMERS, STAGES, ME)
-        total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
-        gl.thread_barrier()
-        mbarrier.arrive(bars[1].index((step + STAGES - 1) % STAGES), count=1)
-    elif LEAVES == 2:
-        total, step = _leaf_pair(rings, bars, step, steps, A_KM, B_KN, CONSUMERS, STAGES, ROWS, COLS, ME)
-    else:
-        total, step = _leaf_quad(rings, bars, step, steps, A_KM, B_KN, CONSUMERS, STAGES, ROWS, COLS, ME)
-    if LEAVES == 8:
-        if STASH:
-            stash.index(ME).store(total)
-        right, step = _leaf_quad(rings, bars, step, steps, A_KM, B_KN, CONSUMERS, STAGES, ROWS, COLS, ME)
-        total = (stash.index(ME).load(layout) if STASH else total) + right
-    return total, step
-
-
-@gluon_jit
-def _store_tile(
-    out: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor, tile: gl.tensor, row: gl.tensor, col: gl.tensor,
-    end: gl.tensor, n_end: gl.tensor, COALESCE: gl.constexpr, WARPS: gl.constexpr,
-) -> None:  # fmt: skip
-    """Write a tile from registers; the strides say whether it lands as C or as C transposed. COALESCE first turns the
-    matrix unit's layout into whole rows, which pays for wide tiles."""
-    ROWS: gl.constexpr = tile.shape[0]
-    COLS: gl.constexpr = tile.shape[1]
-    values = tile.to(out.dtype.element_ty)
-    if COALESCE:
-        values = gl.convert_layout(values, gl.BlockedLayout([1, 8], [256 // COLS, COLS // 8], [WARPS, 1], [1, 0]))
-    layout: gl.constexpr = values.type.layout
-    m = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    n = col + gl.arange(0, COLS, layout=gl.SliceLayout(0, layout))
-    offset = m[:, None].to(gl.int64) * stride_m + n[None, :].to(gl.int64) * stride_n
-    gl.store(out + offset, values, mask=(m[:, None] < end) & (n[None, :] < n_end))
-
-
-@gluon_jit
-def _stage_tile(out_desc: gl.tensor, buffer: gl.tensor, tile: gl.tensor, row: gl.tensor, col: gl.tensor) -> None:
-    """Write a tile through shared memory with TMA; the next tile's products may start while it drains."""
-    buffer.store(tile.to(out_desc.dtype))
-    fence_async_shared()
-    gl.thread_barrier()
-    tma.async_copy_shared_to_global(out_desc, [row, col], buffer)
-
-
-@gluon_jit
 def _consume(
-    outs: gl.tensor, rings: gl.tensor, bars: gl.tensor, buffers: gl.tensor, plan: gl.tensor, M: gl.tensor,
-    N: gl.tensor, n_end: gl.tensor, K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor, GROUPED: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    ROWS: gl.constexpr, COLS: gl.constexpr, EXTRA: gl.constexpr, DEPTH: gl.constexpr, LEAVES: gl.constexpr,
-    STASH: gl.constexpr, STORE: gl.constexpr, ME: gl.constexpr,
+    outs: gl.tensor, rings: gl.tensor, bars: gl.tensor, buffers: gl.tensor, plan: gl.tensor, M: gl.tensor, N: gl.tensor,
+    n_end: gl.tensor, K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor, GROUPED: gl.constexpr, A_KM: gl.constexpr,
+    B_KN: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
+    COLS: gl.constexpr, EXTRA: gl.constexpr, DEPTH: gl.constexpr, LEAVES: gl.constexpr, STASH: gl.constexpr,
+    STORE: gl.constexpr, AHEAD: gl.constexpr, DEFER: gl.constexpr, ME: gl.constexpr,
 ) -> None:  # fmt: skip
-    """Consumer warp group ME: its ROWS rows of every tile this program walks."""
-    out, out_e = outs
+    """Consumer warp group ME: its ROWS rows of every tile this program walks; with DEFER each is written during the next."""
     c_buffers, e_buffers, stash = buffers
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     COLS_E: gl.constexpr = max(EXTRA, 8)
     layout_e: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS_E, 16])
-    num_m = _row_tiles(plan, M, ROWS * CONSUMERS, GROUPED)
+    num_m = row_tiles(plan, M, ROWS * CONSUMERS, GROUPED)
     num_n = gl.cdiv(N, COLS + EXTRA)
+    steps = gl.cdiv(K, DEPTH)
     step = 0
+    # Before the first tile there is nothing to write: a place outside the matrix stands for it.
+    done = gl.zeros((ROWS, COLS), gl.float32, layout)
+    done_e = gl.zeros((ROWS, COLS_E), gl.float32, layout_e)
+    done_row = gl.cdiv(M, ROWS * CONSUMERS) * (ROWS * CONSUMERS)
+    done_col = 0
+    done_end = 0
     for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
-        tile_m, tile_n = _tile_position(tile, num_m, num_n, GROUP)
-        row, end, _ = _locate(plan, tile_m, M, ROWS * CONSUMERS, GROUPED)
+        tile_m, tile_n = tile_position(tile, num_m, num_n, GROUP)
+        row, end, _ = locate(plan, tile_m, M, ROWS * CONSUMERS, GROUPED)
         row += ME * ROWS
         col = tile_n * (COLS + EXTRA)
-        acc_e = gl.zeros((ROWS, COLS_E), gl.float32, layout_e)
+        acc, acc_e, step = begin(rings, bars, step, A_KM, B_KN, CONSUMERS, STAGES, ROWS, COLS, EXTRA, AHEAD, ME)
+        if DEFER:
+            write(
+                outs, c_buffers, e_buffers, done, done_e, done_row, done_col, done_end, N, n_end, stride_m, stride_n, COLS,
+                EXTRA, STASH, STORE, ME,
+            )  # fmt: skip
         if LEAVES:
-            acc, step = _leaf_tree(
-                rings, bars, stash, step, K // (LEAVES * DEPTH), A_KM, B_KN, CONSUMERS, STAGES, ROWS, COLS, LEAVES,
-                STASH, ME,
+            acc, step = leaf_tree(
+                acc, rings, bars, stash, step, K // (LEAVES * DEPTH), A_KM, B_KN, CONSUMERS, STAGES, ROWS, COLS, LEAVES,
+                STASH, STORE, ME,
             )  # fmt: skip
         else:
-            acc = gl.zeros((ROWS, COLS), gl.float32, layout)
-            acc, acc_e, step = _mma_steps(
-                acc, acc_e, rings, bars, step, gl.cdiv(K, DEPTH), A_KM, B_KN, CONSUMERS, STAGES, EXTRA, ME
-            )
-        if STORE == 1:
-            tma.store_wait(pendings=0)
-            gl.thread_barrier()
-            _stage_tile(out, c_buffers.index(ME), acc, row, col)
-            if EXTRA:
-                _stage_tile(out_e, e_buffers.index(ME), acc_e, row, col + COLS)
+            if AHEAD == 2:
+                acc, acc_e = caught_up(acc, acc_e, bars, step, STAGES, EXTRA)
+            acc, acc_e, step = proceed(acc, acc_e, rings, bars, step, steps - AHEAD, A_KM, B_KN, CONSUMERS, STAGES, EXTRA, ME)
+            acc, acc_e = drain(acc, acc_e, bars, step, STAGES, EXTRA)
+        if DEFER:
+            done = acc
+            done_e = acc_e
+            done_row = row
+            done_col = col
+            done_end = end
         else:
-            limit = n_end
-            if STORE == 2:
-                limit = N  # known to be a multiple of 8, which lets whole rows be written 16 bytes at a time
-            _store_tile(out, stride_m, stride_n, acc, row, col, end, limit, STORE == 2, 4)
-            if EXTRA:
-                _store_tile(out, stride_m, stride_n, acc_e, row, col + COLS, end, limit, STORE == 2, 4)
+            write(
+                outs, c_buffers, e_buffers, acc, acc_e, row, col, end, N, n_end, stride_m, stride_n, COLS, EXTRA, STASH,
+                STORE, ME,
+            )  # fmt: skip
+    if DEFER:
+        write(
+            outs, c_buffers, e_buffers, done, done_e, done_row, done_col, done_end, N, n_end, stride_m, stride_n, COLS, EXTRA,
+            STASH, STORE, ME,
+        )  # fmt: skip
     if STORE == 1:
         tma.store_wait(pendings=0)
 
 
 @gluon_jit
 def _consume_first(
-    outs: gl.tensor, rings: gl.tensor, bars: gl.tensor, buffers: gl.tensor, plan: gl.tensor, M: gl.tensor,
-    N: gl.tensor, n_end: gl.tensor, K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor, GROUPED: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    ROWS: gl.constexpr, COLS: gl.constexpr, EXTRA: gl.constexpr, DEPTH: gl.constexpr, LEAVES: gl.constexpr,
-    STASH: gl.constexpr, STORE: gl.constexpr,
+    outs: gl.tensor, rings: gl.tensor, bars: gl.tensor, buffers: gl.tensor, plan: gl.tensor, M: gl.tensor, N: gl.tensor,
+    n_end: gl.tensor, K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor, GROUPED: gl.constexpr, A_KM: gl.constexpr,
+    B_KN: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
+    COLS: gl.constexpr, EXTRA: gl.constexpr, DEPTH: gl.constexpr, LEAVES: gl.constexpr, STASH: gl.constexpr,
+    STORE: gl.constexpr, AHEAD: gl.constexpr, DEFER: gl.constexpr,
 ) -> None:  # fmt: skip
     """The first warp group's entry."""
     _consume(
-        outs, rings, bars, buffers, plan, M, N, n_end, K, stride_m, stride_n, GROUPED, A_KM, B_KN, GROUP, CONSUMERS, STAGES, ROWS, COLS,
-        EXTRA, DEPTH, LEAVES, STASH, STORE, 0,
+        outs, rings, bars, buffers, plan, M, N, n_end, K, stride_m, stride_n, GROUPED, A_KM, B_KN, GROUP, CONSUMERS, STAGES,
+        ROWS, COLS, EXTRA, DEPTH, LEAVES, STASH, STORE, AHEAD, DEFER, 0,
     )  # fmt: skip
 
 
 @gluon_jit
 def _consume_second(
-    outs: gl.tensor, rings: gl.tensor, bars: gl.tensor, buffers: gl.tensor, plan: gl.tensor, M: gl.tensor,
-    N: gl.tensor, n_end: gl.tensor, K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor, GROUPED: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    ROWS: gl.constexpr, COLS: gl.constexpr, EXTRA: gl.constexpr, DEPTH: gl.constexpr, LEAVES: gl.constexpr,
-    STASH: gl.constexpr, STORE: gl.constexpr,
+    outs: gl.tensor, rings: gl.tensor, bars: gl.tensor, buffers: gl.tensor, plan: gl.tensor, M: gl.tensor, N: gl.tensor,
+    n_end: gl.tensor, K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor, GROUPED: gl.constexpr, A_KM: gl.constexpr,
+    B_KN: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr,
+    COLS: gl.constexpr, EXTRA: gl.constexpr, DEPTH: gl.constexpr, LEAVES: gl.constexpr, STASH: gl.constexpr,
+    STORE: gl.constexpr, AHEAD: gl.constexpr, DEFER: gl.constexpr,
 ) -> None:  # fmt: skip
     """The second warp group's entry."""
     _consume(
-        outs, rings, bars, buffers, plan, M, N, n_end, K, stride_m, stride_n, GROUPED, A_KM, B_KN, GROUP, CONSUMERS, STAGES, ROWS, COLS,
-        EXTRA, DEPTH, LEAVES, STASH, STORE, 1,
+        outs, rings, bars, buffers, plan, M, N, n_end, K, stride_m, stride_n, GROUPED, A_KM, B_KN, GROUP, CONSUMERS, STAGES,
+        ROWS, COLS, EXTRA, DEPTH, LEAVES, STASH, STORE, AHEAD, DEFER, 1,
     )  # fmt: skip
 
 
-@gluon_jit(do_not_specialize=["M", "n_end"])
+@gluon_jit(do_not_specialize=["release", "M", "n_end"])
 def gemm_kernel(
-    a_desc: gl.tensor, b_desc: gl.tensor, e_desc: gl.tensor, out: gl.tensor, out_e: gl.tensor, plan: gl.tensor, M: gl.tensor,
-    N: gl.tensor, n_end: gl.tensor, K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor, GROUPED: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    ROWS: gl.constexpr, COLS: gl.constexpr, EXTRA: gl.constexpr, DEPTH: gl.constexpr, LEAVES: gl.constexpr,
-    STASH: gl.constexpr, STORE: gl.constexpr,
+    a_desc: gl.tensor, b_desc: gl.tensor, e_desc: gl.tensor, out: gl.tensor, out_e: gl.tensor, plan: gl.tensor,
+    release: gl.tensor, M: gl.tensor, N: gl.tensor, n_end: gl.tensor, K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor,
+    GROUPED: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, EXTRA: gl.constexpr, DEPTH: gl.constexpr,
+    LEAVES: gl.constexpr, STASH: gl.constexpr, STORE: gl.constexpr, AHEAD: gl.constexpr, DEFER: gl.constexpr,
 ) -> None:  # fmt: skip
     """C[M, N] = A[M, K] B[N, K]^T; A may lie as [K, M] (A_KM) and B as [K, N] (B_KN). `n_end` is N again:
     N itself is rounded up to a whole tile where it counts tokens, because a compiler that knows N is 1 drops unused columns of the
@@ -326,16 +201,20 @@ def gemm_kernel(
     e_ring = b_ring
     if EXTRA:
         e_ring = gl.allocate_shared_memory(e_desc.dtype, [STAGES] + e_desc.block_shape, e_desc.layout)
-    c_buffers = b_ring
-    e_buffers = b_ring
-    if STORE == 1:
-        c_buffers = gl.allocate_shared_memory(out.dtype, [CONSUMERS, ROWS, COLS], out.layout)
-        if EXTRA:
-            e_buffers = gl.allocate_shared_memory(out_e.dtype, [CONSUMERS, ROWS, EXTRA], out_e.layout)
     stash = b_ring
     if STASH:
         stash_layout: gl.constexpr = gl.NVMMASharedLayout(128, 32)
         stash = gl.allocate_shared_memory(gl.float32, [CONSUMERS, ROWS, COLS], stash_layout)
+    c_buffers = b_ring
+    e_buffers = b_ring
+    if STORE == 1:
+        if STASH:  # a finished tile leaves through the memory of its own stash
+            c_buffers = stash._reinterpret(out.dtype, [2 * CONSUMERS, ROWS, COLS], out.layout)
+        else:
+            c_buffers = gl.allocate_shared_memory(out.dtype, [CONSUMERS, ROWS, COLS], out.layout)
+        e_buffers = c_buffers
+        if EXTRA and EXTRA != COLS:
+            e_buffers = gl.allocate_shared_memory(out_e.dtype, [CONSUMERS, ROWS, EXTRA], out_e.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -343,6 +222,9 @@ def gemm_kernel(
         mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
     gl.thread_barrier()
+    if release:
+        grid_release()
+    grid_wait()
     rings = (a_ring, b_ring, e_ring)
     bars = (ready, empty)
     outs = (out, out_e)
@@ -352,11 +234,12 @@ def gemm_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume_first, (outs, rings, bars, buffers, plan, M, N, n_end, K, stride_m, stride_n, GROUPED, A_KM, B_KN, GROUP, CONSUMERS,
-                                  STAGES, ROWS, COLS, EXTRA, DEPTH, LEAVES, STASH, STORE)),
-                (_consume_second, (outs, rings, bars, buffers, plan, M, N, n_end, K, stride_m, stride_n, GROUPED, A_KM, B_KN, GROUP, CONSUMERS,
-                                   STAGES, ROWS, COLS, EXTRA, DEPTH, LEAVES, STASH, STORE)),
-                (_produce, (descs, rings, bars, plan, M, N, K, GROUPED, A_KM, B_KN, GROUP, CONSUMERS, STAGES, ROWS, COLS, EXTRA, DEPTH)),
+                (_consume_first, (outs, rings, bars, buffers, plan, M, N, n_end, K, stride_m, stride_n, GROUPED, A_KM, B_KN, GROUP,
+                                  CONSUMERS, STAGES, ROWS, COLS, EXTRA, DEPTH, LEAVES, STASH, STORE, AHEAD, DEFER)),
+                (_consume_second, (outs, rings, bars, buffers, plan, M, N, n_end, K, stride_m, stride_n, GROUPED, A_KM, B_KN, GROUP,
+                                  CONSUMERS, STAGES, ROWS, COLS, EXTRA, DEPTH, LEAVES, STASH, STORE, AHEAD, DEFER)),
+                (_produce, (descs, rings, bars, plan, M, N, K, GROUPED, A_KM, B_KN, GROUP, CONSUMERS, STAGES, ROWS, COLS, EXTRA,
+                            DEPTH)),
             ],
             [4, 1],
             [240, 24],
@@ -364,9 +247,10 @@ def gemm_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume_first, (outs, rings, bars, buffers, plan, M, N, n_end, K, stride_m, stride_n, GROUPED, A_KM, B_KN, GROUP, CONSUMERS,
-                                  STAGES, ROWS, COLS, EXTRA, DEPTH, LEAVES, STASH, STORE)),
-                (_produce, (descs, rings, bars, plan, M, N, K, GROUPED, A_KM, B_KN, GROUP, CONSUMERS, STAGES, ROWS, COLS, EXTRA, DEPTH)),
+                (_consume_first, (outs, rings, bars, buffers, plan, M, N, n_end, K, stride_m, stride_n, GROUPED, A_KM, B_KN, GROUP,
+                                  CONSUMERS, STAGES, ROWS, COLS, EXTRA, DEPTH, LEAVES, STASH, STORE, AHEAD, DEFER)),
+                (_produce, (descs, rings, bars, plan, M, N, K, GROUPED, A_KM, B_KN, GROUP, CONSUMERS, STAGES, ROWS, COLS, EXTRA,
+                            DEPTH)),
             ],
             [1],
             [24],

@@ -7,6 +7,7 @@ still fills the device. The order of the sum is the one `gemm_kernel` documents,
 
 from __future__ import annotations
 
+from .overlap import begin
 from .toolchain import jit, tl
 
 
@@ -30,8 +31,10 @@ def gemm_skinny_kernel(
     w: tl.tensor, x: tl.tensor, out: tl.tensor, M: tl.tensor, N: tl.tensor, K: tl.tensor, w_stride: tl.tensor,
     x_stride: tl.tensor, out_stride: tl.tensor,
     LEAVES: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
     """out[M, N] = x[M, K] w[N, K]^T for K a multiple of DEPTH (of each leaf's, with LEAVES). Program: ROWS of w, TOKENS of x."""
+    begin(OVERLAP)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     w_rows = w + tl.minimum(n, N - 1).to(tl.int64)[:, None] * w_stride

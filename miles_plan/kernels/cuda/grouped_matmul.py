@@ -14,6 +14,7 @@ import torch
 from . import arguments
 from .device import multiprocessors, runs_gluon, runs_triton
 from .gemm import HALF, gemm
+from .overlap import begin, overlap
 from .tensor_core import mma_chain
 from .toolchain import jit, tl
 from .tuning import GemmProblem, choose
@@ -25,9 +26,10 @@ PORTABLE_HEIGHT = 64
 @jit
 def plan_kernel(
     counts: tl.tensor, plan: tl.tensor, EXPERTS: tl.constexpr, EXPERTS_PAD: tl.constexpr, HEIGHT: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    AT_ONCE: tl.constexpr, OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program: the row tiles of all experts, as (first row, row to stop before, expert), and their number before them."""
+    begin(OVERLAP)
     e = tl.arange(0, EXPERTS_PAD)
     rows = tl.load(counts + e, mask=e < EXPERTS, other=0)
     tiles = (rows + HEIGHT - 1) // HEIGHT
@@ -114,7 +116,9 @@ def plan_tiles(counts: torch.Tensor, rows: int, height: int) -> torch.Tensor:
     pad = 1 << (experts - 1).bit_length()
     each = max(1, min(32, 2 * rows // height // experts))  # twice an expert's even share, so that one step usually does
     at_once = 1 << (each - 1).bit_length()
-    plan_kernel[(1,)](counts, plan, EXPERTS=experts, EXPERTS_PAD=pad, HEIGHT=height, AT_ONCE=at_once, num_warps=4)
+    plan_kernel[(1,)](
+        counts, plan, EXPERTS=experts, EXPERTS_PAD=pad, HEIGHT=height, AT_ONCE=at_once, num_warps=4, **overlap(counts.device)
+    )
     return plan
 
 

@@ -14,11 +14,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 
 from . import arguments
 from .device import runs_triton
-from .matmul import matmul
+from .overlap import begin, overlap
 from .toolchain import jit, tl
 
 CHUNKS = 16
@@ -33,15 +32,16 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def partial_kernel(
     logits: tl.tensor, part_m: tl.tensor, part_s: tl.tensor, stride: tl.tensor, scale: tl.tensor,
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
-    STEPS: tl.constexpr, ALIGNED: tl.constexpr,
+    STEPS: tl.constexpr, ALIGNED: tl.constexpr, OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program (row, chunk): the chunk's maximum and sum of exp2(x - maximum), x = logit * scale, one fused multiply-add each.
+    """Program row * CHUNKS + chunk: the chunk's maximum and sum of exp2(x - maximum), x = logit * scale, one fused multiply-add each.
 
     ALIGNED (rows and chunks begin at multiples of 16 bytes) is a property of the vocabulary, never of the shard: it decides
     which thread holds which column, and so the order in which a lane's eight columns are added.
     """
-    row = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1)
+    begin(OVERLAP)
+    row = (tl.program_id(0) // CHUNKS).to(tl.int64)
+    chunk = tl.program_id(0) % CHUNKS  # neighbours read neighbouring memory
     if ALIGNED:
         stride = stride // 8 * 8  # says what the compiler cannot know of an argument
     lane = tl.arange(0, LANES)[:, None]
@@ -77,10 +77,11 @@ def _target_logit(
 def combine_kernel(
     part_m: tl.tensor, part_s: tl.tensor, chosen: tl.tensor, logits: tl.tensor, targets: tl.tensor, log_probs: tl.tensor,
     lse: tl.tensor, rows: tl.tensor, stride: tl.tensor, columns: tl.tensor, scale: tl.tensor, CHUNKS: tl.constexpr,
-    BLOCK: tl.constexpr, PICK: tl.constexpr,
+    BLOCK: tl.constexpr, PICK: tl.constexpr, OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program: BLOCK rows; fold each row's pairs in ascending order. PICK takes the target's logit from the logits, which are
     then whole; otherwise it is in `chosen`."""
+    begin(OVERLAP)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = row < rows
     at = row.to(tl.int64) * CHUNKS
@@ -117,9 +118,10 @@ def shift_kernel(
     logits: tl.tensor, lse: tl.tensor, out: tl.tensor, stride: tl.tensor, scale: tl.tensor, COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program (row, block of columns): log-softmax = logit * scale - lse, one fused multiply-add as in `combine_kernel`."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """Program row * blocks of columns + block: log-softmax = logit * scale - lse, one fused multiply-add as in `combine_kernel`."""
+    blocks = tl.cdiv(COLUMNS, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = column < COLUMNS
     x = tl.load(logits + row * stride + column, mask=mask, other=0.0).to(tl.float32)
     value = tl.fma(x, tl.zeros_like(x) + scale, tl.zeros_like(x) - tl.load(lse + row))
@@ -131,9 +133,10 @@ def gradient_kernel(
     logits: tl.tensor, targets: tl.tensor, lse: tl.tensor, grad: tl.tensor, out: tl.tensor, stride: tl.tensor,
     scale: tl.tensor, vocab_start: tl.tensor, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program (row, block of columns): d logit = grad * scale * (one-hot - exp(x - lse))."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """Program row * blocks of columns + block: d logit = grad * scale * (one-hot - exp(x - lse))."""
+    blocks = tl.cdiv(COLUMNS, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = column < COLUMNS
     x = tl.load(logits + row * stride + column, mask=mask, other=0.0).to(tl.float32)
     p = tl.exp2(
@@ -142,6 +145,29 @@ def gradient_kernel(
     hot = tl.where(column == tl.load(targets + row).to(tl.int64) - vocab_start, 1.0, 0.0)
     value = tl.load(grad + row) * scale * (hot - p)
     tl.store(out + row * COLUMNS + column, value.to(out.dtype.element_ty), mask=mask)
+
+
+@jit
+def table_gradient_kernel(
+    logits: tl.tensor, lse: tl.tensor, grad: tl.tensor, out: tl.tensor, stride: tl.tensor, grad_stride: tl.tensor,
+    scale: tl.tensor, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """Program: a row of log_softmax's gradient, d logit = scale * (grad - exp(x - lse) * sum of the row's grad)."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, COLUMNS, BLOCK):
+        column = first + lane
+        total += tl.load(grad + row * grad_stride + column, mask=column < COLUMNS, other=0.0).to(tl.float32)
+    whole = tl.sum(total, 0)
+    shift = tl.load(lse + row) * 1.4426950408889634
+    for first in range(0, COLUMNS, BLOCK):
+        column = first + lane
+        mask = column < COLUMNS
+        x = tl.load(logits + row * stride + column, mask=mask, other=0.0).to(tl.float32)
+        p = tl.exp2(tl.fma(x, tl.zeros_like(x) + scale * 1.4426950408889634, tl.zeros_like(x) - shift))
+        g = tl.load(grad + row * grad_stride + column, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + row * COLUMNS + column, (scale * (g - p * whole)).to(out.dtype.element_ty), mask=mask)
 
 
 def log_prob(
@@ -163,59 +189,43 @@ def log_prob(
     Raises ValueError naming a wrong argument.
     """
     vocab_size = logits.shape[-1] if vocab_size is None else vocab_size
-    _check(logits, targets, temperature, vocab_start, vocab_size)
+    check_log_prob(logits, targets, temperature, vocab_start, vocab_size)
     if torch.is_grad_enabled() and logits.requires_grad:
         return _LogProb.apply(logits, targets, temperature, vocab_start, vocab_size, group)  # type: ignore[no-any-return, no-untyped-call]  # torch's apply is untyped
-    return _forward(logits, targets, temperature, vocab_start, vocab_size, group)[0]
+    return log_prob_with_lse(logits, targets, temperature, vocab_start, vocab_size, group)[0]
 
 
 def log_softmax(logits: torch.Tensor, *, temperature: float = 1.0, out_dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """log softmax(logits / temperature), [rows, columns] in `out_dtype`; the same bits as `log_prob` in each target's column.
 
-    Arguments as `log_prob`'s, whole vocabulary; no gradients. Raises ValueError naming a wrong argument.
+    Arguments as `log_prob`'s, whole vocabulary. Differentiable: a row's gradients are added in lanes of 1,024 columns, each lane
+    in ascending order, then the lanes in one layout. Raises ValueError naming a wrong argument.
     """
-    targets = torch.zeros(logits.shape[0], device=logits.device, dtype=torch.int64)
-    _check(logits, targets, temperature, 0, logits.shape[-1])
+    check_log_prob(
+        logits, torch.zeros(logits.shape[:1], device=logits.device, dtype=torch.int64), temperature, 0, logits.shape[-1]
+    )
     arguments.require_dtype("out_dtype", torch.empty(0, dtype=out_dtype), DTYPES)
-    lse = _forward(logits, targets, temperature, 0, logits.shape[1], None)[1]
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _LogSoftmax.apply(logits, temperature, out_dtype)  # type: ignore[no-any-return, no-untyped-call]  # torch's apply is untyped
+    return _log_softmax(logits, temperature, out_dtype)[0]
+
+
+def _log_softmax(logits: torch.Tensor, temperature: float, out_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The table and each row's log-sum-exp."""
+    targets = torch.zeros(logits.shape[0], device=logits.device, dtype=torch.int64)
+    lse = log_prob_with_lse(logits, targets, temperature, 0, logits.shape[1], None)[1]
     if not runs_triton(logits.device):
-        return _fused(logits.float(), _scale(temperature), -lse[:, None]).to(out_dtype)
+        return _fused(logits.float(), _scale(temperature), -lse[:, None]).to(out_dtype), lse
     out = torch.empty(logits.shape, device=logits.device, dtype=out_dtype)
     if out.numel():
-        shift_kernel[(logits.shape[0], -(-logits.shape[1] // 4096))](
+        shift_kernel[(logits.shape[0] * -(-logits.shape[1] // 4096),)](
             logits, lse, out, logits.stride(0), _scale(temperature), COLUMNS=logits.shape[1], BLOCK=4096, num_warps=8
         )
-    return out
+    return out, lse
 
 
-def linear_log_prob(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, temperature: float = 1.0, rows_at_once: int = 2048
-) -> torch.Tensor:
-    """log_prob(hidden @ weight.T, targets) with the logits of `rows_at_once` rows in memory at a time.
-
-    hidden: [rows, K], weight: [vocabulary, K], as `matmul`; targets and temperature as `log_prob`. The backward computes each
-    block's logits again. The same bits as the two calls, whatever `rows_at_once`, except the weight's gradient, whose blocks
-    are added in ascending order in float32.
-    """
-    arguments.require_dims("hidden", hidden, 2, "[rows, K]")
-    if rows_at_once < 1:
-        raise ValueError(f"rows_at_once is {rows_at_once}; allowed: 1 or more")
-    parts = []
-    for first in range(0, hidden.shape[0], rows_at_once):
-        block = slice(first, first + rows_at_once)
-        parts.append(
-            torch.utils.checkpoint.checkpoint(
-                _linear_block, hidden[block], weight, targets[block], temperature, use_reentrant=False
-            )
-        )
-    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
-
-
-def _linear_block(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
-    return log_prob(matmul(hidden, weight), targets, temperature=temperature)
-
-
-def _check(logits: torch.Tensor, targets: torch.Tensor, temperature: float, vocab_start: int, vocab_size: int) -> None:
+def check_log_prob(logits: torch.Tensor, targets: torch.Tensor, temperature: float, vocab_start: int, vocab_size: int) -> None:
+    """Raise ValueError naming an argument of `log_prob` that is wrong."""
     arguments.require_dims("logits", logits, 2, "[rows, columns]")
     arguments.require_dtype("logits", logits, DTYPES)
     arguments.require_contiguous_rows("logits", logits)
@@ -259,9 +269,9 @@ def log_prob_partials(logits: torch.Tensor, vocab_size: int, temperature: float 
         logits = logits.clone(memory_format=torch.contiguous_format)
     m, s = (torch.empty(rows, here, device=logits.device, dtype=torch.float32) for _ in range(2))
     if rows:
-        partial_kernel[(rows, here)](
+        partial_kernel[(rows * here,)](
             logits, m, s, logits.stride(0), _scale(temperature) * LOG2_E, COLUMNS=columns, CHUNK=chunk, CHUNKS=here, LANES=LANES,
-            GROUP=GROUP, STEPS=-(-chunk // (LANES * GROUP)), ALIGNED=aligned, num_warps=8,
+            GROUP=GROUP, STEPS=-(-chunk // (LANES * GROUP)), ALIGNED=aligned, num_warps=8, **overlap(logits.device),
         )  # fmt: skip
     return m, s
 
@@ -313,6 +323,7 @@ def _combine(
         combine_kernel[(-(-rows // 32),)](
             m, s, m if chosen is None else chosen, logits if pick else m, targets if pick else m, log_probs, lse, rows, stride,
             columns, _scale(temperature), CHUNKS=chunks, BLOCK=32, PICK=pick, num_warps=1,
+            **overlap(m.device),
         )  # fmt: skip
     return log_probs, lse
 
@@ -345,9 +356,10 @@ def _chosen(logits: torch.Tensor, targets: torch.Tensor, vocab_start: int) -> to
     return out
 
 
-def _forward(
+def log_prob_with_lse(
     logits: torch.Tensor, targets: torch.Tensor, temperature: float, vocab_start: int, vocab_size: int, group: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """`log_prob` and each row's log-sum-exp over the whole vocabulary, float32 [rows]; no gradients, nothing checked."""
     m, s = log_prob_partials(logits, vocab_size, temperature)
     if logits.shape[1] == vocab_size and runs_triton(logits.device):
         return _combine(m, s, temperature, logits=logits, targets=targets)
@@ -373,7 +385,7 @@ class _LogProb(torch.autograd.Function):
         ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperature: float, vocab_start: int, vocab_size: int,
         group: Any,
     ) -> torch.Tensor:  # fmt: skip
-        log_probs, lse = _forward(logits, targets, temperature, vocab_start, vocab_size, group)
+        log_probs, lse = log_prob_with_lse(logits, targets, temperature, vocab_start, vocab_size, group)
         ctx.save_for_backward(logits, targets, lse)
         ctx.temperature, ctx.vocab_start = temperature, vocab_start
         return log_probs
@@ -381,16 +393,51 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         logits, targets, lse = ctx.saved_tensors
+        return log_prob_gradient(grads[0], logits, targets, lse, ctx.temperature, ctx.vocab_start), None, None, None, None, None
+
+
+def log_prob_gradient(
+    grad: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, temperature: float, vocab_start: int
+) -> torch.Tensor:
+    """Gradient of the logits at hand, in their dtype; grad and lse float32 [rows]."""
+    scale = _scale(temperature)
+    if not runs_triton(logits.device):
+        p = torch.exp(logits.float() * scale - lse[:, None])
+        column = targets.long()[:, None] - vocab_start
+        hot = (torch.arange(logits.shape[1], device=logits.device)[None, :] == column).float()
+        return (grad.float()[:, None] * scale * (hot - p)).to(logits.dtype)
+    out = torch.empty(logits.shape, device=logits.device, dtype=logits.dtype)
+    if out.numel():
+        gradient_kernel[(logits.shape[0] * -(-logits.shape[1] // 4096),)](
+            logits, targets, lse, grad.contiguous(), out, logits.stride(0), scale, vocab_start,
+            COLUMNS=logits.shape[1], BLOCK=4096, num_warps=8,
+        )  # fmt: skip
+    return out
+
+
+class _LogSoftmax(torch.autograd.Function):
+    """log_softmax whose backward adds each row's gradients in one order."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, temperature: float, out_dtype: torch.dtype) -> torch.Tensor:
+        out, lse = _log_softmax(logits, temperature, out_dtype)
+        ctx.save_for_backward(logits, lse)
+        ctx.temperature = temperature
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        logits, lse = ctx.saved_tensors
         scale = _scale(ctx.temperature)
+        grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
         if not runs_triton(logits.device):
             p = torch.exp(logits.float() * scale - lse[:, None])
-            column = targets.long()[:, None] - ctx.vocab_start
-            hot = (torch.arange(logits.shape[1], device=logits.device)[None, :] == column).float()
-            return ((grads[0].float()[:, None] * scale * (hot - p)).to(logits.dtype), None, None, None, None, None)
+            wide = grad.float()
+            return (scale * (wide - p * wide.sum(1, keepdim=True))).to(logits.dtype), None, None
         out = torch.empty(logits.shape, device=logits.device, dtype=logits.dtype)
         if out.numel():
-            gradient_kernel[(logits.shape[0], -(-logits.shape[1] // 4096))](
-                logits, targets, lse, grads[0].contiguous(), out, logits.stride(0), scale, ctx.vocab_start,
-                COLUMNS=logits.shape[1], BLOCK=4096, num_warps=8,
+            table_gradient_kernel[(logits.shape[0],)](
+                logits, lse, grad, out, logits.stride(0), grad.stride(0), scale, COLUMNS=logits.shape[1], BLOCK=1024,
+                num_warps=4,
             )  # fmt: skip
-        return out, None, None, None, None, None
+        return out, None, None

@@ -11,6 +11,7 @@ import torch
 
 from . import arguments
 from .device import runs_triton, steady
+from .overlap import begin, overlap
 from .toolchain import jit, tl
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -22,9 +23,10 @@ GRADIENT_ROWS = 64  # rows whose weight gradients are added before anything else
 def rms_norm_kernel(
     x: tl.tensor, residual: tl.tensor, weight: tl.tensor, y: tl.tensor, total: tl.tensor, inverse: tl.tensor,
     x_stride: tl.tensor, residual_stride: tl.tensor, eps: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    ADD: tl.constexpr, KEEP: tl.constexpr,
+    ADD: tl.constexpr, KEEP: tl.constexpr, OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
     """y = t * rsqrt(mean(t^2) + eps) * weight with t = x, or x + residual rounded to its dtype, in float32."""
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < WIDTH
@@ -154,7 +156,7 @@ def _forward(
     if rows.shape[0]:
         rms_norm_kernel[(rows.shape[0],)](
             rows, other, weight, y, total, inverse, rows.stride(0), other.stride(0), eps, WIDTH=width, BLOCK=block,
-            ADD=residual is not None, KEEP=keep, num_warps=_warps(block),
+            ADD=residual is not None, KEEP=keep, num_warps=_warps(block), **overlap(x.device),
         )  # fmt: skip
     return y.view(x.shape), total.view(x.shape), inverse
 

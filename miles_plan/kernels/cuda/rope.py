@@ -12,6 +12,7 @@ import torch
 
 from . import arguments
 from .device import runs_triton, steady
+from .overlap import begin, overlap
 from .toolchain import jit, tl
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -50,11 +51,13 @@ def rope_kernel(
     q_weight: tl.tensor, k_weight: tl.tensor, eps: tl.tensor, q_token: tl.tensor, q_head: tl.tensor, k_token: tl.tensor,
     k_head: tl.tensor, table_stride: tl.tensor, q_heads: tl.tensor, k_heads: tl.tensor,
     TILE: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr, NORM: tl.constexpr, BACK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program (token, tile of heads, first queries' and then keys'). BACK rotates the other way, which is the gradient.
 
     The tile has one shape whatever the number of heads, so a head's norm has the same bits on any number of ranks.
     """
+    begin(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     position = tl.load(positions + token).to(tl.int64)
@@ -143,6 +146,7 @@ def _check(
         raise ValueError("only one of q_norm and k_norm is given; allowed: both or neither")
     for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
         if weight is not None:
+            arguments.require_dtype(name, weight, DTYPES)
             arguments.require_shape(name, weight, (q.shape[-1],), "[D]")
 
 
@@ -162,6 +166,7 @@ def _rotated(
             q, k, q_out, k_out, cos, sin, positions, q if q_norm is None else q_norm, k if k_norm is None else k_norm, eps,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), cos.stride(0), q.shape[1], k.shape[1], TILE=TILE_HEADS,
             HALF=half, HALF_PAD=1 << (half - 1).bit_length(), NORM=q_norm is not None, BACK=back, num_warps=1,
+            **overlap(q.device),
         )  # fmt: skip
     return q_out, k_out
 

@@ -8,6 +8,7 @@ import torch
 
 from . import arguments
 from .device import runs_triton
+from .overlap import begin, overlap
 from .toolchain import jit, tl
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -15,8 +16,11 @@ BLOCK = 1024
 
 
 @jit
-def swiglu_kernel(x: tl.tensor, y: tl.tensor, x_stride: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def swiglu_kernel(
+    x: tl.tensor, y: tl.tensor, x_stride: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+) -> None:
     """Program (row, block of columns): y = gate / (1 + exp(-gate)) * up."""
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < WIDTH
@@ -74,7 +78,7 @@ def _forward(x: torch.Tensor) -> torch.Tensor:
     y = torch.empty(rows.shape[0], width, device=x.device, dtype=x.dtype)
     if y.numel():
         swiglu_kernel[(rows.shape[0], -(-width // BLOCK))](
-            rows, y, rows.stride(0), WIDTH=width, BLOCK=BLOCK, num_warps=4,
+            rows, y, rows.stride(0), WIDTH=width, BLOCK=BLOCK, num_warps=4, **overlap(x.device),
         )  # fmt: skip
     return y.view(*x.shape[:-1], width)
 

@@ -2,29 +2,14 @@
 
 Kernel files read `from .toolchain import gl, gluon_jit, jit, tl`. Without Triton the decorators hand back an object that
 raises `RuntimeError` when launched, so the planner's machines, documentation builds and type checkers can import everything.
+Gluon, which the Hopper kernels are written in, is part of Triton from 3.6 on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-__all__ = [
-    "HAVE_GLUON",
-    "HAVE_TRITON",
-    "TensorDescriptor",
-    "fence_async_shared",
-    "gl",
-    "gluon_descriptor",
-    "gluon_jit",
-    "jit",
-    "mbarrier",
-    "tl",
-    "tma",
-    "triton",
-    "warpgroup_mma",
-    "warpgroup_mma_wait",
-]
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, overload
 
 
 class _MissingKernel:
@@ -38,46 +23,50 @@ class _MissingKernel:
         raise RuntimeError(f"kernel {self.__name__!r} needs triton 3.6 or newer, which is not installed")
 
 
-def _missing(function: Callable[..., Any] | None = None, **_: object) -> Any:
+def _missing(function: Callable[..., Any] | None = None, /, **_: object) -> Any:
     return _MissingKernel(function) if function is not None else _MissingKernel
 
 
-triton: Any = None
-tl: Any = None
-gl: Any = None
-tma: Any = None
-mbarrier: Any = None
-warpgroup_mma: Any = None
-warpgroup_mma_wait: Any = None
-fence_async_shared: Any = None
-TensorDescriptor: Any = None
-gluon_descriptor: Any = None
-jit: Any = _missing
-gluon_jit: Any = _missing
+def _module(name: str) -> Any:
+    """The module, or None where Triton or this part of it is missing."""
+    try:
+        return import_module(name)
+    except ImportError:
+        return None
 
-try:
-    import triton
-    import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
 
-    jit = triton.jit
-    HAVE_TRITON = True
-except ImportError:
-    HAVE_TRITON = False
+triton: Any = _module("triton")
+tl: Any = _module("triton.language")
+_gluon: Any = _module("triton.experimental.gluon")
+_hopper: Any = _module("triton.experimental.gluon.language.nvidia.hopper")
+_host: Any = _module("triton.experimental.gluon.nvidia.hopper")
 
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        fence_async_shared,
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_wait,
-    )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as gluon_descriptor
+HAVE_TRITON: bool = triton is not None and tl is not None
+HAVE_GLUON: bool = HAVE_TRITON and None not in (_gluon, _hopper, _host)
 
-    gluon_jit = gluon.jit
-    HAVE_GLUON = True
-except ImportError:
-    HAVE_GLUON = False
+gl: Any = _gluon.language if HAVE_GLUON else None
+tma: Any = _hopper.tma if HAVE_GLUON else None
+mbarrier: Any = _hopper.mbarrier if HAVE_GLUON else None
+warpgroup_mma: Any = _hopper.warpgroup_mma if HAVE_GLUON else None
+warpgroup_mma_wait: Any = _hopper.warpgroup_mma_wait if HAVE_GLUON else None
+fence_async_shared: Any = _hopper.fence_async_shared if HAVE_GLUON else None
+gluon_descriptor: Any = _host.TensorDescriptor if HAVE_GLUON else None
+
+# Programmatic dependent launch: a kernel may start while the one before it ends, and then waits before it touches memory.
+_dependent: Any = _module("triton.language.extra.cuda") if HAVE_GLUON else None
+grid_wait: Any = getattr(_dependent, "gdc_wait", None)
+grid_release: Any = getattr(_dependent, "gdc_launch_dependents", None)
+
+if TYPE_CHECKING:
+
+    @overload
+    def jit(function: Callable[..., Any], /) -> Any: ...
+    @overload
+    def jit(*, do_not_specialize: Sequence[str]) -> Callable[[Callable[..., Any]], Any]: ...
+    def jit(function: Callable[..., Any] | None = None, /, **_: object) -> Any:
+        """The decorator of a Triton kernel."""
+
+    gluon_jit = jit
+else:
+    jit = triton.jit if HAVE_TRITON else _missing
+    gluon_jit = _gluon.jit if HAVE_GLUON else _missing

@@ -1,0 +1,101 @@
+"""Put the kernels' committed results into docs/kernels.md: python -m benchmarks.render_kernels
+
+Reads benchmarks/results/kernels_h200.json (`python -m benchmarks.kernels --out`) and kernels_verify_h200.json (`miles-plan
+kernels verify --json`); a file that is missing says so in the page. Only the text between the two markers changes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
+SPEED = "benchmarks/results/kernels_h200.json"
+BEGIN, END = "<!-- results: python -m benchmarks.render_kernels -->", "<!-- end of results -->"
+
+
+def load(path: Path) -> dict[str, Any] | None:
+    """The file's object, or None where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def speed(results: dict[str, Any] | None) -> str:
+    """What was promised and what was measured, then each op's ratios by size."""
+    if results is None:
+        return f"No speed figures are committed. `python -m benchmarks.kernels --out {SPEED}` measures them."
+    about = results["machine"]
+    lines = [
+        f"{about['gpu']}, torch {about['torch']}, CUDA {about['cuda']}, {about['date']}; {about['measured']} of "
+        f"{about['shapes']} shapes in {about['seconds']} s. Device time, baselines in the same process, inputs rotated past "
+        "L2, random data.",
+        "",
+        "| figure | measured | reached |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {row['what']} | {row['figure']} | {'yes' if row['met'] else '**no**'} |" for row in results["summary"]]
+    return "\n".join([*lines, "", *_by_op(results["records"])])
+
+
+def _by_op(records: list[dict[str, Any]]) -> list[str]:
+    """A row an op: the geometric mean and the range of baseline time over ours."""
+    lines = [
+        "| op | shapes | times the baseline's speed, geometric mean (lowest to highest) | shapes whose bits differed |",
+        "|---|---|---|---|",
+    ]
+    for op in sorted({record["shape"]["op"] for record in records}):
+        mine = [record for record in records if record["shape"]["op"] == op]
+        ratios = [record["ratio"] for record in mine if "ratio" in record]
+        wrong = sum(record.get("same_bits") is False or "failure" in record for record in mine)
+        figure = "no baseline"
+        if ratios:
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            figure = f"{mean:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        lines.append(f"| {op} | {len(mine)} | {figure} | {wrong} |")
+    return lines
+
+
+def bits(results: dict[str, Any] | None) -> str:
+    """Comparisons and differing bits by op and dtype."""
+    if results is None:
+        return "No verification is committed. `miles-plan kernels verify --json` makes one."
+    ops = results["ops"]
+    lines = [
+        f"{results['gpu']}, torch {results['torch_version']}, Triton {results['triton_version']}, {results['date']}, "
+        f"{results['seconds']:.0f} s: {sum(op['draws'] for op in ops):,} comparisons, "
+        f"{sum(op['differing_elements'] for op in ops):,} differing elements.",
+        "",
+        "| op | comparisons (differing elements) by dtype |",
+        "|---|---|",
+    ]
+    for name in dict.fromkeys(op["op"] for op in ops):
+        cells = [
+            f"{op['dtype']} {op['error'] or format(op['draws'], ',') + ' (' + str(op['differing_elements']) + ')'}"
+            for op in ops
+            if op["op"] == name
+        ]
+        lines.append(f"| {name} | {', '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def rendered(page: str, results: Path = RESULTS) -> str:
+    """The page with the results of this folder between its markers. Raises ValueError if they are missing."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise ValueError(f"the page must hold {BEGIN!r} and {END!r} once each")
+    before, rest = page.split(BEGIN)
+    _, after = rest.split(END)
+    parts = (bits(load(results / "kernels_verify_h200.json")), speed(load(results / "kernels_h200.json")))
+    return f"{before}{BEGIN}\n\n### Bits\n\n{parts[0]}\n\n### Speed\n\n{parts[1]}\n\n{END}{after}"
+
+
+def main() -> int:
+    """Rewrite docs/kernels.md."""
+    PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,413 @@
+"""What must agree bit for bit, op by op: each check draws a shape, positions and neighbours, and computes one thing two ways.
+
+Alone and in a batch, decode and prefill, one rank and several, one tile and another, one cut of a prefill and another. The
+names are the ops' in the order of a forward pass. `verify` runs them on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import attention as attention_module
+from .attention import attention
+from .device import multiprocessors
+from .draw import Draw
+from .embedding import embedding
+from .expert_rows import expert_order, expert_rows
+from .fp8_matmul import fp8_grouped_matmul, fp8_matmul, quantize_rows, quantize_weight
+from .gemm import TREE_LEAVES, gemm
+from .grouped_matmul import grouped_matmul
+from .log_prob import combine_log_prob, log_prob, log_prob_partials, log_softmax
+from .matmul import Order, input_gradient, matmul, tree_partial, weight_gradient
+from .moe_combine import moe_combine
+from .parallel_linear import partial_input_gradient
+from .rms_norm import rms_norm
+from .rope import rope
+from .router import Scoring, router
+from .sample import sample
+from .swiglu import swiglu
+from .tensor_core import add_tree
+from .tuning import GemmProblem, candidates
+
+HALF = (torch.bfloat16, torch.float16)
+ALL = (*HALF, torch.float32)
+RANKS = (2, 4, 8)
+
+
+def _weight(draw: Draw, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    return draw.normal(n, k, dtype=dtype, scale=k**-0.5)
+
+
+def _rows(rows: slice, of: int) -> str:
+    return f"rows {rows.start}:{rows.stop} of {of}"
+
+
+def check_matmul_rows(draw: Draw, dtype: torch.dtype) -> None:
+    """Rows alone against the same rows in a batch, by whatever tiles the tuner takes for each."""
+    n, k = draw.pick([(256, 512), (1024, 1024), (768, 2048), (512, 4096), (256, 8192), (128, 16_384), (200, 1000)])
+    tokens = draw.integer(1, 700)
+    x, weight = draw.normal(tokens, k, dtype=dtype), _weight(draw, n, k, dtype)
+    order: Order = draw.pick(("chain", "tree")) if k % 128 == 0 else "chain"
+    whole = matmul(x, weight, order=order)
+    for rows in draw.spans(tokens):
+        draw.compare(whole[rows], matmul(x[rows], weight, order=order), f"{_rows(rows, tokens)}, N={n}, K={k}, order={order}")
+
+
+def check_matmul_tiles(draw: Draw, dtype: torch.dtype) -> None:
+    """Tiles of the tuner's list against each other, float32 results."""
+    n, k, most = draw.pick([(512, 1024, 300), (384, 2048, 300), (6144, 768, 1500)])
+    leaves = draw.pick([0, 0, TREE_LEAVES])
+    problem = GemmProblem(draw.integer(1, most), n, k, dtype, torch.float32, leaves)
+    x, weight = draw.normal(problem.m, k, dtype=dtype), _weight(draw, n, k, dtype)
+    tiles = candidates(problem, multiprocessors(draw.device))
+    first = draw.pick(tiles)
+    want = torch.empty(problem.m, n, device=draw.device)
+    gemm(x, weight, want, leaves=leaves, tile=first)
+    for _ in range(2):
+        other = draw.pick(tiles)
+        out = torch.empty_like(want)
+        gemm(x, weight, out, leaves=leaves, tile=other)
+        draw.compare(want, out, f"M={problem.m}, N={n}, K={k}, leaves={leaves}, {first} against {other}")
+
+
+def check_matmul_ranks(draw: Draw, dtype: torch.dtype) -> None:
+    """The tree product, and the gradient of a column-parallel layer's input, on 2, 4 and 8 simulated ranks against one."""
+    n, k = draw.pick([(256, 1024), (512, 4096), (2048, 768)])
+    tokens = draw.integer(1, 300)
+    x, weight, grad = draw.normal(tokens, k, dtype=dtype), _weight(draw, n, k, dtype), draw.normal(tokens, n, dtype=dtype)
+    whole, whole_gradient = matmul(x, weight, order="tree"), input_gradient(grad, weight, "tree")
+    for ranks in RANKS:
+        parts, gradients = [], []
+        for rank in range(ranks):
+            columns, some = slice(rank * k // ranks, (rank + 1) * k // ranks), slice(rank * n // ranks, (rank + 1) * n // ranks)
+            parts.append(tree_partial(x[:, columns], weight[:, columns].contiguous(), ranks))
+            gradients.append(partial_input_gradient(grad[:, some].contiguous(), weight[some], ranks))
+        label = f"M={tokens}, N={n}, K={k}, {ranks} ranks"
+        draw.compare(add_tree(parts).to(dtype), whole, label)
+        draw.compare(add_tree(gradients).to(dtype), whole_gradient, f"{label}, gradient of x")
+
+
+def check_matmul_gradients(draw: Draw, dtype: torch.dtype) -> None:
+    """dx of rows alone against the batch; dweight twice."""
+    n, k = draw.pick([(256, 512), (1024, 1024)])
+    tokens = draw.integer(1, 500)
+    x, weight, grad = draw.normal(tokens, k, dtype=dtype), _weight(draw, n, k, dtype), draw.normal(tokens, n, dtype=dtype)
+    order: Order = draw.pick(("chain", "tree"))
+    whole = input_gradient(grad, weight, order)
+    for rows in draw.spans(tokens, 4):
+        draw.compare(
+            whole[rows], input_gradient(grad[rows], weight, order), f"dx, {_rows(rows, tokens)}, N={n}, K={k}, {order}"
+        )
+    draw.compare(weight_gradient(grad, x), weight_gradient(grad.clone(), x.clone()), f"dweight twice, M={tokens}, N={n}, K={k}")
+
+
+def _through_experts(
+    x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, product: Callable[..., torch.Tensor] = grouped_matmul
+) -> torch.Tensor:
+    """x through its experts, [tokens, slots, N]."""
+    order = expert_order(ids, weight.shape[0])
+    rows = product(expert_rows(x, order), weight, order.counts)
+    return rows[order.place.flatten().long()].view(*ids.shape, weight.shape[1])
+
+
+def _routed(draw: Draw, tokens: int, experts: int) -> torch.Tensor:
+    return draw.normal(tokens, experts, dtype=torch.float32).topk(2, -1).indices
+
+
+def check_grouped_rows(draw: Draw, dtype: torch.dtype) -> None:
+    """Tokens alone against the batch, and experts split over 2 and 4 simulated ranks against one."""
+    experts, n, k = draw.pick([(8, 256, 512), (32, 384, 256)])
+    tokens = draw.integer(1, 600)
+    x = draw.normal(tokens, k, dtype=dtype)
+    weight = draw.normal(experts, n, k, dtype=dtype, scale=k**-0.5)
+    ids = _routed(draw, tokens, experts)
+    whole = _through_experts(x, weight, ids)
+    label = f"{experts} experts, N={n}, K={k}"
+    for rows in draw.spans(tokens, 4):
+        draw.compare(whole[rows], _through_experts(x[rows], weight, ids[rows]), f"{_rows(rows, tokens)}, {label}")
+    for ranks in (2, 4):
+        share = experts // ranks
+        for rank in range(ranks):
+            token, slot = ((ids // share) == rank).nonzero(as_tuple=True)
+            mine = weight[rank * share : (rank + 1) * share].contiguous()
+            part = _through_experts(x[token], mine, (ids[token, slot] - rank * share)[:, None])
+            draw.compare(part[:, 0], whole[token, slot], f"rank {rank} of {ranks}, {tokens} tokens, {label}")
+
+
+def check_grouped_gradients(draw: Draw, dtype: torch.dtype) -> None:
+    """Gradients of one expert's rows and weight with and without the other experts' rows."""
+    experts, n, k = 8, 256, 512
+    counts = draw.ints(0, 90, experts, dtype=torch.int32)
+    rows = int(counts.sum())
+    x = draw.normal(rows, k, dtype=dtype).requires_grad_()
+    weight = draw.normal(experts, n, k, dtype=dtype, scale=k**-0.5).requires_grad_()
+    grad = draw.normal(rows, n, dtype=dtype)
+    dx, dw = torch.autograd.grad(grouped_matmul(x, weight, counts), (x, weight), grad)
+    expert = draw.integer(0, experts - 1)
+    first, count = int(counts[:expert].sum()), int(counts[expert])
+    here = slice(first, first + count)
+    alone = torch.zeros_like(counts)
+    alone[expert] = count
+    mine = x.detach()[here].requires_grad_()
+    lone_dx, lone_dw = torch.autograd.grad(grouped_matmul(mine, weight, alone), (mine, weight), grad[here])
+    label = f"expert {expert} of {experts}, {_rows(here, rows)}, N={n}, K={k}"
+    draw.compare(lone_dx, dx[here], f"dx, {label}")
+    draw.compare(lone_dw[expert], dw[expert], f"dweight, {label}")
+
+
+def check_combine(draw: Draw, dtype: torch.dtype) -> None:
+    """Tokens alone against the batch, and the gradient of the rows handed to experts."""
+    tokens, slots, width = draw.integer(1, 400), draw.pick([1, 2, 8]), draw.pick([256, 1000, 2048])
+    rows = draw.normal(tokens * slots, width, dtype=dtype)
+    index = draw.permutation(tokens * slots).to(torch.int32).view(tokens, slots)
+    weights = draw.normal(tokens, slots, dtype=torch.float32)
+    whole = moe_combine(rows, index, weights)
+    for some in draw.spans(tokens):
+        alone = moe_combine(rows, index[some].contiguous(), weights[some].contiguous())
+        draw.compare(whole[some], alone, f"{_rows(some, tokens)}, {slots} slots, width {width}")
+
+
+def check_router(draw: Draw, dtype: torch.dtype) -> None:
+    """Tokens alone against the batch with ties on purpose; given experts in another order against chosen ones."""
+    tokens, experts = draw.integer(1, 400), draw.pick([8, 128, 256])
+    logits = (draw.normal(tokens, experts, dtype=dtype) * 4).round() / 4
+    scoring: Scoring = draw.pick(("softmax", "sigmoid"))
+    weights, ids = router(logits, 4, scoring=scoring)
+    label = f"{experts} experts, {scoring}"
+    for rows in draw.spans(tokens):
+        alone = router(logits[rows].contiguous(), 4, scoring=scoring)
+        draw.compare(weights[rows], alone[0], f"weights, {_rows(rows, tokens)}, {label}")
+        draw.compare(ids[rows], alone[1], f"ids, {_rows(rows, tokens)}, {label}")
+    again, _ = router(logits, 4, scoring=scoring, ids=ids.flip(1).contiguous())
+    draw.compare(again.flip(1), weights, f"experts given in reverse, {tokens} tokens, {label}")
+
+
+def check_attention(draw: Draw, dtype: torch.dtype) -> None:
+    """A sequence in a ragged batch against decode steps, chunks, prefix hits and pages of it alone."""
+    shapes = [(128, 128, 8, 2), (64, 64, 14, 2), (128, 128, 4, 4), (192, 128, 4, 4), (80, 80, 4, 2), (576, 512, 16, 1)]
+    d, dv, heads, kv_heads = draw.pick(shapes)
+    lens = [draw.integer(1, 2500) for _ in range(draw.integer(1, 4))]
+    window = draw.pick([None, None, 300])
+    total = sum(lens)
+    q, k = draw.normal(total, heads, d, dtype=dtype), draw.normal(total, kv_heads, d, dtype=dtype)
+    v = draw.normal(total, kv_heads, dv, dtype=dtype)
+    starts = draw.table(0, *torch.tensor(lens).cumsum(0).tolist())
+    whole = attention(q, k, v, q_starts=starts, max_q_len=max(lens), window=window)
+    which = draw.integer(0, len(lens) - 1)
+    first, length = sum(lens[:which]), lens[which]
+    for rows in draw.spans(length, 3):
+        here = slice(first + rows.start, first + rows.stop)
+        part: dict[str, Any] = {
+            "q_starts": draw.table(0, rows.stop - rows.start), "kv_lens": draw.table(rows.stop), "window": window,
+            "max_q_len": rows.stop - rows.start, "max_kv_len": rows.stop,
+        }  # fmt: skip
+        label = f"{_rows(rows, length)}, lengths {lens}, heads {heads}/{kv_heads}, D={d}/{dv}, window={window}"
+        draw.compare(attention(q[here], k[first:], v[first:], **part), whole[here], label)
+        page = draw.pick([16, 64, 256])
+        keys, table = _paged(draw, k[first : first + rows.stop], page)
+        values, _ = _paged(draw, v[first : first + rows.stop], page, table)
+        draw.compare(attention(q[here], keys, values, page_table=table, **part), whole[here], f"{label}, pages of {page}")
+
+
+def _paged(draw: Draw, x: torch.Tensor, page: int, table: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys or values scattered over pages, what no key fills being NaN."""
+    pages = -(-x.shape[0] // page)
+    if table is None:
+        table = draw.permutation(pages + 3)[None, :pages].to(torch.int32)
+    out = torch.full((pages + 3, page, *x.shape[1:]), float("nan"), device=x.device, dtype=x.dtype)
+    padded = torch.full((pages * page, *x.shape[1:]), float("nan"), device=x.device, dtype=x.dtype)
+    padded[: x.shape[0]] = x
+    out[table[0].long()] = padded.view(pages, page, *x.shape[1:])
+    return out, table
+
+
+def check_decode(draw: Draw, dtype: torch.dtype) -> None:
+    """A ragged batch of decode steps against each alone, split and whole."""
+    lens = [draw.integer(1, 6000) for _ in range(draw.integer(2, 40))]
+    heads, kv_heads, d = draw.pick([(8, 2, 128), (16, 2, 128), (8, 8, 64)])
+    total = sum(lens)
+    q, k, v = (draw.normal(n, h, d, dtype=dtype) for n, h in ((len(lens), heads), (total, kv_heads), (total, kv_heads)))
+    starts = torch.arange(len(lens) + 1, device=draw.device, dtype=torch.int32)
+    whole = attention(q, k, v, q_starts=starts, kv_lens=draw.table(*lens), max_q_len=1, max_kv_len=max(lens))
+    for _ in range(3):
+        which = draw.integer(0, len(lens) - 1)
+        first = sum(lens[:which])
+        shared: dict[str, Any] = {
+            "q_starts": draw.table(0, 1), "kv_lens": draw.table(lens[which]), "max_q_len": 1, "max_kv_len": lens[which],
+        }  # fmt: skip
+        for below in (0, 10**9):
+            with _split_below(below):
+                alone = attention(q[which : which + 1], k[first:], v[first:], **shared)
+            label = f"sequence {which} of {len(lens)}, {lens[which]} keys, heads {heads}/{kv_heads}, D={d}"
+            draw.compare(alone, whole[which : which + 1], label)
+
+
+@contextlib.contextmanager
+def _split_below(items: int) -> Iterator[None]:
+    """Decode tiles are computed whole (0) or in chunks (many) whatever the load, which otherwise decides."""
+    keep, attention_module.SPLIT_BELOW = attention_module.SPLIT_BELOW, items
+    try:
+        yield
+    finally:
+        attention_module.SPLIT_BELOW = keep
+
+
+def check_attention_gradients(draw: Draw, dtype: torch.dtype) -> None:
+    """Gradients of a sequence in a batch against the sequence alone."""
+    heads, kv_heads, d = draw.pick([(4, 2, 64), (4, 1, 128)])
+    lens = [draw.integer(1, 500) for _ in range(3)]
+    q, k, v = (draw.normal(sum(lens), h, d, dtype=dtype).requires_grad_() for h in (heads, kv_heads, kv_heads))
+    starts = draw.table(0, lens[0], lens[0] + lens[1], sum(lens))
+    grad = draw.normal(sum(lens), heads, d, dtype=dtype)
+    whole = torch.autograd.grad(attention(q, k, v, q_starts=starts, max_q_len=max(lens)), (q, k, v), grad)
+    here = slice(lens[0], lens[0] + lens[1])
+    mine = [x.detach()[here].requires_grad_() for x in (q, k, v)]
+    alone = torch.autograd.grad(attention(*mine), mine, grad[here])
+    for name, a, b in zip(("dq", "dk", "dv"), alone, whole, strict=True):
+        draw.compare(a, b[here], f"{name}, the second of lengths {lens}, heads {heads}/{kv_heads}, D={d}")
+
+
+def check_rms_norm(draw: Draw, dtype: torch.dtype) -> None:
+    """Rows alone against the batch, with a residual."""
+    rows, width = draw.integer(1, 500), draw.pick([64, 128, 1000, 2048, 4096])
+    x, residual, weight = (draw.normal(*shape, dtype=dtype) for shape in ((rows, width), (rows, width), (width,)))
+    y, total = rms_norm(x, weight, 1e-6, residual)
+    for some in draw.spans(rows):
+        alone = rms_norm(x[some], weight, 1e-6, residual[some])
+        draw.compare(y[some], alone[0], f"{_rows(some, rows)}, width {width}")
+        draw.compare(total[some], alone[1], f"x + residual, {_rows(some, rows)}, width {width}")
+
+
+def check_rope(draw: Draw, dtype: torch.dtype) -> None:
+    """Tokens and heads alone against the batch, with the per-head norm."""
+    tokens, heads, d = draw.integer(1, 300), draw.pick([8, 32]), draw.pick([64, 128])
+    q, k = draw.normal(tokens, heads, d, dtype=dtype), draw.normal(tokens, 4, d, dtype=dtype)
+    cos, sin = (draw.normal(4096, d // 2, dtype=torch.float32) for _ in range(2))
+    positions = draw.ints(0, 4096, tokens)
+    norms: dict[str, Any] = {"q_norm": draw.normal(d, dtype=dtype), "k_norm": draw.normal(d, dtype=dtype)}
+    whole = rope(q, k, cos, sin, positions, **norms)
+    for some in draw.spans(tokens, 3):
+        alone = rope(q[some], k[some], cos, sin, positions[some], **norms)
+        for name, a, b in zip(("q", "k"), whole, alone, strict=True):
+            draw.compare(a[some], b, f"{name}, {_rows(some, tokens)}, {heads} heads, D={d}")
+    ranks = draw.pick([2, 4])
+    for rank in range(ranks):
+        q_heads, k_heads = (slice(rank * h // ranks, (rank + 1) * h // ranks) for h in (heads, 4))
+        part = rope(q[:, q_heads], k[:, k_heads], cos, sin, positions, **norms)
+        draw.compare(part[0], whole[0][:, q_heads], f"q, rank {rank} of {ranks}, {tokens} tokens, {heads} heads, D={d}")
+        draw.compare(part[1], whole[1][:, k_heads], f"k, rank {rank} of {ranks}, {tokens} tokens, D={d}")
+
+
+def check_swiglu(draw: Draw, dtype: torch.dtype) -> None:
+    """Rows alone against the batch."""
+    rows, width = draw.integer(1, 300), draw.pick([96, 768, 3072])
+    x = draw.normal(rows, 2 * width, dtype=dtype)
+    whole = swiglu(x)
+    for some in draw.spans(rows):
+        draw.compare(whole[some], swiglu(x[some]), f"{_rows(some, rows)}, width {width}")
+
+
+def check_embedding(draw: Draw, dtype: torch.dtype) -> None:
+    """Shards added up against the whole table; the gradient twice."""
+    rows, width = 512, draw.pick([64, 1024])
+    weight = draw.normal(rows, width, dtype=dtype).abs().requires_grad_()
+    ids = draw.ints(0, rows, draw.integer(1, 300))
+    out = embedding(ids, weight)
+    for ranks in RANKS:
+        share = rows // ranks
+        shards = [embedding(ids, weight.detach()[r * share : (r + 1) * share], r * share) for r in range(ranks)]
+        draw.compare(torch.stack(shards).sum(0), out.detach(), f"{ids.numel()} ids, width {width}, {ranks} ranks")
+    grad = draw.normal(*out.shape, dtype=dtype)
+    first = torch.autograd.grad(out, weight, grad, retain_graph=True)[0]
+    draw.compare(first, torch.autograd.grad(out, weight, grad)[0], f"gradient twice, {ids.numel()} ids, width {width}")
+
+
+def check_log_prob(draw: Draw, dtype: torch.dtype) -> None:
+    """Rows alone against the batch, 2 to 16 simulated ranks against one, and log_softmax's column."""
+    rows, vocab = draw.integer(1, 40), draw.pick([16_000, 32_000, 151_936, 50_257])
+    logits = draw.normal(rows, vocab, dtype=dtype, scale=4.0)
+    targets = draw.ints(0, vocab, rows)
+    whole = log_prob(logits, targets, temperature=0.9)
+    for some in draw.spans(rows, 4):
+        draw.compare(whole[some], log_prob(logits[some], targets[some], temperature=0.9), f"{_rows(some, rows)}, V={vocab}")
+    column = log_softmax(logits, temperature=0.9).gather(1, targets[:, None])[:, 0]
+    draw.compare(column, whole, f"log_softmax, {rows} rows, V={vocab}")
+    if vocab % 16:
+        return
+    ranks = draw.pick((*RANKS, 16))
+    width = vocab // ranks
+    parts = [log_prob_partials(logits[:, r * width : (r + 1) * width].contiguous(), vocab, 0.9) for r in range(ranks)]
+    m, s = (torch.cat([part[i] for part in parts], 1) for i in (0, 1))
+    chosen = logits.gather(1, targets[:, None])[:, 0].float()
+    draw.compare(combine_log_prob(m, s, chosen, 0.9)[0], whole, f"{rows} rows, V={vocab}, {ranks} ranks")
+
+
+def check_sample(draw: Draw, dtype: torch.dtype) -> None:
+    """Rows alone against the batch."""
+    rows, vocab = draw.integer(1, 60), draw.pick([1000, 32_000])
+    logits, seeds = draw.normal(rows, vocab, dtype=dtype, scale=2.0), draw.ints(0, 2**62, rows)
+    positions = draw.ints(0, 2**33, rows)
+    options: dict[str, Any] = draw.pick([{}, {"temperature": 0.0}, {"top_k": 20, "top_p": 0.9, "temperature": 0.7}])
+    whole = sample(logits, seeds, positions, **options)
+    for some in draw.spans(rows, 4):
+        alone = sample(logits[some], seeds[some], positions[some], **options)
+        draw.compare(whole[some], alone, f"{_rows(some, rows)}, V={vocab}, {options}")
+
+
+def check_fp8(draw: Draw, dtype: torch.dtype) -> None:
+    """Rows alone against the batch, plain and grouped."""
+    n, k, experts = draw.pick([(512, 1024, 8), (1024, 512, 16)])
+    tokens = draw.integer(1, 600)
+    x, weight = draw.normal(tokens, k, dtype=dtype), draw.normal(experts, n, k, dtype=dtype, scale=k**-0.5)
+    (values, scales), (w, w_scale) = quantize_rows(x), quantize_weight(weight)
+    ids = _routed(draw, tokens, experts)
+    whole = fp8_matmul(values, scales, w[0], w_scale[0])
+
+    def product(rows: torch.Tensor, _: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        return fp8_grouped_matmul(*quantize_rows(rows), w, w_scale, counts)
+
+    grouped = _through_experts(x, weight, ids, product)
+    for rows in draw.spans(tokens, 3):
+        alone = quantize_rows(x[rows])
+        label = f"{_rows(rows, tokens)}, N={n}, K={k}"
+        draw.compare(values[rows].view(torch.uint8), alone[0].view(torch.uint8), f"quantised, {label}")
+        draw.compare(scales[rows], alone[1], f"scales, {label}")
+        draw.compare(whole[rows], fp8_matmul(*alone, w[0], w_scale[0]), label)
+        draw.compare(grouped[rows], _through_experts(x[rows], weight, ids[rows], product), f"{label}, {experts} experts")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A check, the dtypes it runs in, and how much compiling its first draws take beside the others'."""
+
+    name: str
+    run: Callable[[Draw, torch.dtype], None]
+    dtypes: tuple[torch.dtype, ...] = HALF
+    weight: int = 1
+
+
+CHECKS = (
+    Check("embedding", check_embedding, ALL),
+    Check("rms_norm", check_rms_norm, ALL),
+    Check("matmul rows", check_matmul_rows, ALL, weight=4),
+    Check("matmul tiles", check_matmul_tiles, weight=8),
+    Check("matmul tensor parallel", check_matmul_ranks, ALL, weight=4),
+    Check("matmul gradients", check_matmul_gradients, weight=3),
+    Check("rope", check_rope, ALL),
+    Check("attention", check_attention, weight=8),
+    Check("attention decode", check_decode, weight=6),
+    Check("attention gradients", check_attention_gradients, weight=3),
+    Check("swiglu", check_swiglu, ALL),
+    Check("router", check_router, (torch.float32,)),
+    Check("grouped_matmul", check_grouped_rows, ALL, weight=4),
+    Check("grouped_matmul gradients", check_grouped_gradients, weight=3),
+    Check("moe_combine", check_combine, ALL),
+    Check("fp8", check_fp8, (torch.bfloat16,), weight=3),
+    Check("log_prob", check_log_prob, ALL, weight=2),
+    Check("sample", check_sample, ALL),
+)

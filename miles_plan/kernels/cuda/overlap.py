@@ -1,0 +1,35 @@
+"""Starting a kernel while the one before it on the stream still ends: programmatic dependent launch, on Hopper.
+
+Such a kernel is brought onto multiprocessors as they fall free, sets itself up, and then waits, before it touches memory, until
+everything before it has ended and can be seen. So nothing is reordered; what disappears is the idle time between two kernels,
+a microsecond or two, which a decode step pays hundreds of times. A kernel releases its successor as soon as it runs itself:
+the successor cannot take a multiprocessor before every thread block of this one has one.
+
+Every thread block must wait, also one with no work: a kernel counts as ended when its blocks have, and the next one relies on
+that to know that the kernels before have ended too.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .device import runs_gluon
+from .toolchain import grid_release, grid_wait, jit, tl
+
+
+@jit
+def begin(OVERLAP: tl.constexpr) -> None:
+    """What a kernel launched with `overlap` does first."""
+    if OVERLAP:
+        grid_release()
+        grid_wait()
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether kernels on this device may be launched so."""
+    return runs_gluon(device)
+
+
+def overlap(device: torch.device) -> dict[str, bool]:
+    """Launch arguments of a Triton kernel that calls `begin(OVERLAP)` first."""
+    return {"OVERLAP": True, "launch_pdl": True} if overlaps(device) else {"OVERLAP": False}

@@ -1,0 +1,26 @@
+"""Tables of cos and sin for `rope`, by one way of computing them, so that a rollout engine and a trainer hold the same bits.
+
+Frequencies are base^(-2i / D) (Su et al. 2021, arXiv 2104.09864); an angle is position x frequency, rounded to float32 as both
+Megatron-core and SGLang round it. Everything here is elementwise, so a table's length cannot show in its entries.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def inverse_frequencies(base: float, rotary_size: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """float32 [rotary_size / 2], by the expression that Megatron-core 0.19 and SGLang 0.5 evaluate, on `device`."""
+    exponent = torch.arange(0, rotary_size, 2, dtype=torch.float32, device=device) / rotary_size
+    return 1.0 / (base**exponent)
+
+
+def rotation_tables(angles: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of float32 angles [positions, D / 2], times `scale` (YaRN's, arXiv 2309.00071), contiguous."""
+    cos, sin = torch.cos(angles), torch.sin(angles)
+    return (cos, sin) if scale == 1.0 else (cos * scale, sin * scale)
+
+
+def angles_of(inverse: torch.Tensor, positions: int) -> torch.Tensor:
+    """position x frequency for positions 0 to `positions`, float32 [positions, D / 2]."""
+    return torch.arange(positions, dtype=torch.float32, device=inverse.device)[:, None] * inverse[None, :]

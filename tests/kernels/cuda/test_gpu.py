@@ -1,0 +1,257 @@
+"""On a GPU: invariance by `verify`, gradients and accuracy against float64, CUDA graphs, several GPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from miles_plan.kernels.cuda.attention import attention
+from miles_plan.kernels.cuda.draw import Draw
+from miles_plan.kernels.cuda.embedding import embedding, embedding_reference
+from miles_plan.kernels.cuda.expert_rows import expert_order, expert_rows
+from miles_plan.kernels.cuda.gemm import gemm
+from miles_plan.kernels.cuda.grouped_matmul import grouped_matmul
+from miles_plan.kernels.cuda.invariance_checks import CHECKS, Check
+from miles_plan.kernels.cuda.linear_log_prob import linear_log_prob
+from miles_plan.kernels.cuda.log_prob import log_prob, log_softmax
+from miles_plan.kernels.cuda.matmul import matmul
+from miles_plan.kernels.cuda.moe_combine import moe_combine, moe_combine_reference
+from miles_plan.kernels.cuda.parallel_linear import column_parallel_linear, row_parallel_linear
+from miles_plan.kernels.cuda.rms_norm import rms_norm
+from miles_plan.kernels.cuda.rope import rope, rope_reference
+from miles_plan.kernels.cuda.router import Rule, router, router_reference
+from miles_plan.kernels.cuda.swiglu import swiglu
+from miles_plan.kernels.cuda.tuning import GemmProblem, candidates, overlaps_of
+from miles_plan.kernels.cuda.verify import verify
+
+pytestmark = pytest.mark.gpu
+DRAW_SECONDS = 40.0
+LEAST_DRAWS = 10  # of the slowest op and dtype where every kernel is compiled first; with a warm cache most reach thousands
+Error = Callable[[torch.Tensor, torch.Tensor], float]
+
+
+@pytest.mark.timeout(200)
+def test_random_draws_differ_in_no_bit(gpu: torch.device) -> None:
+    """Every op and dtype on random shapes, positions and neighbours: `miles-plan kernels verify`."""
+    report = verify(seconds=DRAW_SECONDS)
+    wrong = [op for op in report.ops if not op.ok]
+    assert not wrong, wrong
+    few = {(op.op, op.dtype): op.draws for op in report.ops if op.draws < LEAST_DRAWS}
+    assert not few
+
+
+def test_verify_names_the_op_that_differs_first(gpu: torch.device) -> None:
+    def differs(draw: Draw, dtype: torch.dtype) -> None:
+        x = draw.normal(300, 4096, dtype=dtype)
+        draw.compare(x @ x.T, torch.stack([row @ x.T for row in x]), "cuBLAS, row by row")
+
+    fine = next(check for check in CHECKS if check.name == "swiglu")
+    checks = (fine, Check("cublas", differs, (torch.bfloat16,)), Check("again", differs, (torch.bfloat16,)))
+    report = verify(seconds=0.0, workers=1, checks=checks)
+    assert not report.ok
+    assert report.first is not None
+    assert report.first.op == "cublas"
+    assert report.first.first_shape == "cuBLAS, row by row"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_tile_gives_the_portable_kernels_bits(gpu: torch.device, dtype: torch.dtype) -> None:
+    for problem in (GemmProblem(1, 512, 1024, dtype, dtype), GemmProblem(700, 6144, 512, dtype, dtype)):
+        x = torch.randn(problem.m, problem.k, device=gpu).to(dtype)
+        weight = (torch.randn(problem.n, problem.k, device=gpu) / 30).to(dtype)
+        want = torch.empty(problem.m, problem.n, device=gpu, dtype=dtype)
+        gemm(x, weight, want, portable=True)
+        tiles = candidates(problem, torch.cuda.get_device_properties(gpu).multi_processor_count)
+        for tile in tiles[:: 1 if problem.m > 1 else 3]:
+            out = torch.full_like(want, float("nan"))
+            for overlap in overlaps_of(tile):
+                gemm(x, weight, out, tile=replace(tile, overlap=overlap))
+                assert torch.equal(out, want), (tile, overlap)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(64, 512, 4096), (700, 1024, 2048)])
+def test_products_are_no_less_accurate_than_cublas(gpu: torch.device, m: int, n: int, k: int, error: Error) -> None:
+    x, weight = torch.randn(m, k, device=gpu).bfloat16(), (torch.randn(n, k, device=gpu) / k**0.5).bfloat16()
+    exact = x.double() @ weight.double().T
+    theirs = error(torch.mm(x, weight.T), exact)
+    for order in ("chain", "tree"):
+        assert error(matmul(x, weight, order=order), exact) <= theirs * 1.01  # type: ignore[arg-type]
+
+
+def exact_experts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.cat([rows @ weight[expert].T for expert, rows in enumerate(x.split(SHARES))])
+
+
+def exact_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(x, (x.shape[1],), weight, 1e-6)
+
+
+def exact_swiglu(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
+
+
+SHARES = [70, 0, 33, 97]
+Operation = Callable[..., torch.Tensor]
+DIFFERENTIABLE: dict[str, tuple[Operation, Operation, tuple[tuple[int, ...], ...]]] = {
+    "matmul chain": (matmul, lambda x, w: x @ w.T, ((200, 384), (256, 384))),
+    "matmul tree": (
+        lambda x, w: matmul(x, w, order="tree", grad_order="tree"), lambda x, w: x @ w.T, ((200, 384), (256, 384)),
+    ),
+    "column_parallel_linear": (column_parallel_linear, lambda x, w: x @ w.T, ((40, 5, 384), (256, 384))),
+    "row_parallel_linear": (row_parallel_linear, lambda x, w: x @ w.T, ((40, 5, 384), (256, 384))),
+    "grouped_matmul": (
+        lambda x, w: grouped_matmul(x, w, torch.tensor(SHARES, device=x.device, dtype=torch.int32)), exact_experts,
+        ((200, 256), (4, 128, 256)),
+    ),
+    "rms_norm": (lambda x, w: rms_norm(x, w, 1e-6), exact_norm, ((200, 1000), (1000,))),
+    "swiglu": (swiglu, exact_swiglu, ((200, 700),)),
+    "log_softmax": (
+        lambda x: log_softmax(x, temperature=0.7), lambda x: torch.log_softmax(x / 0.7, -1), ((50, 4096),),
+    ),
+    "linear_log_prob": (
+        lambda x, w: linear_log_prob(x, w, torch.arange(50, device=x.device), temperature=16.0, rows_at_once=20),
+        lambda x, w: torch.log_softmax(x @ w.T / 16, -1).gather(1, torch.arange(50, device=x.device)[:, None])[:, 0],
+        ((50, 256), (1024, 256)),
+    ),
+    "log_prob": (
+        lambda x: log_prob(x, torch.arange(50, device=x.device), temperature=0.7),
+        lambda x: torch.log_softmax(x / 0.7, -1).gather(1, torch.arange(50, device=x.device)[:, None])[:, 0], ((50, 4096),),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_values_and_gradients_against_float64(gpu: torch.device, name: str, dtype: torch.dtype, error: Error) -> None:
+    operation, exact, shapes = DIFFERENTIABLE[name]
+    inputs = [torch.randn(shape, device=gpu).to(dtype).requires_grad_() for shape in shapes]
+    out = operation(*inputs)
+    grad = torch.randn(out.shape, device=gpu).to(out.dtype)
+    out.backward(grad)  # type: ignore[no-untyped-call]  # torch's backward is untyped
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    want = exact(*wide)
+    want.backward(grad.double())  # type: ignore[no-untyped-call]
+    limit = {torch.bfloat16: 6e-3, torch.float16: 8e-4, torch.float32: 2e-6}[dtype]
+    assert error(out, want) < limit
+    for ours, theirs in zip(inputs, wide, strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert error(ours.grad, theirs.grad) < limit
+
+
+def test_ops_without_a_sum_over_lanes_have_their_references_bits(gpu: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, weights = torch.randn(60, 72, generator=generator).bfloat16(), torch.rand(15, 4, generator=generator)
+    index = torch.randperm(60, generator=generator).to(torch.int32).view(15, 4)
+    index[3, 2] = -1
+    combined = moe_combine(rows.to(gpu), index.to(gpu), weights.to(gpu))
+    assert torch.equal(combined.cpu(), moe_combine_reference(rows, index, weights))
+    ids = torch.randint(0, 60, (7, 3), generator=generator)
+    assert torch.equal(embedding(ids.to(gpu), rows.to(gpu)).cpu(), embedding_reference(ids, rows, 0))
+    heads, cos, sin = rows.view(60, 3, 24), torch.randn(90, 12, generator=generator), torch.randn(90, 12, generator=generator)
+    at = torch.randint(0, 90, (60,), generator=generator)
+    turned, _ = rope(*(t.to(gpu) for t in (heads, heads, cos, sin, at)))
+    assert torch.equal(turned.cpu(), rope_reference(heads, cos, sin, at, None, 1e-6))
+    order, on_gpu = expert_order(ids, 60), expert_order(ids.to(gpu), 60)
+    assert torch.equal(order.place, on_gpu.place.cpu())
+    assert torch.equal(order.counts, on_gpu.counts.cpu())
+    x = torch.randn(7, 72, generator=generator).bfloat16()
+    assert torch.equal(expert_rows(x.to(gpu), on_gpu).cpu(), expert_rows(x, order))
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_router_and_its_gradient_against_the_reference(gpu: torch.device, scoring: str, error: Error) -> None:
+    logits = (torch.randn(50, 64) * 4).round() / 4  # with ties
+    rule = Rule(6, scoring)
+    want, want_ids = router_reference(logits, None, None, rule)
+    leaf = logits.to(gpu).requires_grad_()
+    weights, ids = router(leaf, 6, scoring=scoring)  # type: ignore[arg-type]  # a literal
+    assert torch.equal(ids.cpu(), want_ids)
+    assert error(weights.cpu(), want) < 1e-6
+    grad = torch.randn(50, 6)
+    weights.backward(grad.to(gpu))  # type: ignore[no-untyped-call]  # torch's backward is untyped
+    wide = logits.double().requires_grad_()
+    scores = torch.softmax(wide, -1) if scoring == "softmax" else torch.sigmoid(wide)
+    picked = scores.gather(1, want_ids.long())
+    (picked / picked.sum(1, keepdim=True)).backward(grad.double())  # type: ignore[no-untyped-call]
+    assert leaf.grad is not None
+    assert wide.grad is not None
+    assert error(leaf.grad.cpu(), wide.grad) < 1e-5
+
+
+def test_attention_gradients_against_float64(gpu: torch.device, error: Error) -> None:
+    n, heads, kv_heads, d = 600, 8, 2, 128
+    q, k, v = (torch.randn(n, h, d, device=gpu).bfloat16().requires_grad_() for h in (heads, kv_heads, kv_heads))
+    grad = torch.randn(n, heads, d, device=gpu).bfloat16()
+    attention(q, k, v).backward(grad)
+    q64, k64, v64 = (x.detach().double().requires_grad_() for x in (q, k, v))
+    keys, values = (x.repeat_interleave(heads // kv_heads, 1) for x in (k64, v64))
+    scores = torch.einsum("qhd,khd->hqk", q64, keys) * d**-0.5
+    seen = torch.ones(n, n, device=gpu, dtype=torch.bool).tril()
+    torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -1e300).softmax(-1), values).backward(grad.double())
+    for ours, exact in ((q, q64), (k, k64), (v, v64)):
+        assert ours.grad is not None
+        assert exact.grad is not None
+        assert error(ours.grad, exact.grad) < 8e-3
+
+
+def test_captured_calls_replay_with_the_same_bits(gpu: torch.device) -> None:
+    """Ops that count in memory (split decode) leave their counters as they found them, also where launches overlap."""
+    x, weight = torch.randn(640, 2048, device=gpu).bfloat16(), torch.randn(6144, 2048, device=gpu).bfloat16()
+    tile = replace(candidates(GemmProblem(640, 6144, 2048))[-1], overlap=2)
+    q = torch.randn(2, 8, 128, device=gpu).bfloat16()
+    k, v = (torch.randn(8000, 2, 128, device=gpu).bfloat16() for _ in range(2))
+    starts = torch.tensor([0, 1, 2], device=gpu, dtype=torch.int32)
+    lens = torch.tensor([3000, 5000], device=gpu, dtype=torch.int32)
+    out = torch.empty(640, 6144, device=gpu, dtype=torch.bfloat16)
+
+    def work() -> torch.Tensor:
+        gemm(x, weight, out, tile=tile)
+        return attention(q, k, v, q_starts=starts, kv_lens=lens, max_q_len=1, max_kv_len=5000)
+
+    want = work().clone(), out.clone()
+    graphs = []
+    for _ in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = work()
+        graphs.append((graph, result))
+    for graph, result in [*graphs, *graphs]:
+        out.zero_()
+        result.zero_()
+        graph.replay()
+        assert torch.equal(result, want[0])
+        assert torch.equal(out, want[1])
+    assert torch.equal(work(), want[0])
+
+
+def test_unaligned_inputs_give_the_same_bits(gpu: torch.device) -> None:
+    """Rows that TMA or vector loads cannot address take other kernels, not other sums."""
+    storage = torch.randn(9 * 1030 + 3, device=gpu).bfloat16()
+    x = storage[3 : 3 + 9 * 1030].view(9, 1030)[:, :1024]
+    weight = torch.randn(512, 1024, device=gpu).bfloat16()
+    assert torch.equal(matmul(x, weight), matmul(x.contiguous(), weight))
+    scale = torch.randn(1024, device=gpu).bfloat16()
+    assert torch.equal(rms_norm(x, scale), rms_norm(x.contiguous(), scale))  # type: ignore[arg-type]
+    targets = torch.arange(9, device=gpu)
+    assert torch.equal(log_prob(x, targets), log_prob(x.contiguous(), targets))
+
+
+def test_the_benchmark_runs_a_users_shapes(gpu: torch.device, tmp_path: Path) -> None:
+    shapes = [{"op": "matmul", "M": [1, 200], "N": 384, "K": 640}, {"op": "rms_norm", "rows": 8, "width": 256}]
+    (tmp_path / "shapes.json").write_text(json.dumps(shapes))
+    command = [sys.executable, "-m", "benchmarks.kernels", "--shapes", "shapes.json", "--out", "out.json"]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [record["same_bits"] for record in found["records"]] == [True] * 3
+    assert all(record["us"]["ours"] > 0 for record in found["records"])

@@ -1,0 +1,166 @@
+"""Every launch passes what its kernel takes: arguments are bound on a CPU, nothing runs. A slip here costs a run on a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import miles_plan.kernels.cuda as package
+
+OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl", "launch_cooperative_grid"}
+STAND_INS: dict[str, Any] = {
+    "runs_triton": lambda _: True, "multiprocessors": lambda _: 132, "descriptor": lambda *_: SimpleNamespace(),
+    "_descriptor": lambda *_: SimpleNamespace(), "overlaps": lambda _: False,
+}  # fmt: skip
+
+
+class Recorder:
+    """A kernel that checks its arguments as Python binds them, and remembers that it was launched."""
+
+    def __init__(self, name: str, parameters: list[str], launched: set[str]) -> None:
+        self.name, self.parameters, self.launched = name, parameters, launched
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        def launch(*given: object, **keywords: object) -> None:
+            named = set(keywords) - OPTIONS
+            assert len(given) <= len(self.parameters), (
+                f"{self.name} takes {len(self.parameters)} arguments, {len(given)} are given"
+            )
+            missing = [name for name in self.parameters[len(given) :] if name not in named]
+            assert not missing, f"{self.name} is launched without {missing}"
+            assert named <= set(self.parameters[len(given) :]), (
+                f"{self.name} gets {sorted(named)} after {len(given)} positional ones"
+            )
+            self.launched.add(self.name)
+
+        return launch
+
+
+@pytest.fixture(params=["hopper", "any"])
+def launched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of the kernels that were launched, as on a Hopper GPU or on another one."""
+    jit = pytest.importorskip("triton.runtime.jit", reason="Triton, which knows its kernels' parameters, is not installed")
+    found: set[str] = set()
+    names = [info.name for info in pkgutil.iter_modules(package.__path__)]
+    foreign = ("megatron_layers", "sglang_backends")  # subclasses of other packages' classes
+    modules = [importlib.import_module(f"{package.__name__}.{name}") for name in names if name not in foreign]
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if isinstance(value, jit.JITFunction):
+                monkeypatch.setattr(module, name, Recorder(name, list(value.arg_names), found))
+            elif name in STAND_INS:
+                monkeypatch.setattr(module, name, STAND_INS[name])
+            elif name == "runs_gluon":
+                monkeypatch.setattr(module, name, lambda _: request.param == "hopper")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
+    return found
+
+
+def half(*shape: int, grad: bool = False) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16, requires_grad=grad)
+
+
+def backward(*outputs: torch.Tensor) -> None:
+    torch.autograd.backward(outputs, [torch.zeros_like(out) for out in outputs])
+
+
+def test_matrix_products(launched: set[str]) -> None:
+    from miles_plan.kernels.cuda.gemm import gemm
+    from miles_plan.kernels.cuda.grouped_matmul import grouped_matmul
+    from miles_plan.kernels.cuda.matmul import matmul, tree_partial
+    from miles_plan.kernels.cuda.tuning import GemmProblem, candidates
+
+    for tokens in (1, 40, 300, 3000):
+        for order in ("chain", "tree"):
+            backward(matmul(half(tokens, 512, grad=True), half(1024, 512, grad=True), order=order, grad_order=order))  # type: ignore[arg-type]  # a literal
+        tree_partial(half(tokens, 128), half(256, 128), 2)
+        for tile in candidates(GemmProblem(tokens, 1024, 512), 132):
+            gemm(half(tokens, 512), half(1024, 512), half(tokens, 1024), tile=tile)
+    counts = torch.tensor([30, 0, 34], dtype=torch.int32)
+    backward(grouped_matmul(half(64, 256, grad=True), half(3, 128, 256, grad=True), counts))
+    assert "gemm_kernel" in launched or "gemm_portable_kernel" in launched
+    assert {"plan_kernel", "weight_gradient_kernel"} <= launched
+
+
+def test_fp8_products(launched: set[str]) -> None:
+    from miles_plan.kernels.cuda.fp8_matmul import fp8_grouped_matmul, fp8_matmul, quantize_rows
+
+    weight = torch.zeros(2, 256, 256).to(torch.float8_e4m3fn)
+    scales = torch.ones(2, 2, 2)
+    for tokens in (3, 200):
+        values, row_scales = quantize_rows(half(tokens, 256))
+        fp8_matmul(values, row_scales, weight[0], scales[0])
+        fp8_grouped_matmul(values, row_scales, weight, scales, torch.tensor([tokens, 0], dtype=torch.int32))
+    assert "quantize_kernel" in launched
+    assert {"fp8_kernel", "fp8_portable_kernel"} & launched
+
+
+def test_attention(launched: set[str]) -> None:
+    from miles_plan.kernels.cuda.attention import attention, attention_with_lse
+
+    def ints(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    for d, dv in ((128, 128), (192, 128), (80, 80)):
+        backward(attention(half(300, 4, d, grad=True), half(300, 2, d, grad=True), half(300, 2, dv, grad=True), window=100))
+        for length in (500, 40_000):
+            attention(half(1, 4, d), half(length, 2, d), half(length, 2, dv), kv_lens=ints(length))
+    starts, lens = torch.arange(65, dtype=torch.int32), torch.full((64,), 6000, dtype=torch.int32)
+    paged = half(100, 64, 8, 128)
+    attention(
+        half(64, 64, 128),
+        paged,
+        paged,
+        q_starts=starts,
+        kv_lens=lens,
+        page_table=torch.zeros(64, 94, dtype=torch.int32),
+        max_q_len=1,
+    )
+    attention_with_lse(half(9, 2, 64), half(9, 2, 64), half(9, 2, 64))
+    assert {"attention_kernel", "attention_portable_kernel"} & launched
+    assert "attention_merge_kernel" in launched
+
+
+def test_rows(launched: set[str]) -> None:
+    from miles_plan.kernels.cuda.embedding import embedding
+    from miles_plan.kernels.cuda.expert_rows import expert_order, expert_rows
+    from miles_plan.kernels.cuda.log_prob import combine_log_prob, log_prob, log_softmax
+    from miles_plan.kernels.cuda.moe_combine import moe_combine
+    from miles_plan.kernels.cuda.rms_norm import rms_norm
+    from miles_plan.kernels.cuda.rope import rope
+    from miles_plan.kernels.cuda.router import router
+    from miles_plan.kernels.cuda.sample import sample
+    from miles_plan.kernels.cuda.swiglu import swiglu
+
+    y, total = rms_norm(half(9, 256, grad=True), half(256, grad=True), 1e-6, half(9, 256, grad=True))
+    backward(y, total)
+    rms_norm(half(9, 256), half(256))
+    backward(swiglu(half(9, 256, grad=True)))
+    table, at = torch.zeros(30, 32), torch.zeros(9, dtype=torch.int64)
+    backward(*rope(half(9, 4, 64, grad=True), half(9, 2, 64, grad=True), table, table, at))
+    rope(half(9, 4, 64), half(9, 2, 64), table, table, at, q_norm=half(64), k_norm=half(64))
+    backward(embedding(at, half(40, 64, grad=True)))
+    logits = torch.zeros(9, 16, requires_grad=True)
+    backward(router(logits, 4)[0])
+    router(logits.detach(), 4, ids=torch.zeros(9, 4, dtype=torch.int32), groups=4, groups_kept=2, bias=torch.zeros(16))
+    index = torch.zeros(9, 2, dtype=torch.int32)
+    backward(moe_combine(half(18, 64, grad=True), index, torch.zeros(9, 2, requires_grad=True)))
+    backward(expert_rows(half(9, 64, grad=True), expert_order(torch.zeros(9, 2, dtype=torch.int64), 3)))
+    sample(half(9, 5000), at, at, top_p=0.9)
+    backward(log_prob(half(9, 4096, grad=True), at))
+    log_prob(half(9, 1024), at, vocab_size=4096)
+    backward(log_softmax(half(9, 4096, grad=True)))
+    combine_log_prob(torch.zeros(9, 16), torch.zeros(9, 16), torch.zeros(9))
+    assert {
+        "rms_norm_kernel", "rms_norm_gradient_kernel", "ordered_sum_kernel", "swiglu_kernel", "swiglu_gradient_kernel",
+        "rope_kernel", "embedding_kernel", "embedding_gradient_kernel", "router_kernel", "router_gradient_kernel",
+        "combine_kernel",
+        "combine_gradient_kernel", "sample_kernel", "partial_kernel", "chosen_kernel", "shift_kernel", "gradient_kernel",
+        "table_gradient_kernel",
+    } <= launched  # fmt: skip

@@ -1,0 +1,24 @@
+"""Tables of cos and sin: by Megatron-core's and SGLang's expressions, and the same whatever their length."""
+
+from __future__ import annotations
+
+import torch
+
+from miles_plan.kernels.cuda.rope_table import angles_of, inverse_frequencies, rotation_tables
+
+
+def test_a_tables_length_does_not_show() -> None:
+    inverse = inverse_frequencies(1e6, 128)
+    long, short = rotation_tables(angles_of(inverse, 5000)), rotation_tables(angles_of(inverse, 37))
+    assert torch.equal(long[0][:37], short[0])
+    assert torch.equal(long[1][:37], short[1])
+
+
+def test_tables_are_close_to_float64() -> None:
+    inverse = inverse_frequencies(10_000.0, 64)
+    exact = 10_000.0 ** -(torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+    torch.testing.assert_close(inverse.double(), exact, rtol=1e-6, atol=0)
+    cos, sin = rotation_tables(angles_of(inverse, 100), scale=1.5)
+    angle = torch.arange(100, dtype=torch.float64)[:, None] * exact
+    torch.testing.assert_close(cos.double(), 1.5 * torch.cos(angle), rtol=0, atol=2e-5)
+    torch.testing.assert_close(sin.double(), 1.5 * torch.sin(angle), rtol=0, atol=2e-5)

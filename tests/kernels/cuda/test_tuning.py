@@ -1,0 +1,129 @@
+"""Which tile is chosen: only tiles that fit, only tiles proven equal, the table first, something sensible without it."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from miles_plan.kernels.cuda import tuning
+from miles_plan.kernels.cuda.tuning import (
+    RING,
+    GemmProblem,
+    GemmTile,
+    Table,
+    candidates,
+    choose,
+    predict_s,
+    prove,
+    table_for,
+    tune,
+)
+
+SMS = 132
+problems = st.builds(
+    GemmProblem,
+    m=st.integers(1, 70_000),
+    n=st.sampled_from([16, 200, 2112, 4096, 151_936]),
+    k=st.sampled_from([128, 512, 4096, 28_672]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    leaves=st.sampled_from([0, 1, 2, 4, 8]),
+    b_kn=st.booleans(),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems)
+def test_every_candidate_fits_and_is_priced(problem: GemmProblem) -> None:
+    tiles = candidates(problem, SMS)
+    assert tiles
+    for tile in tiles:
+        assert tile.fits(problem.dtype.itemsize, problem.out_dtype.itemsize, problem.leaves)
+        assert (
+            tile.shared_bytes(problem.dtype.itemsize, problem.out_dtype.itemsize, problem.leaves) <= tuning.SHARED_MEMORY_BYTES
+        )
+        assert predict_s(tile, problem, SMS) > 0
+        if problem.leaves:
+            assert problem.k // problem.leaves % tile.depth == 0, "a stage must not cross a leaf"
+            assert tile.extra == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems)
+def test_a_tables_text_reads_back(problem: GemmProblem) -> None:
+    table = Table("some gpu")
+    tile = candidates(problem, SMS)[-1]
+    table.put(problem, tile)
+    again = Table.from_json(table.to_json())
+    assert again.get(problem) == tile
+    assert again.get(replace(problem, m=problem.bucket)) == tile
+    assert again.get(replace(problem, n=problem.n + 16)) is None
+
+
+def test_only_tiles_with_the_references_bits_are_timed() -> None:
+    problem = GemmProblem(512, 4096, 4096)
+    tiles = tuning.ranked(problem, SMS)
+    wrong = tiles[1]
+    reference = torch.arange(4.0)
+
+    def run(tile: GemmTile) -> torch.Tensor:
+        return reference + 1e-6 if tile == wrong else reference.clone()
+
+    assert prove(run, tiles, reference) == [tile for tile in tiles if tile != wrong]
+    table = Table("some gpu")
+    timed: list[GemmTile] = []
+
+    def time_s(proven: object) -> dict[GemmTile, float]:
+        timed.extend(proven)  # type: ignore[call-overload]  # a sequence of tiles
+        return {tile: 1.0 if tile == tiles[3] else 2.0 for tile in timed}
+
+    tune(problem, run, reference, time_s, SMS, table)
+    assert wrong not in timed
+    assert table.get(problem) == tiles[3]
+    with pytest.raises(ValueError, match="no tile of chain/nt"):
+        tune(problem, lambda tile: reference + 1, reference, time_s, SMS, table)
+
+
+def test_the_users_table_comes_before_the_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = GemmProblem(300, 4096, 4096)
+    odd = GemmTile(RING, False, 64, 1, 64, 0, 64, 3, 1, 0)
+    table = Table("NVIDIA X")
+    table.put(problem, odd)
+    table.save(tmp_path / "table.json")
+    monkeypatch.setenv(tuning.TABLE_VARIABLE, str(tmp_path / "table.json"))
+    table_for.cache_clear()
+    choose.cache_clear()
+    try:
+        assert choose(problem, "NVIDIA X", SMS) == odd
+        assert choose(replace(problem, m=512), "NVIDIA X", SMS) == odd, "the same power of two"
+        assert choose(replace(problem, m=513), "NVIDIA X", SMS) != odd
+    finally:
+        table_for.cache_clear()
+        choose.cache_clear()
+
+
+def test_the_shipped_table_names_only_candidates() -> None:
+    table = table_for("NVIDIA H200")
+    assert len(table.choices) >= 20
+    known = {
+        astuple(replace(tile, stages=0, store=0))
+        for leaves in (0, 8)
+        for experts in (0, 128)
+        for m in (1, 16, 64, 200, 500, 1000, 3000, 8192, 65_536)
+        for n in (4096, 6144, 57_344)
+        for tile in candidates(GemmProblem(m, n, 4096, leaves=leaves, experts=experts), SMS)
+    }
+    for key, row in table.choices.items():
+        for m, tile in row.items():
+            assert astuple(replace(tile, stages=0, store=0)) in known or tile.depth < 64, (key, m, tile)
+
+
+@pytest.mark.parametrize("m", [1, 7, 63, 300, 5000])
+def test_a_shape_outside_the_table_gets_a_tile(m: int) -> None:
+    problem = GemmProblem(m, 3000, 1000)
+    assert table_for("NVIDIA H200").get(problem) is None
+    assert choose(problem, "NVIDIA H200", SMS) in candidates(problem, SMS)
