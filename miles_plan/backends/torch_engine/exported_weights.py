@@ -21,11 +21,11 @@ from torch import Tensor
 
 from miles_plan.backends.engine import EngineError, WeightBucket
 from miles_plan.backends.torch_engine.agreement import raise_together
-from miles_plan.backends.torch_engine.config import DecoderConfig
 from miles_plan.backends.torch_engine.mesh import Mesh, stage_layers
-from miles_plan.backends.torch_engine.shard_files import write_model, write_text
-from miles_plan.backends.torch_engine.weight_exchange import SharedMemoryWriter, plan_buckets
 from miles_plan.backends.torch_engine.weights import Shard, Weights, full_names, gather_full_tensors, parameters
+from miles_plan.backends.training.decoder_config import DecoderConfig
+from miles_plan.backends.training.shard_files import write_model, write_text
+from miles_plan.backends.weight_transport.shared_memory import SharedMemoryWriter, plan_buckets
 from miles_plan.ir.layout import TrainLayout
 
 

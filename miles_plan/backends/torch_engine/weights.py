@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles_plan.backends.torch_engine.config import DecoderConfig
 from miles_plan.backends.torch_engine.mesh import Mesh, stage_layers
+from miles_plan.backends.training.decoder_config import DecoderConfig
 from miles_plan.ir.layout import TrainLayout
 
 Weights = dict[str, Tensor]
@@ -185,7 +185,7 @@ def initialise_checkpoint(config: Mapping[str, Any], directory: Path, seed: int)
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from miles_plan.backends.torch_engine.config import decoder_config
+    from miles_plan.backends.training.decoder_config import decoder_config
 
     fields = dict(config)
     kind = fields.pop("model_type", None)

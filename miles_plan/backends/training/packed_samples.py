@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miles_plan.backends.torch_engine.config import DecoderConfig
+from miles_plan.backends.training.decoder_config import DecoderConfig
 from miles_plan.data.batch import Array, SampleBatch, ragged_rows
 from miles_plan.kernels.attention import PackedSequences, pack_sequences
 
