@@ -90,6 +90,8 @@ class PrecisionArguments:
     bias_activation_fusion: bool
     gradient_accumulation_fusion: bool
     transformer_impl: str
+    layer_spec: str
+    device: str
     attention_softmax_in_fp32: bool = True
     calculate_per_token_loss: bool = True  # our losses carry their own normalisation: gradients are summed, never averaged
 
@@ -98,7 +100,7 @@ class PrecisionArguments:
 class DataParallelArguments:
     """Gradients: summed in float32, each data-parallel rank keeping the part whose optimizer state it owns."""
 
-    use_distributed_optimizer: bool = True
+    use_distributed_optimizer: bool  # Megatron's is for GPUs only
     grad_reduce_in_fp32: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
@@ -133,7 +135,7 @@ def derive_arguments(config: DecoderConfig, options: MegatronEngineOptions) -> M
         moe=_moe(config, fused) if config.moe_layers else None,
         parallel=_parallel(config, options),
         precision=_precision(options, fused),
-        data_parallel=DataParallelArguments(),
+        data_parallel=DataParallelArguments(use_distributed_optimizer=options.device == "cuda"),
     )
 
 
@@ -201,6 +203,8 @@ def _precision(options: MegatronEngineOptions, fused: bool) -> PrecisionArgument
         apply_rope_fusion=fused,
         bias_activation_fusion=fused,
         gradient_accumulation_fusion=fused,
-        transformer_impl=options.layers,
+        transformer_impl="transformer_engine" if fused else "local",
+        layer_spec=options.layers,
+        device=options.device,
         **recompute,
     )

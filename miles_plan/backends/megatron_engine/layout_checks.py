@@ -21,10 +21,10 @@ def layout_problems(config: DecoderConfig, layout: TrainLayout, *, layers: Layer
         yield f"RoPE that scales cos and sin by {config.rope_scaling:.4g} (yarn); Megatron's rotary embedding does not"
     if config.output_bias:
         yield "a bias on the attention output (attention_bias); Megatron's add_bias_linear would put one on every layer"
-    if layout.cp > 1 and layers == "local":
-        yield f"cp={layout.cp} with local layers; context parallel attention is Transformer Engine's"
-    if layout.sequence_parallel and layout.tp == 1:
-        yield "sequence_parallel with tp=1"
+    if layout.cp > 1 and layers != "transformer_engine":
+        yield f"cp={layout.cp} with {layers} layers; context parallel attention is Transformer Engine's"
+    if layout.sequence_parallel and layers == "local":
+        yield "sequence_parallel with local layers; Megatron's torch norms do not take it"
 
 
 def _divisions(config: DecoderConfig, layout: TrainLayout) -> Iterator[str]:

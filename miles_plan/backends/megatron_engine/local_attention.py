@@ -1,7 +1,8 @@
-"""Attention over packed sequences in plain torch, for layers without Transformer Engine; Megatron's own takes no packed ones."""
+"""Attention over packed sequences in plain torch, for layers without Transformer Engine: Megatron's own takes none."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ class PackedTorchAttention(torch.nn.Module):
         """query [t, heads, d], key and value [t, groups, d] -> [t, heads x d]."""
         bounds = packed_seq_params.cu_seqlens_q.tolist()
         parts = []
-        for start, stop in zip(bounds, bounds[1:], strict=False):
-            one = (tensor[start:stop].transpose(0, 1)[None] for tensor in (query, key, value))
-            output = scaled_dot_product_attention(*one, is_causal=True, scale=self.scale, enable_gqa=True)
+        for start, stop in itertools.pairwise(bounds):
+            q, k, v = (tensor[start:stop].transpose(0, 1)[None] for tensor in (query, key, value))
+            output = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
             parts.append(output[0].transpose(0, 1).flatten(1))
         return torch.cat(parts)

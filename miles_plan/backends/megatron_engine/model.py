@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -72,7 +74,10 @@ def transformer_config(arguments: MegatronArguments) -> Any:
         del parallel["virtual_pipeline_model_parallel_size"]  # it follows from the layout
     if moe:
         moe["moe_layer_freq"] = list(moe["moe_layer_freq"])
-    on_cpu = not torch.cuda.is_available()
+    else:
+        moe["moe_token_dispatcher_type"] = "alltoall"  # Megatron's default refuses variable lengths even without experts
+    on_cpu = precision.pop("device") == "cpu"
+    del precision["layer_spec"]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -98,19 +103,20 @@ def build_chunks(config: DecoderConfig, arguments: MegatronArguments, transforme
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # deprecations of this very class
-    fused = arguments.precision.transformer_impl == "transformer_engine"
+    layers, device = arguments.precision.layer_spec, arguments.precision.device
     virtual = arguments.parallel.virtual_pipeline_model_parallel_size
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     chunks = []
     for number in range(virtual or 1):
         stage = number if virtual else None
         first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage)
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage)
         spec = get_gpt_decoder_block_spec(
-            transformer, use_transformer_engine=fused, normalization="RMSNorm", vp_stage=stage
+            transformer, use_transformer_engine=layers == "transformer_engine", normalization="RMSNorm", vp_stage=stage
         )
-        if not fused:
+        if layers == "local":
             _take_packed_sequences(spec)
+        elif layers == "batch_invariant":
+            spec = _hooks().layer_spec(spec)
         model = GPTModel(
             transformer,
             spec,
@@ -128,6 +134,8 @@ def build_chunks(config: DecoderConfig, arguments: MegatronArguments, transforme
             _score_selected_rows(model.output_layer, arguments.parallel.tensor_model_parallel_size)
         model.to(device=device, dtype=transformer.params_dtype)
         model.rotary_pos_emb.inv_freq = frequencies  # stays float32
+        if layers == "batch_invariant":
+            _hooks().take_over(model)
         chunks.append(model)
     return chunks
 
@@ -148,16 +156,28 @@ def unwrapped(chunk: torch.nn.Module) -> Any:
 def fuse_gradient_accumulation(chunk: torch.nn.Module) -> None:
     """Transformer Engine's layers add their weight gradients straight into the float32 buffers. Megatron's own output layer
     could only with Apex, and its flag cannot be set without it, so the flag is set where it can be obeyed."""
-    for module in chunk.modules():
+    layers: Iterator[Any] = chunk.modules()
+    for module in layers:
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True
 
 
 def parameters_by_name(chunks: list[torch.nn.Module]) -> dict[tuple[int, str], Tensor]:
     """(chunk, name in GPTModel) -> parameter."""
-    return {
-        (number, name): parameter for number, chunk in enumerate(chunks) for name, parameter in unwrapped(chunk).named_parameters()
-    }
+    bare = [unwrapped(chunk) for chunk in chunks]
+    return {(number, name): tensor for number, chunk in enumerate(bare) for name, tensor in chunk.named_parameters()}
+
+
+def invariant_arithmetic(layers: str) -> AbstractContextManager[Any]:
+    """What forward and backward run inside of: our kernels in place of torch's matmuls where the layers are batch invariant."""
+    return _hooks().enable() if layers == "batch_invariant" else nullcontext()
+
+
+def _hooks() -> Any:
+    try:
+        return importlib.import_module("miles_plan.kernels.cuda.hooks_megatron")
+    except ImportError as error:
+        raise EngineError(f"megatron train engine: layer_spec='batch_invariant' cannot be had here: {error}") from error
 
 
 def _take_packed_sequences(spec: Any) -> None:

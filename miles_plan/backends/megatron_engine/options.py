@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from miles_plan.backends.weight_transport.publisher import Transport
 from miles_plan.ir.layout import Recompute, TrainLayout
 
-LayerSpec = Literal["transformer_engine", "local"]
+LayerSpec = Literal["transformer_engine", "local", "batch_invariant"]
 RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mlp", "moe")  # Megatron-core's names
 
 
@@ -37,7 +36,6 @@ class MegatronEngineOptions:
     keep_reference: bool = False
     teacher_directory: Path | None = None
     optimizer_offload: bool = False
-    weight_transport: Transport = "shared_memory"
     device: Literal["cpu", "cuda"] = "cuda"
     deterministic: bool = False
     seed: int = 0
@@ -50,8 +48,6 @@ class MegatronEngineOptions:
             raise ValueError(f"recompute_modules {sorted(unknown)} are not among {', '.join(RECOMPUTE_MODULES)}")
         if self.fp8 and self.layers != "transformer_engine":
             raise ValueError("fp8 needs layer_spec='transformer_engine'")
-        if self.device == "cpu" and self.weight_transport != "shared_memory":
-            raise ValueError(f"weight_transport='{self.weight_transport}' needs device='cuda'")
 
     @property
     def layers(self) -> LayerSpec:

@@ -25,7 +25,7 @@ class VocabParallelScores(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]  # autograd's signature is *args
+    def forward(
         ctx: Any, logits: Tensor, targets: Tensor, first: int, stop: int, temperature: float, group: Any
     ) -> tuple[Tensor, Tensor]:
         """Scores chunk by chunk; what the backward needs is the logits and three numbers a row."""
@@ -49,7 +49,7 @@ class VocabParallelScores(torch.autograd.Function):
         return log_probs, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of this rank's columns."""
         logits, targets, highest, log_sum, entropy = ctx.saved_tensors
         first, stop = ctx.columns
@@ -69,14 +69,14 @@ class SumOverGroup(torch.autograd.Function):
     """apply(values, group): the sum over ranks that each hold a part; the gradient of the sum goes back to every part."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
         """All-reduce of a copy."""
         total = values.clone()
         _reduce(total, group, dist.ReduceOp.SUM)
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """The ranks compute the same loss from the sum, so each takes the gradient once."""
         return gradient, None
 

@@ -1,1 +1,1 @@
-"""Weights from trainers to rollout engines: buckets of full tensors in shared memory, in GPU memory, or by broadcast."""
+"""Weights from trainers to rollout engines, as full tensors in buckets, whatever the trainer shards."""

@@ -1,4 +1,4 @@
-"""One trainer rank's part in handing out weights: buckets by any transport, a hash, a checkpoint. All of it is collective.
+"""One trainer rank's part in handing out weights: streams, buckets in shared memory, a hash, a checkpoint. All is collective.
 
 A trainer says what its full tensors are and how to fill a bucket with them; the rest does not depend on how it shards.
 """
@@ -8,37 +8,46 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from miles_plan.backends.engine import EngineError, WeightBucket
+from miles_plan.backends.engine import BucketLayout, DeviceBucket, EngineError, WeightBucket, WeightTensor
 from miles_plan.backends.training.agreement import raise_together
 from miles_plan.backends.training.exported_checkpoint import digest, digest_of_model, make_aside, write_aside
-from miles_plan.backends.weight_transport import cuda_ipc, nccl_broadcast
-from miles_plan.backends.weight_transport.buckets import FullTensor, cut_into_buckets, describe, views_of
-from miles_plan.backends.weight_transport.shared_memory import BucketPlan, SharedMemoryWriter
+from miles_plan.backends.weight_transport.shared_memory import BucketPlan, SharedMemoryWriter, plan_buckets
 
-Transport = Literal["shared_memory", "cuda_ipc", "nccl_broadcast"]
 Fill = Callable[[Tensor, Mapping[str, Tensor]], None]
+ALIGNMENT_BYTES = 64  # of a tensor in a bucket, so that every dtype can be viewed in place
 _STAGING_BYTES = 1 << 30  # of one gather for a hash or a checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class FullTensor:
+    """Shape and dtype of one full tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its elements."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 @dataclass(slots=True, eq=False)
 class WeightPublisher:
-    """tensors: the full tensors by Hugging Face name, in model order; fill(flat, views): fill the views, which tile `flat`
-    (zeroed bytes), with full tensors; it is called on every rank alike, and every rank has all bytes afterwards."""
+    """Hands out the weights of a trainer, of which this is one rank.
+
+    tensors: the full tensors by Hugging Face name, in model order; fill(flat, views): fill the views, places in the zeroed
+    bytes `flat`, with full tensors; it is called on every rank alike, and every rank has all bytes afterwards.
+    """
 
     tensors: Mapping[str, FullTensor]
     fill: Fill
-    transport: Transport
     device: str
     _writer: SharedMemoryWriter | None = None
-    _buffers: list[Tensor] | None = None
-    _group: Any = None
-    _group_name: str = ""
 
     @property
     def rank(self) -> int:
@@ -50,50 +59,36 @@ class WeightPublisher:
         """Ranks of the trainer."""
         return dist.get_world_size() if dist.is_initialized() else 1
 
-    def publish(self, version: int, bucket_bytes: int) -> Iterator[WeightBucket]:
-        """Bucket after bucket; every rank must run the iterator to its end, in step with the others.
+    def layout(self, bucket_bytes: int) -> tuple[BucketLayout, ...]:
+        """Buckets of at most `bucket_bytes` (a larger tensor gets its own), in model order; a pure function of the model."""
+        sizes = {name: tensor.size_bytes for name, tensor in self.tensors.items()}
+        plans = plan_buckets(sizes, dict.fromkeys(sizes, 0), bucket_bytes)
+        return tuple(BucketLayout(index=plan.index, tensors=self._places(plan), last=plan.last) for plan in plans)
 
-        shared_memory: rank 0 yields. cuda_ipc, nccl_broadcast: every rank yields every bucket, with the same handle; a bucket's
-        bytes stay until the next but one is asked for, those of the last two until `release`.
-        """
-        plans = cut_into_buckets(self.tensors, bucket_bytes)
-        if self.transport == "shared_memory":
-            yield from self._publish_in_memory(version, plans)
-            return
-        if self.transport == "nccl_broadcast" and not self._group_name:
-            raise EngineError("train engine: no weight group was opened; call open_weight_group first")
-        sending: list[Any] = [None, None]
-        for index, names in enumerate(plans):
-            turn = index % 2
-            _wait(sending[turn])
-            flat, views = self._gather(names, self._buffer(turn, plans))
-            handle = self._handle(flat)
-            if self._group is not None:
-                sending[turn] = nccl_broadcast.broadcast(flat, self._group)
-            yield WeightBucket(
-                transport=self.transport,
-                version=version,
-                index=index,
-                handle=handle,
-                tensors=describe(views, version),
-                last=index == len(plans) - 1,
-            )
-        for each in sending:
-            _wait(each)
+    def stream(self, bucket_bytes: int) -> Iterator[DeviceBucket]:
+        """The buckets in device memory, whole on every rank, one staging buffer for all; in step with the other ranks."""
+        layouts = self.layout(bucket_bytes)
+        staging = torch.empty(max(each.size_bytes for each in layouts), dtype=torch.uint8, device=self.device)
+        for each in layouts:
+            flat = staging[: each.size_bytes].zero_()
+            self.fill(flat, _views(flat, each))
+            if self.device == "cuda":
+                torch.cuda.current_stream().synchronize()  # whoever takes the bytes works on a stream of its own
+            yield DeviceBucket(layout=each, data=flat)
+
+    def publish(self, version: int, bucket_bytes: int) -> Iterator[WeightBucket]:
+        """The buckets in shared memory: rank 0 yields them, and every rank must run the iterator to its end."""
+        for bucket in self.stream(bucket_bytes):
+            if self.rank == 0:
+                self._writer = self._writer or SharedMemoryWriter()
+                views = _views(bucket.data, bucket.layout)
+                plan = BucketPlan(bucket.layout.index, 0, tuple(views), bucket.layout.last)
+                yield self._writer.write(version, plan, list(views.items()))
 
     def release(self, version: int) -> None:
-        """Free what `publish` of that version left."""
+        """Remove the shared memory of that version."""
         if self._writer is not None:
             self._writer.release(version)
-        self._buffers = None
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
-
-    def open_group(self, *, name: str, init_method: str, world_size: int) -> None:
-        """Join the group that broadcasts run in: rank 0 does and waits for the receivers, other ranks only take note."""
-        self._group_name = name
-        if self.rank == 0:
-            self._group = nccl_broadcast.join_group(name=name, init_method=init_method, world_size=world_size, rank=0)
 
     def sha256(self) -> str:
         """SHA-256 over all full tensors, the same on every rank and for every layout; ranks share the hashing."""
@@ -122,63 +117,46 @@ class WeightPublisher:
             except EngineError as caught:
                 error = caught
         raise_together(error, f"writing the checkpoint {directory}", device=self.device)
-        tensors = ((name, tensor.cpu().clone()) for name, tensor in self._all_tensors())
         if aside is None:
             for _ in self._all_tensors():
                 pass
             return []
+        tensors = ((name, tensor.cpu().clone()) for name, tensor in self._all_tensors())
         dtype = str(next(iter(self.tensors.values())).dtype).removeprefix("torch.")
         return write_aside(aside, directory, source, tensors, dtype)
 
     def close(self) -> None:
-        """Free everything; leave the group."""
-        self._buffers = None
+        """Remove all shared memory."""
         if self._writer is not None:
             self._writer.close()
-        if self._group is not None:
-            dist.destroy_process_group(self._group)
-            self._group = None
 
-    def _publish_in_memory(self, version: int, plans: tuple[tuple[str, ...], ...]) -> Iterator[WeightBucket]:
-        for index, names in enumerate(plans):
-            _, views = self._gather(names)
-            if self.rank == 0:
-                self._writer = self._writer or SharedMemoryWriter()
-                plan = BucketPlan(index, 0, names, index == len(plans) - 1)
-                yield self._writer.write(version, plan, list(views.items()))
-
-    def _gather(self, names: tuple[str, ...], buffer: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Full tensors side by side on every rank: the bytes, and each tensor's view of them."""
-        size = sum(self.tensors[name].size_bytes for name in names)
-        flat = torch.empty(size, dtype=torch.uint8, device=self.device) if buffer is None else buffer[:size]
-        flat.zero_()
-        views = views_of(flat, names, self.tensors)
-        self.fill(flat, views)
-        return flat, views
+    def _places(self, plan: BucketPlan) -> tuple[WeightTensor, ...]:
+        places, offset = [], 0
+        for name in plan.names:
+            tensor = self.tensors[name]
+            places.append(
+                WeightTensor(
+                    name=name,
+                    shape=tensor.shape,
+                    dtype=str(tensor.dtype).removeprefix("torch."),
+                    offset_bytes=offset,
+                    size_bytes=tensor.size_bytes,
+                    checksum="",
+                )
+            )
+            offset += -(-tensor.size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        return tuple(places)
 
     def _all_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for names in cut_into_buckets(self.tensors, _STAGING_BYTES):
-            yield from self._gather(names)[1].items()
-
-    def _buffer(self, turn: int, plans: tuple[tuple[str, ...], ...]) -> Tensor:
-        """One of two buffers, each as large as the largest bucket."""
-        if self._buffers is None:
-            size = max(sum(self.tensors[name].size_bytes for name in names) for names in plans)
-            self._buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(min(2, len(plans)))]
-        return self._buffers[turn]
-
-    def _handle(self, flat: Tensor) -> str:
-        if self.transport == "nccl_broadcast":
-            return nccl_broadcast.handle_of(self._group_name)
-        own = (cuda_ipc.gpu_uuid(flat.device.index), cuda_ipc.export_flat(flat))
-        found: list[Any] = [own]
-        torch.cuda.current_stream().synchronize()  # the receiver reads on a stream of its own
-        if self.world_size > 1:
-            found = [None] * self.world_size
-            dist.all_gather_object(found, own)
-        return cuda_ipc.join_handles(dict(found))
+        for bucket in self.stream(_STAGING_BYTES):
+            yield from _views(bucket.data, bucket.layout).items()
 
 
-def _wait(work: Any) -> None:
-    if work is not None:
-        work.wait()
+def _views(flat: Tensor, layout: BucketLayout) -> dict[str, Tensor]:
+    """Each tensor of a bucket, in its place."""
+    return {
+        each.name: flat[each.offset_bytes : each.offset_bytes + each.size_bytes]
+        .view(getattr(torch, each.dtype))
+        .view(each.shape)
+        for each in layout.tensors
+    }
