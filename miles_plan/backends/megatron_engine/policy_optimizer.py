@@ -33,6 +33,7 @@ class PolicyOptimizer:
         self.chunks = chunks
         self.steps_taken = 0
         self._optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+        self._make_moments()
 
     def begin(self) -> None:
         """Forget the gradients of the step before."""
@@ -101,6 +102,15 @@ class PolicyOptimizer:
         for group, count in zip(groups, counts[1:].tolist(), strict=True):
             if count or "step" in group:
                 group["step"] = count
+
+    def _make_moments(self) -> None:
+        """Moments from the start, and not at the first step: what is measured and parked before it is then the whole state."""
+        for inner in self._inner():
+            for parameter in (each for group in inner.param_groups for each in group["params"]):
+                state = inner.state[parameter]
+                state |= {name: torch.zeros_like(parameter, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
+                if isinstance(inner, torch.optim.Adam):  # Transformer Engine's counts by group
+                    state["step"] = torch.tensor(0.0)
 
     def _buffers(self) -> Iterator[Any]:
         for chunk in self.chunks:

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 
@@ -17,6 +18,13 @@ class _Stream:
 
     def __getattr__(self, _: str) -> Any:
         return lambda *_, **__: _Stream()
+
+
+def need_megatron() -> None:
+    """Skip the test where Megatron-core is not installed; where it is, let it run without a GPU."""
+    pytest.importorskip("megatron.core", reason="megatron-core is not installed (known to work: 0.19.2)")
+    if not torch.cuda.is_available():
+        install()
 
 
 def install() -> None:
