@@ -70,7 +70,9 @@ class ParallelArguments:
     expert_tensor_parallel_size: int
     sequence_parallel: bool
     pipeline_layout: tuple[tuple[str, ...], ...]
-    variable_seq_lengths: bool = True  # micro-batches are packed to a token budget: stages tell each other how long each is
+    variable_seq_lengths: bool  # micro-batches are packed to a token budget: stages tell each other how long each is
+    batch_p2p_comm: bool
+    overlap_p2p_comm: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,6 +186,11 @@ def _parallel(config: DecoderConfig, options: MegatronEngineOptions) -> Parallel
         expert_tensor_parallel_size=layout.etp if config.moe_layers else layout.tp,
         sequence_parallel=layout.sequence_parallel,
         pipeline_layout=tuple(stages) if layout.pp > 1 else (),
+        # Interleaved stages send both ways at once. With two stages both neighbours are the same rank, and Megatron 0.19 then
+        # confuses batched messages, lengths among them (seen as a micro-batch that got its neighbour's length).
+        variable_seq_lengths=layout.vpp == 1,
+        batch_p2p_comm=layout.vpp == 1,
+        overlap_p2p_comm=layout.vpp > 1,
     )
 
 

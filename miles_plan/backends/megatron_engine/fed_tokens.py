@@ -35,13 +35,12 @@ class FedTokens:
     predicted: Tensor
 
 
-def feed(part: PackedSamples, *, multiple: int, cp: int = 1, cp_rank: int = 0) -> FedTokens:
-    """Lay out one micro-batch. multiple: what a rank's count of tokens must be divisible by (tp with sequence parallelism)."""
+def feed(part: PackedSamples, *, multiple: int, cp: int = 1, cp_rank: int = 0, at_least: int = 0) -> FedTokens:
+    """Lay out one micro-batch. multiple: what a rank's count of tokens must be divisible by (tp with sequence parallelism);
+    at_least: tokens over all context-parallel ranks to fill up to, a count that `padded_tokens` gave."""
     lengths = np.asarray(part.sequences.lengths, dtype=np.int64)
-    step = 2 * cp if cp > 1 else 1
-    padded = -(-lengths // step) * step
-    total_multiple = int(np.lcm(step, cp * multiple))
-    if rest := -int(padded.sum()) % total_multiple:
+    padded = _padded_lengths(lengths, cp)
+    if rest := max(at_least, padded_tokens(part, multiple=multiple, cp=cp)) - int(padded.sum()):
         padded = np.append(padded, rest)
         lengths = np.append(lengths, 0)
     starts = np.cumsum(lengths) - lengths
@@ -59,6 +58,19 @@ def feed(part: PackedSamples, *, multiple: int, cp: int = 1, cp_rank: int = 0) -
         predicting=torch.from_numpy(predicting).to(device),
         predicted=torch.from_numpy(predicted).to(device),
     )
+
+
+def padded_tokens(part: PackedSamples, *, multiple: int, cp: int = 1) -> int:
+    """Tokens of a micro-batch over all context-parallel ranks, padding included."""
+    total = int(_padded_lengths(np.asarray(part.sequences.lengths, dtype=np.int64), cp).sum())
+    step = int(np.lcm(2 * cp if cp > 1 else 1, cp * multiple))
+    return -(-total // step) * step
+
+
+def _padded_lengths(lengths: Array, cp: int) -> Array:
+    step = 2 * cp if cp > 1 else 1
+    padded: Array = -(-lengths // step) * step
+    return padded
 
 
 def _rows_of_rank(start: int, real: int, whole: int, cp: int, cp_rank: int) -> Array:

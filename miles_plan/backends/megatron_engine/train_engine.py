@@ -365,7 +365,7 @@ class MegatronTrainEngine:
                 data_iterator=[iter(range(len(parts))) for _ in chunks],
                 model=chunks,
                 num_microbatches=len(parts),
-                seq_length=1,  # stages tell each other the lengths: variable_seq_lengths
+                seq_length=int(parts[0].fed.cumulative_lengths[-1]),  # of all, where stages do not tell each other the lengths
                 micro_batch_size=1,
                 forward_only=forward_only,
             )

@@ -42,6 +42,10 @@ def install() -> None:
     for name in ("tensor", "zeros", "empty", "ones", "full"):
         setattr(anything, name, _on_cpu(getattr(torch, name)))
     anything.Tensor.cuda = lambda self, *_, **__: self
+    exchange = torch.distributed.all_to_all_single
+    anything.distributed.all_to_all_single = lambda *given, **options: exchange(
+        *given, **{name: each.tolist() if isinstance(each, torch.Tensor) else each for name, each in options.items()}
+    )
 
 
 def _on_cpu(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
