@@ -99,7 +99,6 @@ TOGETHER = [
     Case("small tp2", "small", TrainLayout(tp=2), like="small"),
     Case("small tp2 sp", "small", TrainLayout(**SP), like="small"),
     Case("small pp2", "small", TrainLayout(pp=2), like="small"),
-    Case("small pp2 vpp2", "small", TrainLayout(pp=2, vpp=2), like="small"),
     Case("small dp2", "small", TrainLayout(dp=2), like="small"),
     Case("small cp2", "small", TrainLayout(cp=2), like="small"),
     Case("small_moe ep2", "small_moe", TrainLayout(dp=2, ep=2), like="small_moe"),
@@ -107,6 +106,7 @@ TOGETHER = [
     Case("small_moe tp2 sp ep2", "small_moe", TrainLayout(**SP, ep=2), like="small_moe"),
     Case("small fsdp dp2", "small", TrainLayout(dp=2), engine="fsdp", like="small"),
     Case("dense dp2", "dense", TrainLayout(dp=2), phases=True, like="dense"),
+    Case("small pp2 vpp2", "small", TrainLayout(pp=2, vpp=2), like="small"),
 ]
 
 
@@ -310,6 +310,18 @@ def work(gpu: int, orders: Any, answers: Any) -> None:
             answers.put(measure(case, rank, rendezvous))
         except Exception:
             answers.put({"case": case.name, "rank": rank, "error": traceback.format_exc()[-1800:]})
+            leave_groups()
+
+
+def leave_groups() -> None:
+    """End what a failed case left, so that the next can begin."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def compare(rows: dict[str, list[dict[str, Any]]], case: Case, own: list[dict[str, Any]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from miles_plan.backends.megatron_engine.fed_tokens import FedTokens, feed, padd
 from miles_plan.backends.megatron_engine.options import MegatronEngineOptions
 from miles_plan.backends.megatron_engine.ranks import RankPlace
 from miles_plan.backends.training.micro_batches import micro_batches_of_rank
-from miles_plan.backends.training.packed_samples import PackedSamples, pack_samples
+from miles_plan.backends.training.packed_samples import PackedSamples, pack_samples, predicting_nothing
 from miles_plan.data.batch import SampleBatch
 from miles_plan.ir.layout import TrainLayout
 
@@ -56,7 +56,7 @@ def micro_batches(
     for share in shares:
         samples = answered[share] if len(share) else shortest
         part = pack_samples(batch, samples, replay_routing=replay_routing, device=options.device)
-        packed.append(part if len(share) else _predicting_nothing(part))
+        packed.append(part if len(share) else predicting_nothing(part))
     multiple = (layout.tp if layout.sequence_parallel else 1) * (FP8_TOKENS if options.fp8 else 1)
     longest = max(padded_tokens(part, multiple=multiple, cp=layout.cp) for part in packed) if layout.vpp > 1 else 0
     feds = [feed(part, multiple=multiple, cp=layout.cp, cp_rank=place.cp, at_least=longest) for part in packed]
@@ -74,13 +74,3 @@ def _micro_batch(part: PackedSamples, fed: FedTokens, layout: TrainLayout, place
     real = source >= 0
     counted = real if len(part.samples) else torch.zeros_like(real)  # what fills up was routed before, in its own place
     return MicroBatch(part, fed, None if part.replay is None else part.replay[source.clamp(min=0)], counted)
-
-
-def _predicting_nothing(part: PackedSamples) -> PackedSamples:
-    return replace(
-        part,
-        samples=part.samples[:0],
-        predicting=part.predicting[:0],
-        targets=part.targets[:0],
-        answers=part.answers[:0],
-    )

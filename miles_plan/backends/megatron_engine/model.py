@@ -11,12 +11,12 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from miles_plan.backends.engine import EngineError
 from miles_plan.backends.megatron_engine.arguments import MegatronArguments
 from miles_plan.backends.megatron_engine.options import MegatronEngineOptions
+from miles_plan.backends.training.agreement import open_process_group
 from miles_plan.backends.training.decoder_config import DecoderConfig
 
 
@@ -25,20 +25,7 @@ def open_groups(options: MegatronEngineOptions, rank: int, rendezvous: str | Non
     from megatron.core import parallel_state
 
     layout = options.layout
-    if options.device == "cuda":
-        torch.cuda.set_device(rank % torch.cuda.device_count())
-    if not dist.is_initialized():
-        backend = "nccl" if options.device == "cuda" else "gloo"
-        if rendezvous is None and layout.world_size > 1:
-            raise ValueError(f"{layout.world_size} ranks need a rendezvous")
-        dist.init_process_group(
-            backend, init_method=rendezvous, store=None if rendezvous else _own_store(), rank=rank, world_size=layout.world_size
-        )
-    if dist.get_world_size() != layout.world_size:
-        raise EngineError(
-            f"megatron train engine: this process belongs to {dist.get_world_size()} ranks, the layout {layout} has "
-            f"{layout.world_size}"
-        )
+    open_process_group(layout.world_size, rank, rendezvous, device=options.device)
     if parallel_state.model_parallel_is_initialized():
         return  # a trainer was here before with this process
     parallel_state.initialize_model_parallel(
@@ -191,8 +178,3 @@ def _score_selected_rows(output_layer: Any, tp: int) -> None:
     """The rows that predict a response are picked before the logits, which sequence parallelism would scatter otherwise."""
     output_layer.sequence_parallel = False
     output_layer.allreduce_dgrad = tp > 1
-
-
-def _own_store() -> Any:
-    stores: Any = dist  # the stores are missing from torch's stubs
-    return stores.HashStore()

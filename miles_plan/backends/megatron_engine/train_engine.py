@@ -30,7 +30,6 @@ from miles_plan.backends.megatron_engine.micro_batches import MicroBatch, empty_
 from miles_plan.backends.megatron_engine.options import MegatronEngineOptions
 from miles_plan.backends.megatron_engine.ranks import place_of_rank
 from miles_plan.backends.megatron_engine.routing_replay import RoutingReplay
-from miles_plan.backends.megatron_engine.scoring import SumOverGroup, VocabParallelScores
 from miles_plan.backends.megatron_engine.versions import require_megatron
 from miles_plan.backends.megatron_engine.weight_map import LocalParameter, local_parameters
 from miles_plan.backends.training.agreement import raise_together
@@ -38,6 +37,7 @@ from miles_plan.backends.training.batch_loss import BatchLoss, missing_columns
 from miles_plan.backends.training.decoder_config import DecoderConfig, read_config
 from miles_plan.backends.training.host_store import HostStore
 from miles_plan.backends.training.packed_samples import batch_problems
+from miles_plan.backends.training.scores import SumOverGroup, VocabParallelScores
 from miles_plan.backends.training.state_files import check_state, read_state, write_state
 from miles_plan.backends.training.storage import free_storage, resident_bytes, restore_storage
 from miles_plan.backends.weight_transport.publisher import WeightPublisher

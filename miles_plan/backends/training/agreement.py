@@ -1,11 +1,31 @@
-"""A failure on one rank of torch.distributed is a failure of all: the others must not wait in the next collective for ever."""
+"""The ranks of a trainer under torch.distributed: how they meet, and that a failure of one is a failure of all."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from miles_plan.backends.engine import EngineError
+
+
+def open_process_group(world_size: int, rank: int, rendezvous: str | None, *, device: str) -> None:
+    """Start torch.distributed where it has not been started, over NCCL or gloo; collective. One rank needs no rendezvous.
+
+    ValueError without a rendezvous for several ranks, EngineError when this process belongs to another number of ranks.
+    """
+    if device == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    if not dist.is_initialized():
+        if rendezvous is None and world_size > 1:
+            raise ValueError(f"{world_size} ranks need a rendezvous")
+        stores: Any = dist  # the stores are missing from torch's stubs
+        backend = "nccl" if device == "cuda" else "gloo"
+        store = None if rendezvous else stores.HashStore()
+        dist.init_process_group(backend, init_method=rendezvous, store=store, rank=rank, world_size=world_size)
+    if dist.get_world_size() != world_size:
+        raise EngineError(f"train engine: this process belongs to {dist.get_world_size()} ranks, the layout has {world_size}")
 
 
 def raise_together(error: EngineError | None, what: str, *, device: str) -> None:

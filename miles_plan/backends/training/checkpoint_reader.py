@@ -28,6 +28,18 @@ def open_tensors(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> Iter
                 yield name, source
 
 
+def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a checkpoint. FileNotFoundError names a missing file."""
+    from safetensors import safe_open
+
+    found = {}
+    for file in sorted(set(_files_by_tensor(directory).values())):
+        with safe_open(directory / file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                found[name] = tuple(opened.get_slice(name).get_shape())
+    return found
+
+
 def _files_by_tensor(directory: Path) -> dict[str, str]:
     from safetensors import safe_open
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from miles_plan.backends.engine import RolloutEngine, TrainEngine
+from miles_plan.backends.fsdp_engine.options import FsdpEngineOptions
+from miles_plan.backends.fsdp_engine.train_engine import FsdpTrainEngine
 from miles_plan.backends.megatron_engine.options import MegatronEngineOptions
 from miles_plan.backends.megatron_engine.train_engine import MegatronTrainEngine
 from miles_plan.backends.torch_engine.options import RolloutEngineOptions, TrainEngineOptions
@@ -99,8 +101,22 @@ def _megatron_trainer(directory: Path, host: Path) -> TrainEngine:
     )
 
 
+def _fsdp_trainer(directory: Path, host: Path) -> TrainEngine:
+    return FsdpTrainEngine(
+        FsdpEngineOptions(
+            model_directory=directory,
+            host_directory=host,
+            keep_reference=True,
+            micro_batch_tokens=50,
+            dtype="float32",
+            device="cpu",
+        )
+    )
+
+
 KINDS: dict[str, dict[str, Any]] = {
     "torch": {"make_trainer": _torch_trainer, "make_rollout": _torch_rollout, "exact": True},
+    "fsdp": {"make_trainer": _fsdp_trainer, "make_rollout": _torch_rollout, "exact": False},
     "megatron": {"make_trainer": _megatron_trainer, "make_rollout": _torch_rollout, "exact": False},
 }
 
