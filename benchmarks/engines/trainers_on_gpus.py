@@ -9,6 +9,7 @@ several ranks. A case prints and writes one line; one that fails says why and th
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import json
 import multiprocessing
@@ -29,6 +30,7 @@ from miles_plan.data.batch import SampleBatch, ragged_rows
 from miles_plan.ir.layout import TrainLayout
 from miles_plan.ir.options import LossOptions, OptimizerOptions
 
+HANGS_AFTER_S = 40.0
 WORK = Path("/tmp/trainers_on_gpus")
 DENSE: dict[str, Any] = {  # Qwen3-0.6B's shape
     "model_type": "qwen3",
@@ -306,6 +308,7 @@ def work(gpu: int, orders: Any, answers: Any) -> None:
     """One GPU's process: run each case that is ordered, answer with a line."""
     os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
     for rank, rendezvous, case in iter(orders.get, None):
+        faulthandler.dump_traceback_later(HANGS_AFTER_S, exit=False)  # where a case hangs
         try:
             answers.put(measure(case, rank, rendezvous))
         except Exception:
@@ -354,7 +357,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--gpus", type=int, default=2)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="cases whose name contains this; several separated by commas")
     parser.add_argument("--limit-s", type=float, default=200.0)
     asked = parser.parse_args()
     WORK.mkdir(exist_ok=True)
@@ -366,7 +369,8 @@ def main() -> None:
         worker.start()
     rows: dict[str, list[dict[str, Any]]] = {}
     alone = [ALONE, ALONE_TOO] if asked.gpus > 1 else [[*ALONE, *ALONE_TOO]]
-    wanted = [[case for case in cases if asked.only in case.name] for cases in alone]
+    only = asked.only.split(",")
+    wanted = [[case for case in cases if any(each in case.name for each in only)] for cases in alone]
     with asked.out.open("w") as sink:
         for lane, cases in zip(lanes, wanted, strict=False):
             for case in cases:
@@ -378,7 +382,7 @@ def main() -> None:
             compare(rows, case, rows[case.name])
             report(sink, rows[case.name])
         for number, case in enumerate(TOGETHER if asked.gpus > 1 else ()):
-            if asked.only not in case.name or time.monotonic() > deadline:
+            if not any(each in case.name for each in only) or time.monotonic() > deadline:
                 continue
             for rank, lane in enumerate(lanes):
                 lane[0].put((rank, f"file:///tmp/trainers_on_gpus/meet{os.getpid()}-{number}", case))

@@ -20,7 +20,7 @@ from miles_plan.backends.training.agreement import open_process_group
 from miles_plan.backends.training.decoder_config import DecoderConfig
 
 
-def open_groups(options: MegatronEngineOptions, rank: int, rendezvous: str | None) -> None:
+def open_groups(options: MegatronEngineOptions, arguments: MegatronArguments, rank: int, rendezvous: str | None) -> None:
     """Start torch.distributed where it has not been, and Megatron's process groups. Collective over the trainer."""
     from megatron.core import parallel_state
 
@@ -34,7 +34,7 @@ def open_groups(options: MegatronEngineOptions, rank: int, rendezvous: str | Non
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.etp if layout.ep * layout.etp > 1 else None,
+        expert_tensor_parallel_size=arguments.parallel.expert_tensor_parallel_size,
         create_gloo_process_groups=False,
     )
     if options.device == "cuda":
@@ -76,7 +76,7 @@ def transformer_config(arguments: MegatronArguments) -> Any:
                 pipeline_dtype=dtype,
                 perform_initialization=False,
                 use_cpu_initialization=on_cpu,
-                bias_dropout_fusion=not on_cpu,
+                bias_dropout_fusion=False,  # without bias and dropout there is an addition to fuse, recompiled for every length
                 masked_softmax_fusion=False,
             )
     except (AssertionError, ValueError) as error:

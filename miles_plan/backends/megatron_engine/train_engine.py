@@ -76,7 +76,7 @@ class MegatronTrainEngine:
         self.arguments = _checked_arguments(self.config, options)
         self.rank, self.place = rank, place_of_rank(options.layout, rank)
         self._owns_groups = not dist.is_initialized()
-        model.open_groups(options, rank, rendezvous)
+        model.open_groups(options, self.arguments, rank, rendezvous)
         self._policy = self._build(options.model_directory, self.config, self.arguments)
         self._wrapped, self._optimizer = self._wrap()
         self._reference = [tensor.detach().clone() for _, tensor in self._policy.held] if options.keep_reference else []
