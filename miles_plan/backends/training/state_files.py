@@ -21,6 +21,7 @@ from miles_plan.backends.engine import EngineError
 from miles_plan.backends.training.shard_files import write_text
 
 _METADATA = ".metadata"
+_WRITERS = 8  # files a rank writes at once
 
 
 def write_state(directory: Path, tensors: Mapping[str, Tensor], identity: Mapping[str, str], *, rank: int) -> list[str]:
@@ -31,7 +32,9 @@ def write_state(directory: Path, tensors: Mapping[str, Tensor], identity: Mappin
         directory.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that no process group is a problem: one rank needs none
-            dcp.save(state, storage_writer=dcp.FileSystemWriter(directory), no_dist=not dist.is_initialized())
+            dcp.save(
+                state, storage_writer=dcp.FileSystemWriter(directory, thread_count=_WRITERS), no_dist=not dist.is_initialized()
+            )
     except (OSError, dcp.api.CheckpointException) as error:
         size_bytes = sum(tensor.nbytes for tensor in tensors.values())
         raise EngineError(f"cannot write {size_bytes} bytes of trainer state below {directory}: {error}") from error
