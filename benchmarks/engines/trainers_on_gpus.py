@@ -95,6 +95,7 @@ ALONE_TOO = [
     Case("small fp8", "small", options={"fp8": True}, like="small"),
     Case("moe recompute experts", "moe", options={"recompute": "selective", "recompute_modules": ("moe",)}, like="moe"),
     Case("small_moe local", "small_moe", options={"layer_spec": "local"}, like="small_moe"),
+    Case("small_moe invariant", "small_moe", options={"layer_spec": "batch_invariant"}, like="small_moe"),
     Case("dense fsdp", "dense", engine="fsdp", phases=True, like="dense"),
 ]
 TOGETHER = [
@@ -108,6 +109,7 @@ TOGETHER = [
     Case("small_moe tp2 sp etp2", "small_moe", TrainLayout(**SP, etp=2), like="small_moe"),
     Case("small_moe tp2 sp ep2", "small_moe", TrainLayout(**SP, ep=2), like="small_moe"),
     Case("small tp2 sp", "small", TrainLayout(**SP), like="small"),
+    Case("small tp2 invariant", "small", TrainLayout(tp=2), options={"layer_spec": "batch_invariant"}, like="small invariant"),
     Case("small pp2 vpp2", "small", TrainLayout(pp=2, vpp=2), like="small"),
 ]
 
