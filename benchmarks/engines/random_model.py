@@ -1,4 +1,4 @@
-"""A model of a plan's shape with random weights, made on the GPU: a Hugging Face folder, its tensors, and a plain forward pass."""
+"""A model of a plan's shape with random weights, made on the GPU: a Hugging Face folder, its tensors, a plain forward pass."""
 
 from __future__ import annotations
 

@@ -251,6 +251,7 @@ class Bringup:
 
 
 def main() -> None:
+    """Run every step, whatever the others gave, and write what each found."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("plan", type=Path)
     parser.add_argument("out", type=Path)

@@ -11,6 +11,8 @@ from miles_plan.backends.sglang_engine import engine_process
 
 
 class TimedServer(engine_process.EngineServer):
+    """Answers two requests more."""
+
     def own_loop(self, prompts: list[list[int]], sampling: dict[str, Any], return_logprob: bool) -> tuple[float, int]:
         """Seconds and response tokens of `Engine.generate` alone, as sglang.bench_offline_throughput calls it."""
         began = time.perf_counter()

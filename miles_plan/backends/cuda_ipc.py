@@ -23,11 +23,12 @@ _MULTIPLIER = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed word: the g
 
 def lend(tensor: Tensor) -> str:
     """A handle to a CUDA tensor for other processes of this host, as text."""
-    from torch.multiprocessing.reductions import reduce_tensor
+    import torch.multiprocessing.reductions as reductions
 
-    function, arguments = reduce_tensor(tensor)
-    if len(arguments) <= _DEVICE_ARGUMENT or not tensor.is_cuda:
+    if not tensor.is_cuda:
         raise ValueError(f"only CUDA tensors can be lent, got one on {tensor.device}")
+    untyped: Any = reductions  # its functions carry no annotations
+    function, arguments = untyped.reduce_tensor(tensor)
     uuid = str(torch.cuda.get_device_properties(tensor.device).uuid)
     named = (*arguments[:_DEVICE_ARGUMENT], uuid, *arguments[_DEVICE_ARGUMENT + 1 :])
     return base64.b64encode(pickle.dumps((function, named))).decode("ascii")

@@ -14,29 +14,23 @@ TIMEOUT_S = 300.0
 
 def join_as_sender(address: str, port: int, *, world_size: int, name: str, timeout_s: float = TIMEOUT_S) -> Any:
     """Rank 0 of the group: the trainer that sends. Returns when all ranks are there. RuntimeError when they are not in time."""
-    from torch.distributed.distributed_c10d import (
-        Backend,
-        PrefixStore,
-        _new_process_group_helper,
-        _world,
-        default_pg_timeout,
-        rendezvous,
-    )
+    import torch.distributed.distributed_c10d as c10d
 
-    wait = timedelta(seconds=timeout_s) if timeout_s else default_pg_timeout
-    store, rank, size = next(rendezvous(f"tcp://{address}:{port}", 0, world_size, timeout=wait))
+    core: Any = c10d  # what follows is not among its public names, so it has no types
+    wait = timedelta(seconds=timeout_s)
+    store, rank, size = next(core.rendezvous(f"tcp://{address}:{port}", 0, world_size, timeout=wait))
     store.set_timeout(wait)
-    group, _ = _new_process_group_helper(
+    group, _ = core._new_process_group_helper(
         size,
         rank,
         [],
-        Backend("nccl"),
-        PrefixStore(name, store),
+        core.Backend("nccl"),
+        core.PrefixStore(name, store),
         group_name=name,
         backend_options=None,
         timeout=wait,
     )
-    _world.pg_group_ranks[group] = {rank: rank for rank in range(size)}
+    core._world.pg_group_ranks[group] = {rank: rank for rank in range(size)}
     return group
 
 

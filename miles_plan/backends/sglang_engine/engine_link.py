@@ -30,9 +30,15 @@ class EngineLink:
     """One engine process. Calls block; `abort` may come from another thread. Failures are EngineErrors with the log's end."""
 
     def __init__(
-        self, arguments: Mapping[str, Any], *, log: Path, environment: Mapping[str, str], name: str = "sglang"
+        self,
+        arguments: Mapping[str, Any],
+        *,
+        log: Path,
+        environment: Mapping[str, str],
+        name: str = "sglang",
+        module: str = "miles_plan.backends.sglang_engine.engine_process",
     ) -> None:
-        """Start the process; `start` waits for the engine in it. log: where all that it prints goes."""
+        """Start the process; `start` waits for the engine in it. log: where all that it prints goes; module: what it runs."""
         ours, theirs = socket.socketpair()
         self.name, self.log = name, log
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -102,7 +102,7 @@ def _experts(meta: Mapping[str, Any], routed: Routed, index: int, rows: int) -> 
     flat = np.frombuffer(base64.b64decode(found), dtype=np.int32)
     if flat.size != rows * routed.num_layers * routed.topk:
         raise EngineError(
-            f"sglang: request {index}: {flat.size} expert ids, expected {rows} tokens x {routed.num_layers} layers x {routed.topk}"
+            f"sglang: request {index}: {flat.size} expert ids, not {rows} tokens x {routed.num_layers} layers x {routed.topk}"
         )
     chosen = flat.reshape(rows, routed.num_layers, routed.topk)[:, list(routed.layers)]
     if chosen.size and not (chosen.min() >= 0 and chosen.max() < routed.num_experts):

@@ -27,8 +27,8 @@ CUDA_IPC, SHARED_MEMORY, NONE = "cuda_ipc", "shared_memory", "none"
 def description_of(bucket: WeightBucket, *, verdicts: str, payload: str, probes: Sequence[dict[str, Any]] = ()) -> str:
     """What a scheduler needs to take a bucket.
 
-    verdicts: path prefix of the files that ranks answer in; payload: where the bytes are: in the tensor that comes along, in the
-    shared memory that the bucket's handle names, or nowhere, where only probes are to be looked at.
+    verdicts: path prefix of the files that ranks answer in; payload: where the bytes are: in the tensor that comes along, in
+    the shared memory that the bucket's handle names, or nowhere, where only probes are to be looked at.
     """
     return json.dumps(
         {
