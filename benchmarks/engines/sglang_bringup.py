@@ -22,7 +22,6 @@ import numpy as np
 import torch
 
 from benchmarks.engines import random_model
-from miles_plan.backends.cuda_ipc import checksums, lend
 from miles_plan.backends.engine import EngineError, Request, WeightBucket, WeightTensor
 from miles_plan.backends.executor.device_memory import device_memory
 from miles_plan.backends.sglang_engine import rollout_engine
@@ -31,6 +30,7 @@ from miles_plan.backends.sglang_engine.placed_weights import can_probe, probes_o
 from miles_plan.backends.sglang_engine.read_back import differences, effective
 from miles_plan.backends.sglang_engine.rollout_engine import SglangOptions, SglangRolloutEngine
 from miles_plan.backends.sglang_engine.server_arguments import server_arguments
+from miles_plan.backends.weight_transport.cuda_ipc import checksums, lend
 from miles_plan.ir.options import SamplingOptions
 from miles_plan.ir.plan import Plan, read_plan
 

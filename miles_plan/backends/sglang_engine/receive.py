@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles_plan.backends.cuda_ipc import checksums
 from miles_plan.backends.engine import EngineError, WeightBucket, WeightTensor
 from miles_plan.backends.sglang_engine.placed_weights import unlike
+from miles_plan.backends.weight_transport.cuda_ipc import checksums
 
 CUDA_IPC, SHARED_MEMORY, NONE = "cuda_ipc", "shared_memory", "none"
 
@@ -89,7 +89,7 @@ def _views(data: Tensor, tensors: Sequence[WeightTensor]) -> list[tuple[str, Ten
 
 
 def _from_shared_memory(described: dict[str, Any], tensors: Sequence[WeightTensor], device: torch.device) -> Iterator[Any]:
-    from miles_plan.backends.torch_engine.weight_exchange import read_bucket
+    from miles_plan.backends.weight_transport.shared_memory import read_bucket
 
     bucket = WeightBucket(
         transport=described["transport"],

@@ -188,8 +188,8 @@ class SglangRolloutEngine:
         """Let the schedulers take a bucket; returns what they found wrong."""
         import torch
 
-        from miles_plan.backends.cuda_ipc import Lent
         from miles_plan.backends.sglang_engine.receive import description_of, verdicts_of
+        from miles_plan.backends.weight_transport.cuda_ipc import Lent
 
         prefix = os.path.join(self._verdicts.name, f"{bucket.version}-{bucket.index}")
         payload: Any = Lent(bucket.handle) if bucket.transport == "cuda_ipc" else torch.zeros(1, dtype=torch.uint8)
