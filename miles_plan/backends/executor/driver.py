@@ -18,7 +18,10 @@ PEERS_WAIT_S = 5.0  # how long the other ranks get to come back after one has fa
 
 @dataclass
 class Running:
-    """An operation under way. deadline_at and since are of `time.monotonic`, started_at is of `time.time`."""
+    """An operation under way. deadline_at and since are of `time.monotonic`, started_at is of `time.time`.
+
+    peak_bytes: the most that a GPU of its processes held, of all that is on it; 0 where none was watched.
+    """
 
     name: str
     operation: Generator[Wait, list[Any], Any]
@@ -34,6 +37,7 @@ class Running:
     reports: list[Any] = field(default_factory=list)
     slowest_s: float = 0.0
     busy_s: float = 0.0
+    peak_bytes: int = 0
 
     @property
     def age_s(self) -> float:
@@ -98,6 +102,7 @@ class Driver:
             return self._end(running, failure=self._failure_of_call(running, error), error=error)
         running.reports[place] = timed.report
         running.slowest_s = max(running.slowest_s, timed.seconds)
+        running.peak_bytes = max(running.peak_bytes, timed.peak_bytes)
         if running.pending:
             return None
         running.busy_s += running.slowest_s

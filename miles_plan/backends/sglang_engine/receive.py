@@ -19,7 +19,7 @@ from torch import Tensor
 
 from miles_plan.backends.engine import EngineError, WeightBucket, WeightTensor
 from miles_plan.backends.sglang_engine.placed_weights import unlike
-from miles_plan.backends.weight_transport.cuda_ipc import checksums
+from miles_plan.backends.weight_transport.cuda_ipc import checksums, view_of
 
 CUDA_IPC, SHARED_MEMORY, NONE = "cuda_ipc", "shared_memory", "none"
 
@@ -71,21 +71,11 @@ def _take(model: Any, described: dict[str, Any], data: Tensor) -> Iterator[str]:
         if wrong:
             yield f"{len(wrong)} tensors do not match their checksums, the first is {wrong[0]}"
             return
-        model.load_weights(_views(data, tensors))
+        model.load_weights([(tensor.name, view_of(data, tensor)) for tensor in tensors])
     elif described["payload"] == SHARED_MEMORY:
         model.load_weights(_from_shared_memory(described, tensors, data.device))
     torch.cuda.synchronize()  # the lender reuses the bucket as soon as this call is over
     yield from unlike(model, described["probes"])
-
-
-def _views(data: Tensor, tensors: Sequence[WeightTensor]) -> list[tuple[str, Tensor]]:
-    return [
-        (
-            each.name,
-            data[each.offset_bytes : each.offset_bytes + each.size_bytes].view(getattr(torch, each.dtype)).view(each.shape),
-        )
-        for each in tensors
-    ]
 
 
 def _from_shared_memory(described: dict[str, Any], tensors: Sequence[WeightTensor], device: torch.device) -> Iterator[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,6 +45,25 @@ class Lent:
     def __reduce__(self) -> tuple[Any, ...]:
         """How torch rebuilds it."""
         return self._function, self._arguments
+
+
+def view_of(data: Tensor, tensor: WeightTensor) -> Tensor:
+    """A tensor of a bucket, without a copy. data: uint8 [bucket]."""
+    raw = data[tensor.offset_bytes : tensor.offset_bytes + tensor.size_bytes]
+    return raw.view(getattr(torch, tensor.dtype)).view(tensor.shape)
+
+
+def packed(data: Tensor, tensors: Sequence[WeightTensor]) -> Tensor:
+    """The bucket without gaps between its tensors, as SGLang's FlattenedTensorBucket has it; itself where there are none."""
+    if sum(each.size_bytes for each in tensors) == data.numel():
+        return data
+    return torch.cat([data[each.offset_bytes : each.offset_bytes + each.size_bytes] for each in tensors])
+
+
+def with_checksums(data: Tensor, tensors: Sequence[WeightTensor]) -> tuple[WeightTensor, ...]:
+    """The tensors of a bucket, each with the checksum of its bytes."""
+    found = checksums(data, tensors)
+    return tuple(replace(each, checksum=checksum) for each, checksum in zip(tensors, found, strict=True))
 
 
 def checksums(data: Tensor, tensors: Sequence[WeightTensor]) -> list[str]:

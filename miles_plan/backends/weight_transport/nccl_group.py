@@ -32,11 +32,3 @@ def join_as_sender(address: str, port: int, *, world_size: int, name: str, timeo
     )
     core._world.pg_group_ranks[group] = {rank: rank for rank in range(size)}
     return group
-
-
-def free_port() -> int:
-    """A TCP port on the loopback device that nobody listens on now."""
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
