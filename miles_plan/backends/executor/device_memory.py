@@ -18,14 +18,20 @@ SAMPLE_S = 0.005
 
 
 class _Memory(ctypes.Structure):
-    """nvmlMemory_t, bytes."""
+    """nvmlMemory_v2_t, bytes: unlike the first version it counts what the driver keeps for itself apart from `used`."""
 
-    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+    _fields_ = (
+        ("version", ctypes.c_uint),
+        ("total", ctypes.c_ulonglong),
+        ("reserved", ctypes.c_ulonglong),
+        ("free", ctypes.c_ulonglong),
+        ("used", ctypes.c_ulonglong),
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """Bytes of one GPU. used counts what the driver keeps for itself, too."""
+    """Bytes of one GPU. used is what processes hold, their contexts too; what the driver keeps for itself is not in it."""
 
     total_bytes: int
     used_bytes: int
@@ -60,8 +66,8 @@ def _handle(gpu: str) -> ctypes.c_void_p:
 
 def device_memory(gpu: str) -> DeviceMemory:
     """Of the GPU with this number or UUID, as CUDA_VISIBLE_DEVICES names it. DeviceMemoryError where there is none."""
-    memory = _Memory()
-    if _nvml().nvmlDeviceGetMemoryInfo(_handle(gpu), ctypes.byref(memory)):
+    memory = _Memory(version=ctypes.sizeof(_Memory) | 2 << 24)
+    if _nvml().nvmlDeviceGetMemoryInfo_v2(_handle(gpu), ctypes.byref(memory)):
         raise DeviceMemoryError(f"the NVIDIA driver gives no memory of GPU '{gpu}'")
     return DeviceMemory(total_bytes=int(memory.total), used_bytes=int(memory.used))
 
