@@ -63,7 +63,9 @@ class Bringup:
         rollout_engine.check = check  # a difference is reported here, not fatal
         rollout_engine.EngineLink = lambda *a, **k: EngineLink(*a, module="benchmarks.engines.timed_process", **k)
         before = self.used()
-        self.engine = SglangRolloutEngine(SglangOptions(arguments=arguments, gpus=(self.gpu,), log=self.log))
+        self.engine = SglangRolloutEngine(
+            SglangOptions(arguments=arguments, gpus=(self.gpu,), log=self.log, vocab_size=151936, max_positions=40960)
+        )
         facts = self.engine.effective
         return {
             "arguments": arguments.as_mapping(),

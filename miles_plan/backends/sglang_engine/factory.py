@@ -32,25 +32,25 @@ def make_engine(
         return SglangFollower()
     ranks = range(rank, rank + layout.gpus_per_engine)
     name = f"sglang @{group.name}" + (f" engine {index}" if layout.engines > 1 else "")
+    config = json.loads((model_directory / "config.json").read_text(encoding="utf-8"))
     options = SglangOptions(
         arguments=server_arguments(plan, group, model_directory=model_directory),
         gpus=tuple(_gpus(rendezvous, group.name, ranks)),
         log=log_directory / f"sglang-{group.name}-{index}.log",
-        routed=routed_of(plan, model_directory),
+        vocab_size=int(config["vocab_size"]),
+        max_positions=int(config["max_position_embeddings"]),
+        routed=routed_of(plan, int(config["num_hidden_layers"])),
         name=name,
     )
     return SglangRolloutEngine(options)
 
 
-def routed_of(plan: Plan, model_directory: Path) -> Routed | None:
+def routed_of(plan: Plan, num_layers: int) -> Routed | None:
     """What of the experts the plan records, None where it records nothing."""
     task = next((task for task in plan.graph.tasks if isinstance(task, RecordRouting)), None)
     if task is None:
         return None
-    config = json.loads((model_directory / "config.json").read_text(encoding="utf-8"))
-    return Routed(
-        layers=task.moe_layers, num_layers=int(config["num_hidden_layers"]), num_experts=task.num_experts, topk=task.topk
-    )
+    return Routed(layers=task.moe_layers, num_layers=num_layers, num_experts=task.num_experts, topk=task.topk)
 
 
 def _announce(rendezvous: Path, group: str, rank: int) -> None:

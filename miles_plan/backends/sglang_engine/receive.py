@@ -74,7 +74,8 @@ def _take(model: Any, described: dict[str, Any], data: Tensor) -> Iterator[str]:
         model.load_weights([(tensor.name, view_of(data, tensor)) for tensor in tensors])
     elif described["payload"] == SHARED_MEMORY:
         model.load_weights(_from_shared_memory(described, tensors, data.device))
-    torch.cuda.synchronize()  # the lender reuses the bucket as soon as this call is over
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # the lender reuses the bucket as soon as this call is over
     yield from unlike(model, described["probes"])
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from miles_plan.backends.engine import EngineError, MemoryReport, Part, Request, WeightBucket
 from miles_plan.backends.sglang_engine.engine_link import EngineLink
-from miles_plan.backends.sglang_engine.generation import Routed, batch_of, sampling_parameters
+from miles_plan.backends.sglang_engine.generation import Routed, batch_of, responses, sampling_parameters
 from miles_plan.backends.sglang_engine.read_back import Effective, check
 from miles_plan.backends.sglang_engine.server_arguments import RECEIVER, ServerArguments
 from miles_plan.data.batch import SampleBatch
@@ -32,6 +32,8 @@ class SglangOptions:
     arguments: ServerArguments
     gpus: tuple[str, ...]
     log: Path
+    vocab_size: int
+    max_positions: int
     routed: Routed | None = None
     name: str = "sglang"
 
@@ -75,6 +77,9 @@ class SglangRolloutEngine:
     def generate(self, requests: Sequence[Request], options: SamplingOptions, *, min_version: int) -> SampleBatch:
         """Responses for all requests, in order."""
         self._check_serving(min_version)
+        self._check_requests(requests, options)
+        if not requests:
+            return batch_of((), responses((), None), version=self._version)
         seeded = self.options.arguments.enable_deterministic_inference
         self._running = len(requests)
         try:
@@ -108,7 +113,7 @@ class SglangRolloutEngine:
     def commit_weights(self, version: int) -> int:
         """Serve a version whose buckets are all here."""
         if self._incoming is None or self._incoming[0] != version or not self._complete:
-            raise EngineError(f"{self.options.name}: not all buckets of version {version} are here; it serves nothing")
+            raise EngineError(f"{self.options.name}: buckets of version {version} did not arrive; it serves nothing")
         self._version, self._incoming = version, None
         return version
 
@@ -147,9 +152,9 @@ class SglangRolloutEngine:
         self._link.abort()
 
     def health(self) -> Mapping[str, Any]:
-        """Version held (-1: none), requests running, whether the process lives, memory by part."""
+        """Version held (-1: none), requests running, whether the process lives, what sleeps, memory by part."""
         return {
-            "version": self._version,
+            "weight_version": self._version,
             "running": self._running,
             "alive": self._link.alive(),
             "asleep": sorted(self._asleep),
@@ -166,6 +171,18 @@ class SglangRolloutEngine:
             raise EngineError(f"{self.options.name}: asleep ({', '.join(sorted(self._asleep))}); wake it before generating")
         if self._version < max(min_version, 0):
             raise EngineError(f"{self.options.name}: holds weights version {self._version}, {min_version} was asked for")
+
+    def _check_requests(self, requests: Sequence[Request], options: SamplingOptions) -> None:
+        """SGLang would refuse the whole batch without saying which request it is about."""
+        room = self.options.max_positions - options.max_response_tokens
+        for request in requests:
+            wrong = ""
+            if not 0 < len(request.prompt) <= room:
+                wrong = f"{len(request.prompt)} prompt tokens, 1 to {room} fit beside the response"
+            elif not 0 <= min(request.prompt) <= max(request.prompt) < self.options.vocab_size:
+                wrong = f"a token outside the vocabulary of {self.options.vocab_size}"
+            if wrong:
+                raise EngineError(f"{self.options.name}: sample {request.sample_id}: {wrong}")
 
     def _receive(self, bucket: WeightBucket) -> None:
         if self._group is None:
@@ -238,7 +255,7 @@ class SglangFollower:
 
     def health(self) -> Mapping[str, Any]:
         """The version last committed."""
-        return {"version": self._version, "running": 0}
+        return {"weight_version": self._version, "running": 0}
 
     def close(self) -> None:
         """Nothing."""
