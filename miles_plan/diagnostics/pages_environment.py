@@ -196,6 +196,14 @@ PAGES: tuple[Page, ...] = (
         fix="Give files of JSON lines; the message names the line.",
     ),
     Page(
+        code="MP444",
+        title="a trainer that this plan cannot have here",
+        what="The plan asks something of Megatron-core or FSDP2 that it cannot do, or its packages are missing.",
+        why="It would fail while it starts, after minutes, with a message of its own.",
+        example="error[MP444]: @train trains with Megatron-core: megatron-core is not installed",
+        fix="Change what the message names; `miles-plan doctor` says what is installed and what fits together.",
+    ),
+    Page(
         code="MP450",
         title="no GPU to measure",
         what="`miles-plan calibrate` ran on a machine where torch can use no GPU.",
