@@ -13,12 +13,45 @@ import signal
 import sys
 import threading
 import traceback
+from importlib import import_module
+from importlib.metadata import entry_points
 from multiprocessing.connection import Connection
 from typing import Any
 
 from miles_plan.backends.sglang_engine.generation import Routed, responses
 
 ABORT, CLOSE = "abort", "close"
+KERNELS_SWITCH = "MILES_PLAN_SGLANG_KERNELS"
+KERNEL_HOOKS = "miles_plan.kernels.cuda.hooks_sglang"
+
+
+def engine_class() -> Any:
+    """SGLang's Engine; where the environment asks for this package's kernels, one whose schedulers run on them."""
+    from sglang import Engine
+
+    if os.environ.get(KERNELS_SWITCH) != "1":
+        return Engine
+    take_kernels()
+    return type("Engine", (Engine,), {"run_scheduler_process_func": staticmethod(run_scheduler)})
+
+
+def run_scheduler(*arguments: Any) -> None:
+    """What each scheduler's process runs: the kernels are in place before it loads the model."""
+    from sglang.srt.managers.scheduler import run_scheduler_process
+
+    take_kernels()
+    run_scheduler_process(*arguments)
+
+
+def take_kernels() -> None:
+    """Register this package's backends in this process, unless SGLang has found them itself as an installed plugin."""
+    from sglang.srt.plugins import GENERAL_PLUGINS_GROUP, load_plugins
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    load_plugins()
+    if not any(each.value.startswith(KERNEL_HOOKS) for each in entry_points(group=GENERAL_PLUGINS_GROUP)):
+        import_module(KERNEL_HOOKS).plugin()
+        HookRegistry.apply_hooks()
 
 
 class EngineServer:
@@ -26,9 +59,7 @@ class EngineServer:
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         """Start the engine. Raises what SGLang raises."""
-        from sglang import Engine
-
-        self._engine = Engine(**arguments)
+        self._engine = engine_class()(**arguments)
         self._routed: Routed | None = None
 
     def info(self) -> dict[str, Any]:

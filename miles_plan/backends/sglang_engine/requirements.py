@@ -9,22 +9,12 @@ from miles_plan.backends.sglang_engine.server_arguments import ArgumentsError, s
 from miles_plan.diagnostics import Diagnostic, error
 from miles_plan.ir.group import DeviceGroup
 from miles_plan.ir.plan import Plan
-from miles_plan.ir.tasks import Rollout
 
 
 def problems(plan: Plan, group: DeviceGroup) -> Iterator[Diagnostic]:
     """Findings, each of which stops the run."""
     layout = group.rollout_layout
     assert layout is not None, "a rollout group has a rollout layout"
-    for task in plan.graph.tasks:
-        if isinstance(task, Rollout) and task.group == group.name and task.speculation is not None:
-            yield error(
-                "MP436",
-                f"%{task.name}: speculative decoding on SGLang: no draft model travels with the policy's weights",
-                field="rollout.speculative",
-                help="set rollout.speculative: off",
-            )
-            return
     if layout.pp > 1:
         yield error(
             "MP442",
@@ -35,4 +25,4 @@ def problems(plan: Plan, group: DeviceGroup) -> Iterator[Diagnostic]:
     try:
         server_arguments(plan, group, model_directory=Path("model"))
     except ArgumentsError as problem:
-        yield error("MP432", f"@{group.name}: {problem}", field="precision.rollout", help="set precision.rollout to bf16")
+        yield error(problem.code, f"@{group.name}: {problem}", field=problem.field, help=problem.remedy)

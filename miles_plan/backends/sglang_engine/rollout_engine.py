@@ -13,9 +13,10 @@ from typing import Any
 
 from miles_plan.backends.engine import EngineError, MemoryReport, Part, Request, WeightBucket
 from miles_plan.backends.sglang_engine.engine_link import EngineLink
+from miles_plan.backends.sglang_engine.engine_process import KERNELS_SWITCH
 from miles_plan.backends.sglang_engine.generation import Routed, batch_of, responses, sampling_parameters
 from miles_plan.backends.sglang_engine.read_back import Effective, check
-from miles_plan.backends.sglang_engine.server_arguments import RECEIVER, ServerArguments
+from miles_plan.backends.sglang_engine.server_arguments import OWN_KERNELS, RECEIVER, ServerArguments
 from miles_plan.data.batch import SampleBatch
 from miles_plan.ir.options import SamplingOptions
 
@@ -50,6 +51,8 @@ class SglangRolloutEngine:
         began = time.perf_counter()
         self._verdicts = tempfile.TemporaryDirectory(prefix="mplan-sglang-")
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(options.gpus)}
+        if options.arguments.attention_backend == OWN_KERNELS:
+            environment[KERNELS_SWITCH] = "1"
         self._link = EngineLink(options.arguments.as_mapping(), log=options.log, environment=environment, name=options.name)
         try:
             self.effective: Effective = check(options.arguments.as_mapping(), self._link.start())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from miles_plan.ir.group import DeviceGroup
+from miles_plan.ir.layout import RolloutLayout
 from miles_plan.ir.plan import Plan
 from miles_plan.ir.tasks import Logprobs, Rollout
 
@@ -21,11 +22,18 @@ GRAPH_BATCH = 256  # the largest decode batch that the memory plan counts CUDA g
 DTYPES: Mapping[str, str] = {"bf16": "bfloat16", "fp32": "float32", "fp8_blockwise": "bfloat16", "mxfp8": "bfloat16"}
 QUANTIZATION: Mapping[str, str | None] = {"bf16": None, "fp32": None, "fp8_blockwise": "fp8", "mxfp8": "mxfp8"}
 KV_CACHE: Mapping[str, str] = {"auto": "auto", "bf16": "bf16", "fp8": "fp8_e4m3"}
+OWN_KERNELS = "miles_plan"  # the backends that `kernels.cuda.hooks_sglang` registers
+OWN_PAGE_TOKENS = (64, 128)  # what they can read
 HOPPER = ("h100", "h200", "h800", "h20", "gh200")
 
 
 class ArgumentsError(ValueError):
-    """The plan asks something of SGLang for which there is no argument."""
+    """The plan asks something of SGLang for which there is no argument. field: of the spec; remedy: what to set instead."""
+
+    def __init__(self, message: str, *, code: str, field: str, remedy: str) -> None:
+        """`code` is the diagnostic that a run is refused with."""
+        super().__init__(message)
+        self.code, self.field, self.remedy = code, field, remedy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,12 +87,24 @@ def server_arguments(plan: Plan, group: DeviceGroup, *, model_directory: Path) -
     if task is None:
         raise ArgumentsError(f"no rollout runs on @{group.name}, so nothing says how its engines are sized")
     if task.speculation is not None:
-        raise ArgumentsError("speculative decoding: no draft model travels with the policy's weights")
+        raise ArgumentsError(
+            "speculative decoding on SGLang: no draft model travels with the policy's weights",
+            code="MP436",
+            field="rollout.speculative",
+            remedy="set rollout.speculative: off",
+        )
     precision, kv_cache = plan.run.rollout_dtype, _kv_cache(plan)
-    for name, known in ((precision, DTYPES), (kv_cache, KV_CACHE)):
+    for name, known, field in ((precision, DTYPES, "rollout"), (kv_cache, KV_CACHE, "kv_cache")):
         if name not in known:
-            raise ArgumentsError(f"number format {name}: SGLang takes {', '.join(known)} here")
-    max_running = task.max_running
+            raise ArgumentsError(
+                f"SGLang has no {name} here",
+                code="MP432",
+                field=f"precision.{field}",
+                remedy=f"set precision.{field} to {' or '.join(known)}",
+            )
+    max_running, exact = task.max_running, _exact(plan)
+    if exact:
+        _check_exact(task.page_tokens, layout, precision)
     return ServerArguments(
         model_path=str(model_directory),
         dtype=DTYPES[precision],
@@ -102,15 +122,40 @@ def server_arguments(plan: Plan, group: DeviceGroup, *, model_directory: Path) -
         max_prefill_tokens=CHUNKED_PREFILL_TOKENS,
         page_size=task.page_tokens,
         disable_radix_cache=not task.prefix_sharing,
-        attention_backend="fa3" if plan.cluster.gpu.lower().startswith(HOPPER) else "triton",
-        sampling_backend="pytorch",  # its probabilities are the ones that the log-probs are taken of
+        attention_backend=OWN_KERNELS if exact else "fa3" if plan.cluster.gpu.lower().startswith(HOPPER) else "triton",
+        sampling_backend=OWN_KERNELS if exact else "pytorch",  # pytorch's probabilities are those the log-probs are taken of
         cuda_graph_max_bs_decode=min(max_running, GRAPH_BATCH),
         disable_prefill_cuda_graph=True,  # the memory plan has no room for a second set of graphs
-        enable_deterministic_inference=_exact(plan),
+        enable_deterministic_inference=exact,
         enable_return_routed_experts=task.record_routing,
         enable_memory_saver=_sleeps(plan, group),
         random_seed=plan.run.seed,
     )
+
+
+def _check_exact(page_tokens: int, layout: RolloutLayout, precision: str) -> None:
+    """What this package's kernels inside SGLang cannot do (`kernels.cuda.hooks_sglang`)."""
+    if page_tokens not in OWN_PAGE_TOKENS:
+        raise ArgumentsError(
+            f"alignment: exact reads cache pages of {' or '.join(map(str, OWN_PAGE_TOKENS))} tokens, not {page_tokens}",
+            code="MP442",
+            field="rollout.page_tokens",
+            remedy=f"set rollout.page_tokens: {OWN_PAGE_TOKENS[0]}",
+        )
+    if layout.dp_attention > 1:
+        raise ArgumentsError(
+            "alignment: exact has no data-parallel attention",
+            code="MP442",
+            field="rollout.layout.dp_attention",
+            remedy="set rollout.layout.dp_attention: 1",
+        )
+    if QUANTIZATION[precision]:
+        raise ArgumentsError(
+            f"alignment: exact has no kernels for {precision}",
+            code="MP432",
+            field="precision.rollout",
+            remedy="set precision.rollout: bf16",
+        )
 
 
 def _kv_cache(plan: Plan) -> str:

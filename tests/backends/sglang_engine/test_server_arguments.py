@@ -94,7 +94,16 @@ def test_the_colocated_plan_sets_these_and_no_others() -> None:
             {"max_running_requests": 48, "cuda_graph_max_bs_decode": 48},
         ),
         ("gpu_grpo_0_6b_colocated.yaml", ("rollout.prefix_sharing=false",), {"disable_radix_cache": True}),
-        ("gpu_grpo_0_6b_colocated.yaml", ("precision.alignment=exact",), {"enable_deterministic_inference": True}),
+        (
+            "gpu_grpo_0_6b_colocated.yaml",
+            ("precision.alignment=exact", "rollout.page_tokens=64"),
+            {
+                "enable_deterministic_inference": True,
+                "attention_backend": "miles_plan",
+                "sampling_backend": "miles_plan",
+                "page_size": 64,
+            },
+        ),
         ("gpu_grpo_0_6b_colocated.yaml", ("precision.kv_cache=fp8",), {"kv_cache_dtype": "fp8_e4m3"}),
         ("gpu_grpo_0_6b_colocated.yaml", ("precision.rollout=fp8_blockwise",), {"quantization": "fp8"}),
         ("gpu_grpo_0_6b_colocated.yaml", ("seed=7",), {"random_seed": 7}),
@@ -132,3 +141,9 @@ def test_a_layout_becomes_sizes() -> None:
 def test_what_has_no_argument_is_refused(change: Any, words: str) -> None:
     with pytest.raises(ArgumentsError, match=words):
         arguments_of(change(plan_of("gpu_grpo_0_6b_colocated.yaml")))
+
+
+def test_exact_alignment_needs_pages_that_our_attention_reads() -> None:
+    plan = plan_of("gpu_grpo_0_6b_colocated.yaml", "precision.alignment=exact")
+    with pytest.raises(ArgumentsError, match="pages of"):
+        arguments_of(plan)
