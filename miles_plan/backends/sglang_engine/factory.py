@@ -42,6 +42,8 @@ def make_engine(
         routed=routed_of(plan, int(config["num_hidden_layers"])),
         name=name,
     )
+    log_directory.mkdir(parents=True, exist_ok=True)
+    (log_directory / f"sglang-{group.name}-{index}.arguments").write_text(f"{options.arguments}\n", encoding="utf-8")
     return SglangRolloutEngine(options)
 
 
