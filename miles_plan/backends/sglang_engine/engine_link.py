@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from miles_plan.backends.sglang_engine.engine_process import ABORT, CLOSE
 START_DEADLINE_S = 600.0
 _POLL_S = 0.5
 _LOG_LINES = 12
+_ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt)(: |$)")
 
 
 class EngineDiedError(EngineError):
@@ -42,6 +44,7 @@ class EngineLink:
         ours, theirs = socket.socketpair()
         self.name, self.log = name, log
         log.parent.mkdir(parents=True, exist_ok=True)
+        self._log_start = log.stat().st_size if log.exists() else 0
         with log.open("ab") as sink:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, str(theirs.fileno())],
@@ -118,7 +121,8 @@ class EngineLink:
         code = self._process.returncode
         how = f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
         what = f"the engine's process {self.pid} ended {how} before it answered '{method}'"
-        return EngineDiedError(f"{self.name}: {what}{self._tail()}")
+        reason = f": {last}" if (last := last_error(self._logged())) else ""
+        return EngineDiedError(f"{self.name}: {what}{reason}{self._tail()}")
 
     def _kill(self) -> None:
         """The whole process group; waits until none of it is left, so that its memory is free when this returns."""
@@ -130,11 +134,21 @@ class EngineLink:
             time.sleep(0.05)
 
     def _tail(self) -> str:
+        return "".join(f"\n    {line}" for line in self._logged()[-_LOG_LINES:])
+
+    def _logged(self) -> list[str]:
+        """Lines of this process's own output; a file may hold those of one before it."""
         try:
-            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
+            with self.log.open("rb") as file:
+                file.seek(self._log_start)
+                return file.read().decode(errors="replace").splitlines()
         except OSError:
-            lines = []
-        return "".join(f"\n    {line}" for line in lines)
+            return []
+
+
+def last_error(lines: Sequence[str]) -> str:
+    """The last line that ends a traceback, where there is one: schedulers die of an exception and their parent of a signal."""
+    return next((line for line in reversed(lines) if _ERROR.match(line)), "")
 
 
 def _group_alive(group: int) -> bool:

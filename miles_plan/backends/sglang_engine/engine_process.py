@@ -12,13 +12,14 @@ import queue
 import signal
 import sys
 import threading
+import time
 import traceback
 from importlib import import_module
 from importlib.metadata import entry_points
 from multiprocessing.connection import Connection
 from typing import Any
 
-from miles_plan.backends.sglang_engine.generation import Routed, responses
+from miles_plan.backends.sglang_engine.generation import Responses, Routed, responses
 
 ABORT, CLOSE = "abort", "close"
 KERNELS_SWITCH = "MILES_PLAN_SGLANG_KERNELS"
@@ -67,12 +68,16 @@ class EngineServer:
         found: dict[str, Any] = self._engine.get_server_info()
         return found
 
-    def generate(self, prompts: list[list[int]], sampling: list[dict[str, Any]], routed: Routed | None) -> Any:
-        """Responses in columns, in the order of the prompts."""
+    def generate(
+        self, prompts: list[list[int]], sampling: list[dict[str, Any]], routed: Routed | None
+    ) -> tuple[Responses, float]:
+        """Responses in columns, in the order of the prompts, and the seconds that SGLang took for them."""
+        began = time.perf_counter()
         outputs = self._engine.generate(
             input_ids=prompts, sampling_params=sampling, return_logprob=True, return_routed_experts=routed is not None
         )
-        return responses(outputs, routed)
+        seconds = time.perf_counter() - began
+        return responses(outputs, routed), seconds
 
     def take(self, payloads: list[bytes], receiver: str, flush: bool) -> str:
         """Hand a bucket to the schedulers' loader, one payload a rank; returns SGLang's message, empty when all went well."""

@@ -66,6 +66,7 @@ class SglangRolloutEngine:
         self._complete = False
         self._group: str | None = None
         self._running = 0
+        self._generating_s = 0.0
 
     @property
     def ranks(self) -> int:
@@ -86,7 +87,7 @@ class SglangRolloutEngine:
         seeded = self.options.arguments.enable_deterministic_inference
         self._running = len(requests)
         try:
-            made = self._link.call(
+            made, seconds = self._link.call(
                 "generate",
                 prompts=[list(request.prompt) for request in requests],
                 sampling=[sampling_parameters(options, request.sample_id, seeded=seeded) for request in requests],
@@ -94,6 +95,7 @@ class SglangRolloutEngine:
             )
         finally:
             self._running = 0
+        self._generating_s += seconds
         return batch_of(requests, made, version=self._version)
 
     def update_weights(self, bucket: WeightBucket) -> None:
@@ -155,10 +157,14 @@ class SglangRolloutEngine:
         self._link.abort()
 
     def health(self) -> Mapping[str, Any]:
-        """Version held (-1: none), requests running, whether the process lives, what sleeps, memory by part."""
+        """Version held (-1: none), requests running, whether the process lives, what sleeps, memory by part.
+
+        generating_s: seconds that SGLang's own `generate` took, over all calls; the rest of ours is the way there and back.
+        """
         return {
             "weight_version": self._version,
             "running": self._running,
+            "generating_s": self._generating_s,
             "alive": self._link.alive(),
             "asleep": sorted(self._asleep),
             "device_bytes": dict(self._memory().device_bytes),
@@ -206,13 +212,11 @@ class SglangRolloutEngine:
 
     def _hand_over(self, bucket: WeightBucket, probes: Sequence[dict[str, Any]] = ()) -> list[str]:
         """Let the schedulers take a bucket; returns what they found wrong."""
-        import torch
-
         from miles_plan.backends.sglang_engine.receive import description_of, verdicts_of
-        from miles_plan.backends.weight_transport.cuda_ipc import Lent
+        from miles_plan.backends.weight_transport.cuda_ipc import Lent, Nothing
 
         prefix = os.path.join(self._verdicts.name, f"{bucket.version}-{bucket.index}")
-        payload: Any = Lent(bucket.handle) if bucket.transport == "cuda_ipc" else torch.zeros(1, dtype=torch.uint8)
+        payload = Lent(bucket.handle) if bucket.transport == "cuda_ipc" else Nothing()
         description = description_of(bucket, verdicts=prefix, payload=bucket.transport, probes=probes)
         pickled = pickle.dumps([(description, payload)])
         message = self._link.call("take", payloads=[pickled] * self.ranks, receiver=RECEIVER, flush=bucket.last)

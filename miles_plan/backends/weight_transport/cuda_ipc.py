@@ -47,6 +47,15 @@ class Lent:
         return self._function, self._arguments
 
 
+class Nothing:
+    """Stands for a tensor that nobody looks at. A pickled CPU tensor would not do: Megatron-core replaces torch's function that
+    loads one by its own, which SGLang's unpickler refuses."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """One element, whatever it is."""
+        return torch.Tensor, (1,)
+
+
 def view_of(data: Tensor, tensor: WeightTensor) -> Tensor:
     """A tensor of a bucket, without a copy. data: uint8 [bucket]."""
     raw = data[tensor.offset_bytes : tensor.offset_bytes + tensor.size_bytes]

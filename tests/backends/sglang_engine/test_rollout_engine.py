@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from miles_plan.backends.engine import EngineError, Request, RolloutEngine, WeightBucket
-from miles_plan.backends.sglang_engine.engine_link import EngineDiedError, EngineLink
+from miles_plan.backends.sglang_engine.engine_link import EngineDiedError, EngineLink, last_error
 from miles_plan.backends.sglang_engine.rollout_engine import SglangOptions, SglangRolloutEngine
 from miles_plan.backends.sglang_engine.server_arguments import ServerArguments
 from miles_plan.backends.weight_transport.shared_memory import BucketPlan, SharedMemoryWriter
@@ -168,6 +168,7 @@ def test_a_request_that_cannot_be_is_named(engine: SglangRolloutEngine) -> None:
     assert engine.health() == {
         "weight_version": 0,
         "running": 0,
+        "generating_s": 0.0,
         "alive": True,
         "asleep": [],
         "device_bytes": {"weights": 1 << 30, "kv_cache": 5 << 29},
@@ -189,6 +190,18 @@ def test_the_death_of_the_process_is_noticed_and_named(engine: SglangRolloutEngi
     assert not engine.health()["alive"]
     with pytest.raises(EngineDiedError):
         engine.generate(requests(1), OPTIONS, min_version=0)
+
+
+def test_the_reason_is_the_last_error_that_was_printed() -> None:
+    lines = [
+        "Traceback (most recent call last):",
+        "  File x",
+        "RuntimeError: Blocked unsafe class loading (a.b)",
+        "SIGQUIT received.",
+    ]
+    assert last_error(lines) == "RuntimeError: Blocked unsafe class loading (a.b)"
+    assert last_error(["torch.OutOfMemoryError: CUDA out of memory."]) == "torch.OutOfMemoryError: CUDA out of memory."
+    assert last_error(["no error here", "Errors: none"]) == ""
 
 
 def test_an_engine_that_runs_otherwise_than_asked_is_refused_and_ended(with_stand_in: None, tmp_path: Path) -> None:
