@@ -85,7 +85,12 @@ def server_arguments(plan: Plan, group: DeviceGroup, *, model_directory: Path) -
     assert layout is not None, "a rollout group has a rollout layout"
     task = next((each for each in plan.graph.tasks if isinstance(each, Rollout) and each.group == group.name), None)
     if task is None:
-        raise ArgumentsError(f"no rollout runs on @{group.name}, so nothing says how its engines are sized")
+        raise ArgumentsError(
+            f"no rollout runs on @{group.name}, so nothing says how its engines are sized",
+            code="MP436",
+            field="rollout",
+            remedy="use rollout.engine: torch for a group that only evaluates",
+        )
     if task.speculation is not None:
         raise ArgumentsError(
             "speculative decoding on SGLang: no draft model travels with the policy's weights",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miles_plan.backends.engine import WeightTensor
-from miles_plan.backends.weight_transport.cuda_ipc import checksums, lend, packed, view_of, with_checksums
+from miles_plan.backends.weight_transport.cuda_ipc import Nothing, checksums, lend, packed, view_of, with_checksums
 
 
 def described(sizes: list[int]) -> list[WeightTensor]:
@@ -70,6 +71,14 @@ def test_a_view_has_the_tensors_shape_and_type() -> None:
     data = torch.zeros(128, dtype=torch.uint8)
     data[64:76] = torch.arange(6, dtype=torch.bfloat16).view(torch.uint8)
     assert view_of(data, tensor).tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+
+
+def test_a_placeholder_is_loaded_without_torchs_own_loader() -> None:
+    """Megatron-core replaces `torch.storage._load_from_bytes`, which a pickled CPU tensor names."""
+    pickled = pickle.dumps([("description", Nothing())])
+    assert b"_load_from_bytes" not in pickled
+    ((_, tensor),) = pickle.loads(pickled)
+    assert tensor.shape == (1,)
 
 
 def test_only_what_lies_on_a_gpu_can_be_lent() -> None:
