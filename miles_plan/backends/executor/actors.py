@@ -86,16 +86,22 @@ class Actor:
 class Calls:
     """The same call on several actors: references to their reports and, where asked, to the values they produced.
 
-    slot: what was called, `host` or a group's name.
+    slot: what was called, `host` or a group's name; owners: of calls on several slots, whose each report is.
     """
 
     slot: str
     reports: tuple[Any, ...]
     values: tuple[Any, ...] = ()
+    owners: tuple[str, ...] = ()
+
+    def owner(self, index: int) -> str:
+        """The slot that a report comes from."""
+        return self.owners[index] if self.owners else self.slot
 
     def beside(self, other: Calls) -> Calls:
-        """Both at once, as one wait: this one's reports first. Failures are put down to this one's slot."""
-        return Calls(self.slot, (*self.reports, *other.reports), (*self.values, *other.values))
+        """Both at once, as one wait: this one's reports first."""
+        owners = tuple(each.owner(index) for each in (self, other) for index in range(len(each.reports)))
+        return Calls(self.slot, (*self.reports, *other.reports), (*self.values, *other.values), owners)
 
 
 class Members:

@@ -44,9 +44,9 @@ class Running:
         """Seconds since what it waits for was asked."""
         return time.monotonic() - self.since
 
-    def failed(self, cause: Cause, message: str) -> Failure:
-        """How it failed, with what it was waiting for."""
-        slot, subject = (self.wait.calls.slot, self.wait.subject) if self.wait else ("", self.name)
+    def failed(self, cause: Cause, message: str, place: int = 0) -> Failure:
+        """How it failed, with what it was waiting for; place: whose report it was, where one failed."""
+        slot, subject = (self.wait.calls.owner(place), self.wait.subject) if self.wait else ("", self.name)
         return Failure(cause=cause, slot=slot, subject=subject, message=message, age_s=self.age_s if self.wait else 0.0)
 
 
@@ -99,7 +99,7 @@ class Driver:
         try:
             timed = ray.get(ref)
         except Exception as error:
-            return self._end(running, failure=self._failure_of_call(running, error), error=error)
+            return self._end(running, failure=self._failure_of_call(running, error, place), error=error)
         running.reports[place] = timed.report
         running.slowest_s = max(running.slowest_s, timed.seconds)
         running.peak_bytes = max(running.peak_bytes, timed.peak_bytes)
@@ -126,14 +126,14 @@ class Driver:
                 return None
             reports = []
 
-    def _failure_of_call(self, running: Running, error: BaseException) -> Failure:
+    def _failure_of_call(self, running: Running, error: BaseException, place: int) -> Failure:
         """One rank failed: whether its process lives, and whether the others have come back too."""
         from ray.exceptions import RayActorError
 
         cause: Cause = "died" if isinstance(error, RayActorError) else "raised"
         if cause == "raised" and not self._peers_came_back(running):
             cause = "died"
-        return running.failed(cause, _text(error))
+        return running.failed(cause, _text(error), place)
 
     def _peers_came_back(self, running: Running) -> bool:
         import ray

@@ -92,10 +92,10 @@ class EngineServer:
         done, message = self._engine.init_weights_update_group(address, port, rank_offset, world_size, name, "nccl")
         return "" if done else message
 
-    def receive(self, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str) -> str:
+    def receive(self, names: list[str], dtypes: list[str], shapes: list[list[int]], group: str, flush: bool) -> str:
         """Take a bucket that the group's sender broadcasts; returns SGLang's message, empty when all went well."""
         done, message = self._engine.update_weights_from_distributed(
-            names, dtypes, shapes, group_name=group, flush_cache=False, load_format="flattened_bucket"
+            names, dtypes, shapes, group_name=group, flush_cache=flush, load_format="flattened_bucket"
         )
         return "" if done else message
 

@@ -202,6 +202,7 @@ class SglangRolloutEngine:
             dtypes=[tensor.dtype for tensor in bucket.tensors],
             shapes=[list(tensor.shape) for tensor in bucket.tensors],
             group=self._group,
+            flush=bucket.last,  # keys and values of the old weights must not serve a prefix under the new ones
         )
         if message:
             raise EngineError(f"{self.options.name}: bucket {bucket.index} of version {bucket.version}: {message}")

@@ -109,7 +109,7 @@ def server_arguments(plan: Plan, group: DeviceGroup, *, model_directory: Path) -
             )
     max_running, exact = task.max_running, _exact(plan)
     if exact:
-        _check_exact(task.page_tokens, layout, precision)
+        _check_exact(task, layout, precision)
     return ServerArguments(
         model_path=str(model_directory),
         dtype=DTYPES[precision],
@@ -128,7 +128,7 @@ def server_arguments(plan: Plan, group: DeviceGroup, *, model_directory: Path) -
         page_size=task.page_tokens,
         disable_radix_cache=not task.prefix_sharing,
         attention_backend=OWN_KERNELS if exact else "fa3" if plan.cluster.gpu.lower().startswith(HOPPER) else "triton",
-        sampling_backend=OWN_KERNELS if exact else "pytorch",  # pytorch's probabilities are those the log-probs are taken of
+        sampling_backend="pytorch",  # its probabilities are those the log-probs are taken of; our kernels take its place
         cuda_graph_max_bs_decode=min(max_running, GRAPH_BATCH),
         disable_prefill_cuda_graph=True,  # the memory plan has no room for a second set of graphs
         enable_deterministic_inference=exact,
@@ -138,11 +138,12 @@ def server_arguments(plan: Plan, group: DeviceGroup, *, model_directory: Path) -
     )
 
 
-def _check_exact(page_tokens: int, layout: RolloutLayout, precision: str) -> None:
+def _check_exact(task: Rollout, layout: RolloutLayout, precision: str) -> None:
     """What this package's kernels inside SGLang cannot do (`kernels.cuda.hooks_sglang`)."""
-    if page_tokens not in OWN_PAGE_TOKENS:
+    if task.page_tokens not in OWN_PAGE_TOKENS:
+        pages = " or ".join(map(str, OWN_PAGE_TOKENS))
         raise ArgumentsError(
-            f"alignment: exact reads cache pages of {' or '.join(map(str, OWN_PAGE_TOKENS))} tokens, not {page_tokens}",
+            f"alignment: exact reads cache pages of {pages} tokens, not {task.page_tokens}",
             code="MP442",
             field="rollout.page_tokens",
             remedy=f"set rollout.page_tokens: {OWN_PAGE_TOKENS[0]}",
@@ -153,6 +154,13 @@ def _check_exact(page_tokens: int, layout: RolloutLayout, precision: str) -> Non
             code="MP442",
             field="rollout.layout.dp_attention",
             remedy="set rollout.layout.dp_attention: 1",
+        )
+    if task.record_routing and layout.ep != layout.tp:
+        raise ArgumentsError(
+            f"alignment: exact keeps experts whole: ep={layout.ep} must be tp={layout.tp}",
+            code="MP442",
+            field="rollout.layout.ep",
+            remedy="set rollout.layout.ep to rollout.layout.tp",
         )
     if QUANTIZATION[precision]:
         raise ArgumentsError(

@@ -13,9 +13,12 @@ import pytest
 import torch
 
 from miles_plan.backends.engine import BucketLayout, DeviceBucket, EngineError, WeightBucket, WeightTensor
+from miles_plan.backends.executor.actors import Calls
+from miles_plan.backends.executor.driver import Running
 from miles_plan.backends.executor.engines import RolloutRank, TrainRank
 from miles_plan.backends.executor.operations import deliver
 from miles_plan.backends.executor.operations.deliver import confirm, hand_over, probes_of_bucket, receive_weights
+from miles_plan.backends.executor.operations.operation import Wait
 from miles_plan.backends.weight_transport.cuda_ipc import view_of
 
 
@@ -149,3 +152,17 @@ def test_probes_of_two_versions_look_at_other_places() -> None:
     assert places[0] != places[1]
     for each in probes_of_bucket(LAYOUTS[0], data, 1):
         assert each["value"] == 8 * each["row"] + each["column"]
+
+
+def test_of_calls_on_two_groups_each_report_has_its_owner() -> None:
+    both = Calls("rollout", ("r0", "r1")).beside(Calls("train", ("t0",)))
+    assert both.reports == ("r0", "r1", "t0")
+    assert [both.owner(index) for index in range(3)] == ["rollout", "rollout", "train"]
+    assert Calls("train", ("t0",)).owner(0) == "train"
+
+
+def test_a_failure_is_put_down_to_the_group_whose_report_failed() -> None:
+    running = Running("weight_sync@0", iter(()), 1.0)  # type: ignore[arg-type]
+    running.wait = Wait("receive", Calls("rollout", ("r0",)).beside(Calls("train", ("t0",))))
+    assert running.failed("died", "gone", 1).slot == "train"
+    assert running.failed("died", "gone", 0).slot == "rollout"

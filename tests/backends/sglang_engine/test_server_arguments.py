@@ -100,7 +100,6 @@ def test_the_colocated_plan_sets_these_and_no_others() -> None:
             {
                 "enable_deterministic_inference": True,
                 "attention_backend": "miles_plan",
-                "sampling_backend": "miles_plan",
                 "page_size": 64,
             },
         ),
