@@ -10,10 +10,15 @@ from typing import Any
 import pytest
 
 from miles_plan.backends.engine import RolloutEngine, TrainEngine
+from miles_plan.backends.fsdp_engine.options import FsdpEngineOptions
+from miles_plan.backends.fsdp_engine.train_engine import FsdpTrainEngine
+from miles_plan.backends.megatron_engine.options import MegatronEngineOptions
+from miles_plan.backends.megatron_engine.train_engine import MegatronTrainEngine
 from miles_plan.backends.torch_engine.options import RolloutEngineOptions, TrainEngineOptions
 from miles_plan.backends.torch_engine.rollout_engine import TorchRolloutEngine
 from miles_plan.backends.torch_engine.train_engine import TorchTrainEngine
 from miles_plan.backends.torch_engine.weights import initialise_checkpoint
+from tests.backends.megatron_engine import cuda_stand_ins
 
 SIZES: dict[str, Any] = {
     "vocab_size": 41,
@@ -83,8 +88,36 @@ def _torch_rollout(directory: Path) -> RolloutEngine:
     )
 
 
+def _megatron_trainer(directory: Path, host: Path) -> TrainEngine:
+    return MegatronTrainEngine(
+        MegatronEngineOptions(
+            model_directory=directory,
+            host_directory=host,
+            keep_reference=True,
+            micro_batch_tokens=50,
+            dtype="float32",
+            device="cpu",
+        )
+    )
+
+
+def _fsdp_trainer(directory: Path, host: Path) -> TrainEngine:
+    return FsdpTrainEngine(
+        FsdpEngineOptions(
+            model_directory=directory,
+            host_directory=host,
+            keep_reference=True,
+            micro_batch_tokens=50,
+            dtype="float32",
+            device="cpu",
+        )
+    )
+
+
 KINDS: dict[str, dict[str, Any]] = {
     "torch": {"make_trainer": _torch_trainer, "make_rollout": _torch_rollout, "exact": True},
+    "fsdp": {"make_trainer": _fsdp_trainer, "make_rollout": _torch_rollout, "exact": False},
+    "megatron": {"make_trainer": _megatron_trainer, "make_rollout": _torch_rollout, "exact": False},
 }
 
 
@@ -100,6 +133,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=[(kind, model) for kind in KINDS for model in MODELS], ids="-".join)
 def engines(request: pytest.FixtureRequest, checkpoints: Path, tmp_path: Path) -> Iterator[Engines]:
     kind, model = request.param
+    if kind == "megatron":
+        cuda_stand_ins.need_megatron()
     made = Engines(model=model, directory=checkpoints / model, scratch=tmp_path, **KINDS[kind])
     yield made
     made.close()

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miles_plan.backends.engine import EngineError, WeightBucket
-from miles_plan.backends.torch_engine.weight_exchange import (
+from miles_plan.backends.weight_transport.shared_memory import (
     BucketPlan,
     SharedMemoryWriter,
     plan_buckets,
@@ -78,7 +78,7 @@ def test_a_killed_writers_segments_are_removed_by_the_next(tmp_path: Path) -> No
     script = (
         "import os, signal, sys, torch\n"
         "from pathlib import Path\n"
-        "from miles_plan.backends.torch_engine.weight_exchange import BucketPlan, SharedMemoryWriter\n"
+        "from miles_plan.backends.weight_transport.shared_memory import BucketPlan, SharedMemoryWriter\n"
         "writer = SharedMemoryWriter(Path(sys.argv[1]))\n"
         "writer.write(1, BucketPlan(0, 0, ('a',), True), [('a', torch.ones(3))])\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -11,7 +11,7 @@ from torch import Tensor
 from miles_plan.algorithms.aggregation import response_mask, token_weights
 from miles_plan.algorithms.policy_loss import PolicyTargets, policy_loss
 from miles_plan.algorithms.sft_loss import sft_loss
-from miles_plan.backends.torch_engine.packed_samples import PackedSamples, pack_samples
+from miles_plan.backends.training.packed_samples import PackedSamples, pack_samples
 from miles_plan.data.batch import SampleBatch
 from miles_plan.ir.options import LossOptions
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from miles_plan.backends.engine import EngineError
-from miles_plan.backends.torch_engine import shard_files
-from miles_plan.backends.torch_engine.shard_files import read_tensors, write_model, write_tensors
+from miles_plan.backends.training import shard_files
+from miles_plan.backends.training.shard_files import read_tensors, write_model, write_tensors
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1.5, -2.0], dtype=torch.bfloat16)}
 

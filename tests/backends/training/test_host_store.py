@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from miles_plan.backends.engine import EngineError
-from miles_plan.backends.torch_engine.host_store import HostStore
+from miles_plan.backends.training.host_store import HostStore
 
 
 def test_a_round_trip_keeps_every_bit_and_frees_memory_meanwhile(tmp_path: Path) -> None:

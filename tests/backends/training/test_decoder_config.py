@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from miles_plan.backends.torch_engine.config import read_config
+from miles_plan.backends.training.decoder_config import read_config
 
 
 def changed(directory: Path, tmp_path: Path, **fields: Any) -> Path:

@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from miles_plan.backends.torch_engine.config import DecoderConfig
 from miles_plan.data.batch import Array, SampleBatch, ragged_rows
 from miles_plan.kernels.attention import PackedSequences, pack_sequences
+
+
+class TokenModel(Protocol):
+    """What of a model decides which batches it can take; a `DecoderConfig` is one."""
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        ...
+
+    @property
+    def moe_layers(self) -> Sequence[int]:
+        """Layers with experts: the columns of a routing record."""
+        ...
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of a layer."""
+        ...
+
+    @property
+    def experts_per_token(self) -> int:
+        """Slots of a routing record."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -61,7 +90,18 @@ def pack_samples(batch: SampleBatch, samples: Array, *, replay_routing: bool, de
     )
 
 
-def batch_problems(batch: SampleBatch, config: DecoderConfig, *, replay_routing: bool) -> Iterator[str]:
+def predicting_nothing(part: PackedSamples) -> PackedSamples:
+    """The same tokens, of which none predicts: what a rank runs when only the others have samples left."""
+    return replace(
+        part,
+        samples=part.samples[:0],
+        predicting=part.predicting[:0],
+        targets=part.targets[:0],
+        answers=part.answers[:0],
+    )
+
+
+def batch_problems(batch: SampleBatch, config: TokenModel, *, replay_routing: bool) -> Iterator[str]:
     """What keeps the model from taking this batch: lengths, token ids, routing record."""
     problems = batch.problems()
     yield from problems
@@ -76,7 +116,7 @@ def batch_problems(batch: SampleBatch, config: DecoderConfig, *, replay_routing:
         yield from _routing_problems(batch, config)
 
 
-def _routing_problems(batch: SampleBatch, config: DecoderConfig) -> Iterator[str]:
+def _routing_problems(batch: SampleBatch, config: TokenModel) -> Iterator[str]:
     if not config.moe_layers:
         yield "routing replay for a model without experts"
     elif batch.routing is None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miles_plan.backends.torch_engine.micro_batches import micro_batches_of_rank, split_micro_batches
+from miles_plan.backends.training.micro_batches import micro_batches_of_rank, split_micro_batches
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=30)
 
