@@ -73,7 +73,8 @@ class ModelArchitecture:
 
     runs: (index into kinds, number of layers) in model order. learned_positions: rows of a learned position table.
     mtp_layers: extra multi-token-prediction layers, each of the last kind, with its own projection of two hidden
-    vectors and three norms (DeepSeek-V3). All `params_*` are of the text model without them; see `params_checkpoint`.
+    vectors and three norms (DeepSeek-V3). logit_softcap: the logits pass a scaled tanh (Gemma). All `params_*` are of the
+    text model without those layers; see `params_checkpoint`.
     """
 
     name: str
@@ -88,6 +89,7 @@ class ModelArchitecture:
     final_norm_vectors: int = 1
     extra_params: int = 0
     vision: VisionTower | None = None
+    logit_softcap: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -240,8 +242,8 @@ def architecture_from_dict(data: Mapping[str, Any]) -> ModelArchitecture:
         if fields.get("vision"):
             fields["vision"] = VisionTower(**fields["vision"])
         model = ModelArchitecture(**fields)
-    except TypeError as error:
-        raise ValueError(f"architecture of {data.get('name', 'the model')}: {error}") from error
+    except (TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"architecture of {fields.get('name', 'the model')}: {error}") from error
     if problem := next(problems(model), None):
         raise ValueError(f"architecture of {model.name}: {problem}")
     return model
@@ -268,9 +270,14 @@ def _tagged(kinds: Mapping[str, type[Any]], sizes: dict[str, Any]) -> Any:
 
 def problems(model: ModelArchitecture) -> Iterator[str]:
     """What is impossible about the numbers, each as `path: reason`."""
+    if found := next(_wrong_types("", model), None):
+        yield found
+        return
     yield from _bad_sizes("", model, optional={"learned_positions", "mtp_layers", "extra_params"})
     if not model.runs:
         yield "runs: the model has no layers"
+    if model.num_layers > _MOST_LAYERS:
+        yield f"runs: {model.num_layers} layers are out of range"
     for at, (kind, count) in enumerate(model.runs):
         if not 0 <= kind < len(model.kinds) or count < 1:
             yield f"runs[{at}]: kind {kind} times {count} is not a run of a known kind"
@@ -293,6 +300,29 @@ _MAY_BE_ZERO = {
     "router_params_extra",
 }
 _ABSURD_SIZE = 1 << 31
+_MOST_LAYERS = 4096
+
+
+def _wrong_types(path: str, part: Any) -> Iterator[str]:
+    """Fields whose value is not of the type that its class declares."""
+    declared = {"int": int, "bool": bool, "str": str}
+    for field in dataclasses.fields(part):
+        value, name = getattr(part, field.name), f"{path}{field.name}"
+        want = declared.get(str(field.type))
+        if want and (not isinstance(value, want) or (want is int and isinstance(value, bool))):
+            yield f"{name}: must be {_TYPE_WORDS[want]}, got {value!r:.40}"
+        elif str(field.type).startswith("Literal") and not isinstance(value, str):
+            yield f"{name}: must be a name, got {value!r:.40}"
+        elif field.name == "kinds":
+            for at, kind in enumerate(value):
+                yield from _wrong_types(f"kinds[{at}].", kind)
+        elif dataclasses.is_dataclass(value):
+            yield from _wrong_types(f"{name}.", value)
+        elif value is not None and field.name in ("mixer", "ffn", "vision", "indexer"):
+            yield f"{name}: must be a mapping, got {value!r:.40}"
+
+
+_TYPE_WORDS: dict[type, str] = {int: "a whole number", bool: "true or false", str: "a text"}
 
 
 def _bad_sizes(path: str, part: Any, optional: set[str]) -> Iterator[str]:

@@ -47,6 +47,16 @@ _FAMILIES = (  # name prefix -> model_type, most specific first
 )
 
 
+_GEMMA_4_VISION = {
+    "model_type": "gemma4_vision",
+    "num_hidden_layers": 27,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "patch_size": 16,
+}
+"""The image encoder of the 26B and 31B models, about 550 M parameters (their model card), which the launchers leave out."""
+
+
 def config_from_row(row: Row) -> dict[str, Any]:
     """The `config.json` a launch-script row describes."""
     name = row["name"].lower()
@@ -122,6 +132,8 @@ def _special_keys(row: Row, family: str) -> dict[str, Any]:
             "attention_k_eq_v": dims["k_eq_v_full"],
             "sliding_window_pattern": row["num_layers"] // dims["n_full"],
             "sliding_window": 1024,
+            "final_logit_softcapping": 30.0,
+            "vision_config": _GEMMA_4_VISION,
         }
     if family == "nemotron_h":
         return {key: value for key, value in dims.items() if not key.startswith(("kind", "n_m", "n_a", "n_f", "unc"))}

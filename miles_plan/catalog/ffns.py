@@ -8,12 +8,13 @@ from typing import ClassVar
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseFfn:
-    """Two projections, or three where the activation is gated (SwiGLU, GeGLU)."""
+    """Two projections, or three where the activation is gated (SwiGLU, GeGLU). gelu: the gate is GELU, not SiLU (Gemma)."""
 
     kind: ClassVar[str] = "dense"
     size: int
     gated: bool = True
     bias: bool = False
+    gelu: bool = False
 
     @property
     def up_width(self) -> int:
@@ -43,7 +44,7 @@ class MoeFfn:
 
     size: width inside one expert; shared_size: all shared experts together; latent_size: experts work on a projection
     of the token this wide (Nemotron 3 Super), 0 = on the token; parallel_dense_size: a dense part beside the experts
-    (Gemma 4); router_params_extra: biases and scales of the router.
+    (Gemma 4); router_params_extra: biases and scales of the router; gelu: the gate is GELU, not SiLU (Gemma 4).
     """
 
     kind: ClassVar[str] = "moe"
@@ -57,6 +58,7 @@ class MoeFfn:
     latent_size: int = 0
     parallel_dense_size: int = 0
     router_params_extra: int = 0
+    gelu: bool = False
 
     @property
     def up_width(self) -> int:

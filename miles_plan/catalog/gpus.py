@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from miles_plan.catalog.hardware_profile import HardwareProfile
+
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "fp8", "mxfp8", "nvfp4", "int8", "int4"]
 
 _GB = 10**9
@@ -23,7 +25,8 @@ class Gpu:
     """One accelerator and the machine it usually sits in.
 
     memory_bytes: nominal; usable_bytes: what the driver offers an empty process. flops: dense FLOP/s by precision, a
-    missing precision is not supported. nvlink: GPUs that reach each other at nvlink_bytes_per_s each way.
+    missing precision is not supported. nvlink: GPUs that reach each other at nvlink_bytes_per_s each way. profile: what
+    the user measured such a machine to reach, instead of the shipped profile.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Gpu:
     sms: int
     launch_s: float
     source: str
+    profile: HardwareProfile | None = field(default=None, hash=False, repr=False)
 
     def rate(self, precision: str) -> float:
         """Dense FLOP/s at a precision.
@@ -225,6 +229,21 @@ _GPUS: tuple[Gpu, ...] = (
         source="NVIDIA GH200 datasheet",
     ),
     _nvidia(
+        "gb10",
+        128.0,
+        0.273,
+        {"fp32": 31.0, "tf32": 62.5, "bf16": 125.0, "fp16": 125.0, "fp8": 250.0, "mxfp8": 250.0, "nvfp4": 500.0},
+        nvlink_gb_per_s=25.0,
+        domain=1,
+        nic_gb_per_s=25.0,
+        pcie_gb_per_s=100.0,
+        per_node=1,
+        host_gib=119,
+        sms=48,
+        source="NVIDIA DGX Spark datasheet (1 PFLOP of sparse FP4, 273 GB/s); one memory for host and GPU, so what one holds "
+        "the other lacks",
+    ),
+    _nvidia(
         "mi300x",
         206.1,
         5.3,
@@ -287,7 +306,7 @@ _GPUS: tuple[Gpu, ...] = (
         "few small torch ops for what a GPU does in one kernel",
     ),
 )
-_ALIASES = {"h100-80gb": "h100", "h200-141gb": "h200", "a100-80gb": "a100", "h20-96gb": "h20"}
+_ALIASES = {"h100-80gb": "h100", "h200-141gb": "h200", "a100-80gb": "a100", "h20-96gb": "h20", "dgx-spark": "gb10"}
 
 
 def gpu_names() -> tuple[str, ...]:

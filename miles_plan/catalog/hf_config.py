@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from miles_plan.catalog.architecture import LayerKind, ModelArchitecture, VisionTower, model_from_layers
 from miles_plan.catalog.ffns import DenseFfn, Ffn, MoeFfn
 from miles_plan.catalog.mixers import CompressedLatent, GatedDelta, GroupedQuery, Indexer, Mamba2, Mixer, MultiLatent
 
 Config = Mapping[str, Any]
+T = TypeVar("T")
 _ABSURD_SIZE = 1 << 31
+_MOST_LAYERS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +36,7 @@ class _Quirk:
     shared_gate: bool = False
     router_bias: bool = False
     norm_bias: bool = False
+    gelu: bool = False
 
 
 _QWEN3_5 = _Quirk(qk_norm="head", output_gate=True, shared_gate=True)
@@ -62,11 +65,11 @@ _QUIRKS: dict[str, _Quirk] = {
     "kimi_k2": _Quirk(router_bias=True),
     "gpt_oss": _Quirk(qkv_bias=True, output_bias=True, sinks=True, expert_bias=True, router_bias=True),
     "minimax_m2": _Quirk(qk_norm="full", router_bias=True),
-    "gemma": _Quirk(),
-    "gemma2": _Quirk(norm_vectors=4),
-    "gemma3": _Quirk(qk_norm="head", norm_vectors=4),
-    "gemma3_text": _Quirk(qk_norm="head", norm_vectors=4),
-    "gemma4": _Quirk(qk_norm="head", norm_vectors=4),
+    "gemma": _Quirk(gelu=True),
+    "gemma2": _Quirk(norm_vectors=4, gelu=True),
+    "gemma3": _Quirk(qk_norm="head", norm_vectors=4, gelu=True),
+    "gemma3_text": _Quirk(qk_norm="head", norm_vectors=4, gelu=True),
+    "gemma4": _Quirk(qk_norm="head", norm_vectors=4, gelu=True),
     "nemotron_h": _Quirk(gated=False, router_bias=True),
     "nemotron": _Quirk(gated=False, norm_bias=True),
     "mpt": _Quirk(gated=False),
@@ -86,8 +89,10 @@ def architecture_from_hf_config(config: Config, name: str, source: str = "config
     Raises:
         ValueError: a size that the family needs is missing, not a whole number, negative or absurd; the key is named.
     """
-    text = config.get("text_config") or config.get("language_config") or config.get("llm_config") or config
-    keys = _Keys(text, name)
+    if not isinstance(config, Mapping):
+        raise ValueError(f"config of {name}: must be a mapping, got {type(config).__name__}")
+    keys = _text_keys(config, name)
+    text = keys.config
     family = _family(text, config)
     quirk = _QUIRKS.get(family, _Quirk(qkv_bias=bool(text.get("attention_bias"))))
     hidden = keys.size("hidden_size", "n_embd", "d_model")
@@ -102,8 +107,16 @@ def architecture_from_hf_config(config: Config, name: str, source: str = "config
         learned_positions=keys.size("max_position_embeddings", "n_positions") if family == "gpt2" else 0,
         mtp_layers=keys.count("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", default=0),
         extra_params=_stream_head_params(layers, hidden),
-        vision=_vision(config.get("vision_config"), keys),
+        vision=_vision(_Keys(config, name).mapping("vision_config"), keys),
+        logit_softcap=bool(text.get("final_logit_softcapping", family == "gemma2")),
     )
+
+
+def _text_keys(config: Config, name: str) -> _Keys:
+    """The language model's part of a configuration."""
+    whole = _Keys(config, name)
+    parts = (whole.mapping(each) for each in ("text_config", "language_config", "llm_config"))
+    return _Keys(next((part for part in parts if part), config), name)
 
 
 def _family(text: Config, config: Config) -> str:
@@ -125,6 +138,40 @@ class _Keys:
     def count(self, *names: str, default: int | None = None) -> int:
         """A whole number of at least 0; null counts as absent."""
         return self._whole(names, default, low=0)
+
+    def layers(self, *names: str) -> int:
+        """A number of layers: what is described layer by layer must be bounded."""
+        count = self.size(*names)
+        if count > _MOST_LAYERS:
+            raise ValueError(f"config of {self.name}: {names[0]} = {count} is out of range")
+        return count
+
+    def mapping(self, name: str) -> Config | None:
+        """A nested configuration, or None."""
+        value = self.config.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(f"config of {self.name}: {name} must be a mapping, got {value!r:.40}")
+        return value
+
+    def words(self, name: str) -> list[str]:
+        """A list of names; empty where there is none."""
+        value = self._listed(name)
+        if not all(isinstance(each, str) for each in value):
+            raise ValueError(f"config of {self.name}: {name} must be a list of names, got {value!r:.40}")
+        return value
+
+    def numbers(self, name: str) -> list[int]:
+        """A list of whole numbers; empty where there is none."""
+        value = self._listed(name)
+        if not all(isinstance(each, int) for each in value):
+            raise ValueError(f"config of {self.name}: {name} must be a list of whole numbers, got {value!r:.40}")
+        return value
+
+    def _listed(self, name: str) -> list[Any]:
+        value = self.config.get(name) or []
+        if not isinstance(value, list) or len(value) > _MOST_LAYERS:
+            raise ValueError(f"config of {self.name}: {name} must be a list, one entry a layer")
+        return value
 
     def has(self, *names: str) -> bool:
         """Whether any of the keys has a value."""
@@ -148,7 +195,7 @@ class _Keys:
 def _layers(keys: _Keys, quirk: _Quirk, family: str, hidden: int) -> list[LayerKind]:
     if family == "nemotron_h":
         return _hybrid_layers(keys, quirk)
-    count = keys.size("num_hidden_layers", "n_layer", "n_layers")
+    count = keys.layers("num_hidden_layers", "n_layer", "n_layers")
     kinds = _layer_types(keys, count)
     moe = _moe_layers(keys, count)
     out = []
@@ -163,12 +210,10 @@ def _layers(keys: _Keys, quirk: _Quirk, family: str, hidden: int) -> list[LayerK
 
 def _layer_types(keys: _Keys, count: int) -> list[str]:
     config = keys.config
-    if types := config.get("layer_types"):
-        if len(types) < count:
-            raise ValueError(f"config of {keys.name}: layer_types names {len(types)} layers of {count}")
-        return [str(each) for each in types[:count]]
-    if ratios := config.get("compress_ratios"):
-        return [f"compressed_{ratio}" for ratio in ratios[:count]]
+    if types := keys.words("layer_types"):
+        return _for_every_layer(keys, "layer_types", types, count)
+    if ratios := keys.numbers("compress_ratios"):
+        return [f"compressed_{ratio}" for ratio in _for_every_layer(keys, "compress_ratios", ratios, count)]
     if keys.has("linear_num_value_heads"):
         every = keys.size("full_attention_interval", default=4)
         return ["linear_attention" if (at + 1) % every else "full_attention" for at in range(count)]
@@ -179,18 +224,24 @@ def _layer_types(keys: _Keys, count: int) -> list[str]:
     return ["full_attention"] * count
 
 
+def _for_every_layer(keys: _Keys, name: str, values: list[T], count: int) -> list[T]:
+    if len(values) < count:
+        raise ValueError(f"config of {keys.name}: {name} names {len(values)} layers of {count}")
+    return values[:count]
+
+
 def _moe_layers(keys: _Keys, count: int) -> list[bool]:
     config = keys.config
     if not keys.has("num_experts", "n_routed_experts", "num_local_experts") or config.get("enable_moe_block") is False:
         return [False] * count
-    if types := config.get("mlp_layer_types"):
-        return [each != "dense" for each in types[:count]]
-    dense = set(config.get("mlp_only_layers") or ())
+    if types := keys.words("mlp_layer_types"):
+        return [each != "dense" for each in _for_every_layer(keys, "mlp_layer_types", types, count)]
+    dense = set(keys.numbers("mlp_only_layers"))
     step = keys.size("decoder_sparse_step", default=1)
     first = keys.count("first_k_dense_replace", default=0)
-    freq = config.get("moe_layer_freq")
-    if isinstance(freq, list):
-        return [bool(each) for each in freq[:count]]
+    if isinstance(config.get("moe_layer_freq"), list):
+        freq = keys.numbers("moe_layer_freq")
+        return [bool(each) for each in _for_every_layer(keys, "moe_layer_freq", freq, count)]
     return [at >= first and at not in dense and (at + 1) % step == 0 for at in range(count)]
 
 
@@ -219,6 +270,7 @@ def _mixer(keys: _Keys, quirk: _Quirk, family: str, hidden: int, kind: str, at: 
         qkv_bias=quirk.qkv_bias or bool(keys.config.get("attention_bias")),
         output_bias=quirk.output_bias,
         output_gate=quirk.output_gate or bool(keys.config.get("attn_output_gate")),
+        value_norm=family == "gemma4",
         extra_params=heads if quirk.sinks else 0,
     )
 
@@ -232,6 +284,7 @@ def _gemma4_global(keys: _Keys, quirk: _Quirk) -> GroupedQuery:
         head_dim=keys.size("global_head_dim", default=512),
         qk_norm=quirk.qk_norm,
         value_is_key=shared,
+        value_norm=True,
     )
 
 
@@ -279,8 +332,8 @@ def _latent(keys: _Keys, at: int) -> MultiLatent:
 
 def _owns_indexer(keys: _Keys, at: int) -> bool:
     """GLM-5.2 shares one index mask among `index_topk_freq` layers."""
-    if types := keys.config.get("indexer_types"):
-        return bool(types[at] == "full")
+    if types := keys.words("indexer_types"):
+        return _for_every_layer(keys, "indexer_types", types, at + 1)[at] == "full"
     freq = keys.size("index_topk_freq", default=1)
     offset = keys.count("index_skip_topk_offset", default=2)
     return max(at - offset + 1, 0) % freq == 0
@@ -324,7 +377,7 @@ def _compressed(keys: _Keys, kind: str) -> CompressedLatent:
 def _dense_ffn(keys: _Keys, quirk: _Quirk, hidden: int) -> DenseFfn:
     default = 4 * hidden if keys.has("n_embd", "d_model") else None
     size = keys.size("dense_intermediate_size", "intermediate_size", "ffn_hidden_size", "n_inner", default=default)
-    return DenseFfn(size=size, gated=quirk.gated, bias=quirk.norm_bias and quirk.output_bias)
+    return DenseFfn(size=size, gated=quirk.gated, bias=quirk.norm_bias and quirk.output_bias, gelu=quirk.gelu)
 
 
 def _moe_ffn(keys: _Keys, quirk: _Quirk, family: str) -> MoeFfn:
@@ -347,6 +400,7 @@ def _moe_ffn(keys: _Keys, quirk: _Quirk, family: str) -> MoeFfn:
         latent_size=keys.count("moe_latent_size", default=0),
         parallel_dense_size=keys.size("intermediate_size") if family == "gemma4" else 0,
         router_params_extra=_router_extra(keys, quirk, family, experts),
+        gelu=quirk.gelu,
     )
 
 
@@ -359,10 +413,11 @@ def _router_extra(keys: _Keys, quirk: _Quirk, family: str, experts: int) -> int:
 
 
 def _hybrid_layers(keys: _Keys, quirk: _Quirk) -> list[LayerKind]:
-    pattern = keys.config.get("hybrid_override_pattern") or keys.config.get("layers_block_type")
-    pattern = pattern or keys.config.get("layer_types")
-    if not pattern:
-        raise ValueError(f"config of {keys.name}: hybrid_override_pattern is missing")
+    letters_of = keys.config.get("hybrid_override_pattern")
+    pattern = list(letters_of) if isinstance(letters_of, str) else keys.words("hybrid_override_pattern")
+    pattern = pattern or keys.words("layers_block_type") or keys.words("layer_types")
+    if not pattern or len(pattern) > _MOST_LAYERS:
+        raise ValueError(f"config of {keys.name}: hybrid_override_pattern is missing or has {len(pattern)} layers")
     hidden = keys.size("hidden_size")
     letters = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "moe": "E", "mlp": "-"}
     made: dict[str, LayerKind] = {}
@@ -413,20 +468,21 @@ def _vision(config: Config | None, text: _Keys) -> VisionTower | None:
     if not config:
         return None
     keys = _Keys(config, f"{text.name} (vision_config)")
-    layers = keys.count("depth", "num_hidden_layers", default=0)
+    layers = min(_MOST_LAYERS, keys.count("depth", "num_hidden_layers", default=0))
     hidden = keys.count("embed_dim", "hidden_size", default=0)
     if not layers or not hidden:
         return None
     ffn = keys.size("intermediate_size", default=4 * hidden)
     patch = config.get("patch_size", 14)
-    area = int(patch) ** 2 if isinstance(patch, int) else 196
+    area = patch**2 if isinstance(patch, int) and 0 < patch <= _MOST_LAYERS else 196
     merge = keys.size("spatial_merge_size", default=1) ** 2
     out = keys.size("out_hidden_size", default=text.size("hidden_size"))
-    layer = 4 * hidden * hidden + 4 * hidden + 2 * hidden * ffn + hidden + ffn + 4 * hidden
+    matrices = 3 if config.get("model_type") == "gemma4_vision" else 2  # its feed-forward part is gated
+    layer = 4 * hidden * hidden + 4 * hidden + matrices * hidden * ffn + hidden + ffn + 4 * hidden
     patches = hidden * (area * keys.size("in_channels", default=3) * keys.size("temporal_patch_size", default=1) + 1)
     positions = keys.count("num_position_embeddings", default=0) * hidden
     wide = hidden * merge
     merger = wide * wide + wide + wide * out + out + 2 * hidden
-    mergers = 1 + len(config.get("deepstack_visual_indexes") or ())
+    mergers = 1 + len(keys.numbers("deepstack_visual_indexes"))
     total = layers * layer + patches + positions + mergers * merger
     return VisionTower(layers=layers, hidden_size=hidden, params=total)

@@ -30,8 +30,8 @@ class GroupedQuery:
 
     window_tokens: keys a query sees, 0 = all before it. output_gate: the query projection also makes a gate as wide as
     itself (Qwen3-Next). value_is_key: no value projection (Gemma 4 global layers). qk_norm: none, one weight a head
-    dimension, or one over all heads (MiniMax M2). extra_params: small replicated parameters no size explains (sinks,
-    relative positions, short convolutions).
+    dimension, or one over all heads (MiniMax M2). value_norm: values are normalised too, without a weight (Gemma 4).
+    extra_params: small replicated parameters no size explains (sinks, relative positions, short convolutions).
     """
 
     kind: ClassVar[str] = "gqa"
@@ -44,6 +44,7 @@ class GroupedQuery:
     output_bias: bool = False
     output_gate: bool = False
     value_is_key: bool = False
+    value_norm: bool = False
     extra_params: int = 0
 
     @property

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from miles_plan import __version__
+from miles_plan.cli.calibrate import calibrate
 from miles_plan.cli.check import check
 from miles_plan.cli.compile import compile, estimate
 from miles_plan.cli.diff import diff
@@ -45,6 +46,7 @@ COMMANDS = (
     status,
     report,
     explain,
+    calibrate,
     validate,
     schema,
     models,

@@ -11,7 +11,7 @@ import typer
 
 from miles_plan.cli.console import console
 from miles_plan.cli.findings import show_findings
-from miles_plan.cli.options import AsJson, Sets, SpecFile
+from miles_plan.cli.options import AsJson, ProfileFile, Sets, SpecFile, profile_override
 from miles_plan.diagnostics import PlanError, error
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ Everything = Annotated[bool, typer.Option("--all", help="Show every section of t
 def compile(
     spec: SpecFile,
     sets: Sets = None,
+    profile: ProfileFile = None,
     out: Out = Path("plan.json"),
     as_json: AsJson = False,
     print_after: PrintAfterNames = None,
@@ -54,7 +55,7 @@ def compile(
         PrintAfter(frozenset(print_after or []) & names, sys.stdout.write),
         DiffAfter(frozenset(diff_after or []) & names, sys.stdout.write),
     ]
-    compiled = compiled_job(spec, sets or [], instruments)
+    compiled = compiled_job(spec, [*(sets or []), *profile_override(profile)], instruments)
     try:
         write_plan(compiled.plan, out)
     except OSError as problem:
@@ -68,11 +69,11 @@ def compile(
         sys.stdout.write(timer.text())
 
 
-def estimate(spec: SpecFile, sets: Sets = None, as_json: AsJson = False) -> None:
+def estimate(spec: SpecFile, sets: Sets = None, profile: ProfileFile = None, as_json: AsJson = False) -> None:
     """Memory and time only, each figure as an interval with its basis and terms. Writes nothing."""
     from miles_plan.report.terminal import render_plan
 
-    compiled = compiled_job(spec, sets or [], [])
+    compiled = compiled_job(spec, [*(sets or []), *profile_override(profile)], [])
     if as_json:
         figures = [
             {

@@ -21,11 +21,33 @@ FieldOfSpec = Annotated[str, typer.Argument(metavar="[FIELD]", help="With SPEC: 
 FieldName = Annotated[str, typer.Option("--field", metavar="PATH", help="Explain a field, e.g. rollout.temperature.")]
 
 
+WhyNot = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--why-not",
+        metavar="NAME=VALUE",
+        help="With SPEC: why the plan is not so, e.g. train.tp=4, rollout.tp=2, placement=colocate, recompute=none, "
+        "transport=p2p. May be repeated: all of it at once.",
+    ),
+]
+
+
 def explain(
-    what: What = "", field_of_spec: FieldOfSpec = "", field: FieldName = "", sets: Sets = None, as_json: AsJson = False
+    what: What = "",
+    field_of_spec: FieldOfSpec = "",
+    field: FieldName = "",
+    sets: Sets = None,
+    as_json: AsJson = False,
+    why_not: WhyNot = None,
 ) -> None:
-    """Explain a diagnostic code, a field (--field), or the values of a spec and where each comes from."""
-    if field and not what:
+    """Explain a diagnostic code, a field (--field), the values of a spec and where each comes from, or a layout not chosen."""
+    if why_not and (not what or re.fullmatch(r"(?i)mp\d+", what)):
+        raise _usage("--why-not asks about a spec: miles-plan explain SPEC --why-not train.tp=4")
+    if why_not:
+        from miles_plan.cli.why_not import explain_why_not
+
+        explain_why_not(what, why_not, sets or [], as_json)
+    elif field and not what:
         sys.stdout.write(_field(field))
     elif re.fullmatch(r"(?i)mp\d+", what):
         sys.stdout.write(_code(what.upper()))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,3 +27,14 @@ Sets = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for tools instead of text.")]
 FindingsFormat = Annotated[OutputFormat, typer.Option("--format", help="How findings are shown.")]
+ProfileFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--profile", metavar="FILE", help="Price with this hardware profile (`miles-plan calibrate`): `cluster.profile`."
+    ),
+]
+
+
+def profile_override(profile: Path | None) -> list[str]:
+    """What `--set` would say for `--profile`."""
+    return [] if profile is None else [f"cluster.profile={json.dumps(str(profile), ensure_ascii=False)}"]

@@ -13,6 +13,8 @@ from miles_plan.cost.gemms import layer_gemms
 from miles_plan.cost.train_options import QUANTIZED, TrainMemoryOptions
 
 FP8_BLOCK = 128
+FLASH_HEAD_DIM = 256
+"""Widest head of the flash attention kernels (Dao-AILab/flash-attention; cuDNN's on Hopper); wider ones keep their scores."""
 
 
 def layer_saved_bytes(
@@ -28,7 +30,21 @@ def layer_saved_bytes(
     if "core_attn" in modules and isinstance(kind.mixer, GroupedQuery) and kind.mixer.qk_norm != "none":
         # The checkpoint keeps the rotated query and key beside what the norms keep (measured, Megatron-core 0.19).
         total += (kind.mixer.query_dim + kind.mixer.kv_dim) * options.element_bytes / columns.tp
-    return total
+    return total + _score_bytes(kind, columns, options, modules)
+
+
+def _score_bytes(
+    kind: LayerKind, columns: LayoutColumns, options: TrainMemoryOptions, modules: frozenset[str]
+) -> Floats | float:
+    """What attention without a fused kernel keeps besides: a query's probabilities, and keys and values for every head."""
+    mixer = kind.mixer
+    fused = not isinstance(mixer, GroupedQuery) or mixer.head_dim <= FLASH_HEAD_DIM
+    if fused or options.engine != "megatron" or "core_attn" in modules:
+        return 0.0
+    assert isinstance(mixer, GroupedQuery)
+    keys = np.minimum(options.seq_len, options.tokens_per_gpu * columns.cp)
+    repeated = 2.0 * (mixer.query_dim - mixer.kv_dim)
+    return np.asarray((mixer.heads * keys + repeated) * options.element_bytes / columns.tp)
 
 
 def _op_saved_bytes(kind: LayerKind, hidden: int, columns: LayoutColumns, options: TrainMemoryOptions) -> Floats:
@@ -70,7 +86,8 @@ def activation_terms(model: ModelArchitecture, columns: LayoutColumns, options: 
     hidden, counts = model.hidden_size, stage_kinds(model, columns)
     tokens = options.tokens_per_gpu
     modules: frozenset[str] = options.recompute_modules if options.recompute == "selective" else frozenset()
-    full = np.stack([layer_saved_bytes(kind, hidden, columns, options, modules) for kind in model.kinds], axis=1)
+    eager = modules | options.graphed_modules
+    full = np.stack([layer_saved_bytes(kind, hidden, columns, options, eager) for kind in model.kinds], axis=1)
     boundary = hidden * options.element_bytes / columns.sequence_split
     layers = counts.sum(axis=1)
     kept = full @ counts.T
@@ -78,8 +95,9 @@ def activation_terms(model: ModelArchitecture, columns: LayoutColumns, options: 
     if options.recompute == "full":
         recomputed = np.minimum(layers, options.recompute_layers or layers)
         share = np.where(layers > 0, recomputed / np.maximum(layers, 1), 0.0)
-        kept = kept * (1 - share) + boundary[:, None] * recomputed
-        live = np.max(np.where(counts[None] > 0, full[:, None, :], 0.0), axis=2) * (share > 0)
+        chunk = np.minimum(np.maximum(1.0, options.recompute_chunk), np.maximum(recomputed, 1.0))
+        kept = kept * (1 - share) + boundary[:, None] * np.ceil(recomputed / chunk)
+        live = np.max(np.where(counts[None] > 0, full[:, None, :], 0.0), axis=2) * (share > 0) * chunk
     if modules & {"op", "moe", "mlp"}:  # what one layer dropped is all there again while its backward runs
         whole = [layer_saved_bytes(kind, hidden, columns, options, frozenset()) for kind in model.kinds]
         again = np.stack(whole, axis=1) - (0.0 if "op" in modules else full)
@@ -93,6 +111,24 @@ def activation_terms(model: ModelArchitecture, columns: LayoutColumns, options: 
         "pipeline in flight": first * (flight - 1.0),
         "recomputed layer": live * tokens,
     }
+
+
+def graph_terms(model: ModelArchitecture, columns: LayoutColumns, options: TrainMemoryOptions) -> dict[str, Floats]:
+    """What CUDA graphs of modules hold, shape [n, pp].
+
+    One graph a layer and microbatch in flight (Transformer Engine's make_graphed_callables): its saved activations lie in a
+    private pool, and its input and output are static buffers.
+    """
+    modules: frozenset[str] = options.recompute_modules if options.recompute == "selective" else frozenset()
+    graphed = options.graphed_modules - modules
+    if not graphed or options.recompute == "full" or options.forward_only:
+        return {}
+    hidden, counts = model.hidden_size, stage_kinds(model, columns)
+    whole = np.stack([layer_saved_bytes(kind, hidden, columns, options, modules) for kind in model.kinds], axis=1)
+    rest = np.stack([layer_saved_bytes(kind, hidden, columns, options, modules | graphed) for kind in model.kinds], axis=1)
+    tokens = options.tokens_per_gpu * microbatches_in_flight(columns.pp, columns.vpp, options.num_microbatches)
+    ends = 2.0 * hidden * options.element_bytes / columns.sequence_split
+    return {"graph pool": (whole - rest) @ counts.T * tokens, "graph buffers": ends[:, None] * counts.sum(axis=1) * tokens}
 
 
 def backward_bytes(model: ModelArchitecture, columns: LayoutColumns, options: TrainMemoryOptions) -> Floats:

@@ -1,7 +1,8 @@
 """What autograd keeps of one token in one layer, tensor by tensor, and which recomputation lets go of what.
 
 The list follows Megatron-core 0.19 with Transformer Engine: fused norms keep input and output, flash attention keeps
-q, k, v, its output and one fp32 log-sum-exp a head, SwiGLU keeps its input and its output feeds the next product.
+q, k, v, its output and one fp32 log-sum-exp a head, SwiGLU keeps its input and its output feeds the next product. GeGLU is
+not fused (Megatron's grouped experts fuse SwiGLU only), so its gate stays too.
 """
 
 from __future__ import annotations
@@ -93,6 +94,8 @@ def _grouped_saved(mixer: GroupedQuery, size: int) -> list[Saved]:
     if mixer.qk_norm != "none":
         rstd = _RSTD * (mixer.heads + mixer.kv_heads)
         out.append(_saved("qk_norm_in", (mixer.query_dim + mixer.kv_dim) * size + rstd, "tensor"))
+    if mixer.value_norm:
+        out.append(_saved("value_norm_in", mixer.kv_dim * size + _RSTD * mixer.kv_heads, "tensor"))
     if mixer.output_gate:
         out.append(_saved("gate", 2.0 * mixer.query_dim * size, "tensor"))
     return out
@@ -147,12 +150,15 @@ def _mamba_saved(mixer: Mamba2, size: int) -> list[Saved]:
 
 
 def _dense_saved(ffn: DenseFfn, wide: float, size: int) -> list[Saved]:
-    return [
+    out = [
         _saved("ffn_norm_in", wide + _RSTD, "sequence"),
         _saved("ffn_norm_out", wide, "sequence", "layernorm", "mlp", product=True),
         _saved("ffn_up", float(ffn.up_width * size), "tensor", "mlp"),
         _saved("ffn_act", float(ffn.size * size), "tensor", "mlp", product=True),
     ]
+    if ffn.gelu and ffn.gated:
+        out.append(_saved("ffn_gate", float(ffn.size * size), "tensor", "mlp"))
+    return out
 
 
 def _moe_saved(ffn: MoeFfn, hidden: int, wide: float, size: int) -> list[Saved]:
@@ -165,6 +171,8 @@ def _moe_saved(ffn: MoeFfn, hidden: int, wide: float, size: int) -> list[Saved]:
         _saved("expert_up", float(ffn.topk * ffn.up_width * size), "routed", "moe", etp=True),
         _saved("expert_act", float(ffn.topk * ffn.size * size), "routed", "moe", "moe_act", product=True, etp=True),
     ]
+    if ffn.gelu and ffn.gated:  # the gate, and the product before the router's weights scale it
+        out.append(_saved("expert_gate", float(2 * ffn.topk * ffn.size * size), "routed", "moe", "moe_act", etp=True))
     if ffn.latent_size:
         out.append(_saved("latent", 2 * into, "sequence", "moe", product=True))
     if beside := ffn.shared_size + ffn.parallel_dense_size:

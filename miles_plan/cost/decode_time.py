@@ -20,7 +20,7 @@ from miles_plan.catalog.mixers import CompressedLatent, GatedDelta, GroupedQuery
 from miles_plan.cost.communication import Links, collective_s
 from miles_plan.cost.gemms import Gemm, layer_gemms
 from miles_plan.cost.interval import Interval, Term
-from miles_plan.cost.profile import HardwareProfile, OpCost, profile_for
+from miles_plan.cost.profile import HardwareProfile, OpCost, profile_for, relative_error
 from miles_plan.cost.rollout_shard import WEIGHT_BYTES
 from miles_plan.ir.layout import RolloutLayout
 
@@ -72,6 +72,19 @@ class DecodeModel:
         """Links inside the engine."""
         wide = self.gpu.nvlink_domain > self.gpu.gpus_per_node
         return Links(self.gpu, self.profile, self.gpu.nvlink_domain if wide else self.gpu.gpus_per_node)
+
+    @property
+    def deciding_constants(self) -> tuple[str, ...]:
+        """Constants of the hardware profile that a step rests on."""
+        ops = {f"product_{self.weight_precision}"}
+        for kind in self.model.kinds:
+            if isinstance(kind.mixer, GatedDelta | Mamba2):
+                ops.add("linear")
+            elif kind.mixer is not None:
+                ops.add("attention" if isinstance(kind.mixer, GroupedQuery) else "latent")
+            if isinstance(kind.ffn, MoeFfn):
+                ops.add(f"experts_{self.weight_precision}")
+        return tuple(sorted(f"decode_ops.{name}" for name in ops | ({"reduce"} if self.layout.tp > 1 else set())))
 
     @property
     def attention_tp(self) -> float:
@@ -279,5 +292,6 @@ def _figure(engine: DecodeModel, terms: dict[str, float]) -> Interval:
     accepted = engine.speculation.accept_length
     parts = tuple(Term(name, value / accepted) for name, value in terms.items() if value)
     mid = sum(part.value for part in parts)
-    error = DECODE_ERROR.get(engine.profile.basis, max(DECODE_ERROR.values()))
-    return Interval(mid / (1 + error), mid, mid * (1 + error), engine.profile.basis, parts)
+    constants = engine.deciding_constants
+    error = relative_error(DECODE_ERROR, engine.profile, constants)
+    return Interval(mid / (1 + error), mid, mid * (1 + error), engine.profile.basis_of(constants), parts)

@@ -6,12 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miles_plan.catalog.architecture import ModelArchitecture
-from miles_plan.cost.activation_memory import activation_terms, backward_bytes
+from miles_plan.cost.activation_memory import activation_terms, backward_bytes, graph_terms
 from miles_plan.cost.columns import Floats, LayoutColumns, stage_kinds
 from miles_plan.cost.gemms import layer_gemms
 from miles_plan.cost.profile import HardwareProfile
 from miles_plan.cost.rank_params import rank_params
-from miles_plan.cost.state_memory import outside_terms, state_terms
+from miles_plan.cost.state_memory import draft_terms, outside_terms, state_terms
 from miles_plan.cost.train_options import TrainMemoryOptions
 
 _MIB = 1 << 20
@@ -30,10 +30,11 @@ def _head_bytes(model: ModelArchitecture, columns: LayoutColumns, options: Train
     """Logits, loss and the final norm on the last stage, shape [n].
 
     Megatron's vocabulary-parallel cross entropy holds bf16 logits and their fp32 softmax, then a bf16 gradient: six
-    bytes an element at the peak (measured). An entropy term needs one more fp32 copy.
+    bytes an element at the peak (measured). An entropy term needs one more fp32 copy, a soft cap its tanh.
     """
     tokens = options.tokens_per_gpu
     element = options.logits_bytes or (6.0 + (4.0 if options.entropy else 0.0))
+    element += 2.0 if model.logit_softcap else 0.0
     whole = element * tokens
     kept = max(2.0, min(4.0, element - 2.0))  # the softmax in fp32, or the gradient a fused loss left in its place
     whole += kept * tokens * options.mtp_layers
@@ -51,6 +52,9 @@ def megatron_terms(
     params = rank_params(model, columns)
     terms = state_terms(params, columns, options)
     terms |= activation_terms(model, columns, options)
+    graphs = graph_terms(model, columns, options)
+    pool = {"graph pool": graphs.pop("graph pool")} if graphs else {}
+    terms |= graphs
     shape = params.total.shape
     tokens = options.tokens_per_gpu
     last = np.arange(columns.pp) == columns.pp - 1
@@ -69,7 +73,7 @@ def megatron_terms(
         scratch = _dummy_gradient_bytes(model, columns, options)
     terms["weight-gradient scratch"] = scratch
     terms["workspace"] = np.full(shape, float(CUBLAS_WORKSPACE_BYTES + (GROUPED_GEMM_WORKSPACE_BYTES if model.moe else 0)))
-    return terms | outside_terms(terms, columns, profile)
+    return terms | pool | outside_terms(terms, columns, profile)
 
 
 def _dummy_gradient_bytes(model: ModelArchitecture, columns: LayoutColumns, options: TrainMemoryOptions) -> Floats:
@@ -100,6 +104,8 @@ def fsdp_terms(
     sharded = params.total / (columns.dp * columns.cp)[:, None]
     trained = options.trainable_fraction
     state = options.optimizer.bytes_per_param - options.optimizer.offloaded_bytes_per_param
+    if options.offload_shards:
+        sharded, state = np.zeros_like(sharded), 0.0
     terms = {
         "parameters": sharded * 4.0 if state else sharded * size,
         "gradients": sharded * trained * 4.0,
@@ -107,20 +113,27 @@ def fsdp_terms(
         "fp8 weights": np.zeros_like(sharded),
         "reference model": sharded * size * (1.0 if options.reference == "resident" else 0.0),
     }
+    terms |= draft_terms(columns, options, sharded)
     terms |= _gathered_terms(model, columns, params.total, options)
     terms |= activation_terms(model, columns, options)
     head = np.zeros_like(sharded)
     chunk = np.minimum(tokens, options.logits_chunk_tokens) if options.logits_chunk_tokens else tokens
     element = options.logits_bytes or np.where(columns.tp > 1, PARALLEL_LOSS_BYTES, EAGER_LOSS_BYTES)
     final_norm = (3.0 * size + 4.0) * tokens * model.hidden_size / columns.sequence_split  # one copy of it in fp32
-    head[:, -1] = element * chunk * model.vocab_size / columns.tp + final_norm
-    working = backward_bytes(model, columns, options)[:, None] + terms.pop("recomputed layer")
+    whole = 0.0 if options.async_tp else 2.0 * size * tokens * model.hidden_size  # a gathered input and its gradient
+    gathered = np.where(columns.sequence_parallel & (columns.tp > 1), whole, 0.0)
+    head[:, -1] = element * chunk * model.vocab_size / columns.tp + final_norm + gathered
+    working = (backward_bytes(model, columns, options) + gathered)[:, None] + terms.pop("recomputed layer")
     terms["logits"] = head
     terms["backward"] = np.maximum(0.0, working - head)
     if options.merged_outputs:
         kept = np.zeros_like(sharded)
         kept[:, -1] = 2.0 * size * tokens * options.num_microbatches * model.vocab_size / columns.tp
         terms["merged outputs"] = kept
+    if columns.pp > 1:  # torch.distributed.pipelining receives every microbatch and its gradient in a buffer of its own
+        boundary = options.num_microbatches * tokens * model.hidden_size * size / columns.sequence_split
+        stage = np.arange(columns.pp)
+        terms["pipeline buffers"] = boundary[:, None] * ((stage > 0) * 1.0 + (stage < columns.pp - 1)) * columns.vpp
     terms["weight-gradient scratch"] = np.zeros_like(sharded)
     terms["workspace"] = np.full_like(sharded, 32.0 * _MIB)
     return terms | outside_terms(terms, columns, profile)
@@ -165,6 +178,7 @@ def torch_terms(
         "fp8 weights": np.zeros_like(params.total),
         "reference model": params.total * options.element_bytes * (1.0 if options.reference == "resident" else 0.0),
     }
+    terms |= draft_terms(columns, options, params.total)
     terms |= activation_terms(model, columns, options)
     counts = stage_kinds(model, columns)
     heads = np.array([getattr(kind.mixer, "heads", 0) if kind.mixer else 0 for kind in model.kinds], dtype=np.float64)

@@ -50,6 +50,12 @@ MOE_FORWARD_HOST_S, MOE_BACKWARD_HOST_S = 4.0e-3, 5.0e-3
 """The same of a layer with experts: router, dispatch, a wait for token counts (measured)."""
 EXPERT_FORWARD_HOST_S, EXPERT_BACKWARD_HOST_S = 20.0e-6, 40.0e-6
 """Per local expert: the grouped product is a loop of launches, two forward and four backward (measured)."""
+QUANTIZED_EXPERT_HOST_S = 100.0e-6
+"""What quantising each expert's inputs and weights on their own adds either way (measured, FP8 in blocks of 128; block-scaled
+formats of Blackwell quantise all experts in one kernel)."""
+HYPER_FORWARD_HOST_S, HYPER_BACKWARD_HOST_S = 9.0e-3, 14.0e-3
+"""What manifold hyper-connections add to a layer: twenty Sinkhorn iterations twice, small kernels each, run again backward
+(DeepSeek-V4 in Megatron-Bridge; three verification cards whose steps are the host's)."""
 
 UNFUSED_FORWARD_BYTES, UNFUSED_BACKWARD_BYTES = 40.0, 80.0
 """HBM traffic of one attention score without a fused kernel: masking, scaling and softmax in fp32, pass by pass
@@ -127,13 +133,13 @@ def layer_seconds(
     forward["cp"], backward["cp"] = _cp_seconds(kind, tokens, columns, links, forward["attention"])
     exchange = _ep_seconds(kind, hidden, tokens, columns, links, options) * (1 - options.ep_overlap)
     forward["ep"], backward["ep"] = exchange, exchange
-    ahead, back = host_seconds(kind, columns, links)
+    ahead, back = host_seconds(kind, columns, links, quantized=options.precision == "fp8")
     _wait_for_host(forward, ahead * options.host_scale * (1 - options.cuda_graphs))
     _wait_for_host(backward, back * options.host_scale * (1 - options.cuda_graphs))
     return forward, backward
 
 
-def host_seconds(kind: LayerKind, columns: LayoutColumns, links: Links) -> tuple[Floats, Floats]:
+def host_seconds(kind: LayerKind, columns: LayoutColumns, links: Links, *, quantized: bool = False) -> tuple[Floats, Floats]:
     """Host time to launch a layer's forward and backward, scaled by how the profile's host compares."""
     mixer = LATENT_HOST if isinstance(kind.mixer, MultiLatent | CompressedLatent) else float(bool(kind.mixer))
     share = 0.5 * (mixer + bool(kind.ffn))
@@ -142,6 +148,10 @@ def host_seconds(kind: LayerKind, columns: LayoutColumns, links: Links) -> tuple
         local = kind.ffn.experts / columns.ep
         ahead = ahead + MOE_FORWARD_HOST_S - FORWARD_HOST_S / 2 + local * EXPERT_FORWARD_HOST_S
         back = back + MOE_BACKWARD_HOST_S - BACKWARD_HOST_S / 2 + local * EXPERT_BACKWARD_HOST_S
+        if quantized:
+            ahead, back = ahead + local * QUANTIZED_EXPERT_HOST_S, back + local * QUANTIZED_EXPERT_HOST_S
+    if kind.residual_streams > 1:
+        ahead, back = ahead + HYPER_FORWARD_HOST_S, back + HYPER_BACKWARD_HOST_S
     return ahead * links.profile.host_scale, back * links.profile.host_scale
 
 

@@ -45,6 +45,10 @@ class LengthDistribution:
         """`count` representative lengths in ascending order: the medians of the order statistics."""
         return self.quantile((np.arange(count) + 0.6825) / (count + 0.365) if count > 1 else [0.5])
 
+    def cut(self, cap: float) -> LengthDistribution:
+        """The same with a limit: what would have run longer ends there."""
+        return self if self.max_tokens <= cap else LengthDistribution(tuple(min(each, cap) for each in self.table))
+
     def share_at_cap(self) -> float:
         """Share of responses that end at the longest length."""
         table = np.asarray(self.table)
@@ -101,28 +105,41 @@ def load_lengths(path: Path) -> LengthDistribution:
     """Read a histogram file: JSON `{"lengths": [...]}`, `{"edges": [...], "counts": [...]}`, or a number a line.
 
     Raises:
-        ValueError: neither form, or no positive lengths.
+        ValueError: the file cannot be read, is in neither form, or holds no positive lengths.
     """
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         if text.lstrip().startswith("{"):
-            lengths = _from_json(json.loads(text))
+            lengths, counts = _from_json(json.loads(text))
         else:
             lengths = np.array([float(line) for line in text.split()])
-    except (KeyError, TypeError, ValueError) as error:
+            counts = np.ones_like(lengths)
+    except (OSError, KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path}: not a file of lengths ({error})") from error
-    if lengths.size == 0 or lengths.min() <= 0:
+    lengths, counts = lengths[counts > 0], counts[counts > 0]
+    if lengths.ndim != 1 or lengths.size == 0 or not np.isfinite(lengths).all() or lengths.min() <= 0:
         raise ValueError(f"{path}: lengths must be positive and there must be some")
-    table = np.quantile(lengths, (np.arange(_GRID) + 0.5) / _GRID)
-    table[-1] = lengths.max()
-    return LengthDistribution(tuple(float(each) for each in table))
+    return LengthDistribution(tuple(float(each) for each in _quantiles(lengths, counts)))
 
 
-def _from_json(data: dict[str, list[float]]) -> Floats:
+def _quantiles(lengths: Floats, counts: Floats) -> Floats:
+    """The table of lengths that occur `counts` times each, its last entry the longest."""
+    order = np.argsort(lengths)
+    sizes, times = lengths[order], counts[order]
+    middles = (np.cumsum(times) - 0.5 * times) / times.sum()
+    table = np.interp((np.arange(_GRID) + 0.5) / _GRID, middles, sizes)
+    table[-1] = sizes[-1]
+    return np.asarray(table)
+
+
+def _from_json(data: dict[str, list[float]]) -> tuple[Floats, Floats]:
+    """Lengths, and how often each occurs."""
     if "lengths" in data:
-        return np.array(data["lengths"], dtype=np.float64)
-    edges, counts = np.array(data["edges"], dtype=np.float64), np.array(data["counts"], dtype=np.int64)
-    if len(edges) != len(counts) + 1:
-        raise ValueError(f"{len(edges)} edges for {len(counts)} counts")
-    middles = (edges[1:] + edges[:-1]) / 2
-    return np.repeat(middles, counts)
+        lengths = np.array(data["lengths"], dtype=np.float64)
+        return lengths, np.ones_like(lengths)
+    edges, counts = np.array(data["edges"], dtype=np.float64), np.array(data["counts"], dtype=np.float64)
+    if edges.ndim != 1 or edges.shape[0] != counts.shape[0] + 1:
+        raise ValueError(f"{edges.size} edges for {counts.size} counts")
+    if not np.isfinite(counts).all() or counts.min(initial=0.0) < 0:
+        raise ValueError("counts must not be negative")
+    return (edges[1:] + edges[:-1]) / 2, counts

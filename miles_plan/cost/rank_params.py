@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,16 +13,21 @@ from miles_plan.cost.gemms import layer_gemms
 
 @dataclass(frozen=True, slots=True)
 class ParamColumns:
-    """Parameters of one rank by how they are replicated, shape [n, pp]."""
+    """Parameters of one rank by how they are replicated, shape [n, pp]; the vision tower's are among the dense ones."""
 
     dense: Floats
     expert: Floats
     quantizable: Floats
+    vision: Floats
 
     @property
     def total(self) -> Floats:
         """All parameters of the rank."""
         return self.dense + self.expert
+
+    def trained(self, frozen_vision: bool) -> ParamColumns:
+        """Those that gradients and optimizer state are kept of."""
+        return replace(self, dense=self.dense - self.vision) if frozen_vision else self
 
 
 def rank_params(model: ModelArchitecture, columns: LayoutColumns) -> ParamColumns:
@@ -37,7 +42,9 @@ def rank_params(model: ModelArchitecture, columns: LayoutColumns) -> ParamColumn
     tp = columns.tp[:, None]
     dense = sharded / tp + copied + ends / tp + head_split
     experts = expert / (columns.ep * columns.etp)[:, None]
-    return ParamColumns(dense=dense, expert=experts, quantizable=gemm / tp + experts)
+    vision = np.zeros_like(dense)
+    vision[:, 0] = model.vision.params if model.vision else 0
+    return ParamColumns(dense=dense, expert=experts, quantizable=gemm / tp + experts, vision=vision)
 
 
 def _dense_gemm_params(kind: LayerKind, hidden: int) -> float:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from miles_plan.catalog.architecture import ModelArchitecture
 from miles_plan.catalog.gpus import Gpu
+from miles_plan.cost.draft import Draft
 from miles_plan.cost.interval import Interval, Term, around
 from miles_plan.cost.profile import HardwareProfile, profile_for
-from miles_plan.cost.rollout_shard import rollout_shard
+from miles_plan.cost.rollout_shard import WEIGHT_BYTES, cache_bytes_per_token, rollout_shard
 from miles_plan.ir.layout import RolloutLayout
 
 _GIB = 1 << 30
@@ -20,7 +21,8 @@ class RolloutMemoryOptions:
 
     mem_fraction_static: share of free memory for weights and cache (SGLang's flag); resident_bytes: what others, such
     as a sleeping trainer, keep on the GPU; graph_batch: largest batch CUDA graphs are captured for, 0 = no graphs;
-    saver: the engine can hand weights, cache and graphs back when it sleeps (torch_memory_saver).
+    saver: the engine can hand weights, cache and graphs back when it sleeps (torch_memory_saver); draft: what drafts
+    tokens beside the model, with weights and a cache of its own.
     """
 
     weight_precision: str = "bf16"
@@ -31,6 +33,7 @@ class RolloutMemoryOptions:
     graph_batch: int = 256
     resident_bytes: float = 0.0
     saver: bool = True
+    draft: Draft | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 < self.mem_fraction_static <= 1.0:
@@ -82,24 +85,26 @@ def rollout_memory(
     communicators = known.communicator_bytes + known.next_communicator_bytes * (layout.ep > 1) if ranks > 1 else 0.0
     outside = known.context_bytes + communicators
     free = max(0.0, gpu.usable_bytes - outside - options.resident_bytes)
-    pool = max(0.0, free * options.mem_fraction_static - shard.weight_bytes)
+    draft_weights, draft_cache = _draft_bytes(layout, options)
+    weights, kv_bytes = shard.weight_bytes + draft_weights, shard.kv_bytes_per_token + draft_cache
+    pool = max(0.0, free * options.mem_fraction_static - weights)
     per_request = shard.state_bytes_per_request + shard.window_bytes_per_request
     states = per_request * min(options.max_running / layout.dp_attention, 4096)
-    tokens = int(max(0.0, pool - states) / shard.kv_bytes_per_token) if shard.kv_bytes_per_token else 0
+    tokens = int(max(0.0, pool - states) / kv_bytes) if kv_bytes else 0
     graphs = _graph_bytes(model, layout, options)
     activations = _activation_bytes(model, layout, options)
     headroom = free * (1.0 - options.mem_fraction_static) - graphs - activations
-    awake = outside + shard.weight_bytes + pool + graphs + activations
+    awake = outside + weights + pool + graphs + activations
     terms = {
-        "weights": shard.weight_bytes,
+        "weights": weights,
         "cache pool": pool,
         "cuda graphs": graphs,
         "activations": activations,
         "context and communicators": outside,
     }
     return RolloutMemory(
-        weight_bytes=shard.weight_bytes,
-        kv_bytes_per_token=shard.kv_bytes_per_token,
+        weight_bytes=weights,
+        kv_bytes_per_token=kv_bytes,
         state_bytes_per_request=per_request,
         pool_bytes=pool,
         pool_tokens=tokens * layout.dp_attention,
@@ -109,8 +114,18 @@ def rollout_memory(
         headroom_bytes=headroom,
         awake_bytes=around(awake, 0.04, "calibrated", (Term(name, value) for name, value in terms.items())),
         asleep_bytes=outside + (0.25 * _GIB if options.saver else awake - outside),
-        host_bytes=shard.weight_bytes if options.saver else 0.0,
+        host_bytes=weights if options.saver else 0.0,
     )
+
+
+def _draft_bytes(layout: RolloutLayout, options: RolloutMemoryOptions) -> tuple[float, float]:
+    """A draft's weights on one GPU, its join whole, and its cache a token: one more layer that every token passes."""
+    draft = options.draft
+    if draft is None:
+        return 0.0, 0.0
+    layer = draft.layer.params(draft.hidden) / layout.tp * WEIGHT_BYTES[options.weight_precision]
+    cache = cache_bytes_per_token(draft.layer, layout.tp / layout.dp_attention, options.kv_bytes)
+    return layer + draft.join_params * WEIGHT_BYTES["bf16"], cache
 
 
 def _graph_bytes(model: ModelArchitecture, layout: RolloutLayout, options: RolloutMemoryOptions) -> float:

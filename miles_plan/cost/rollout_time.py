@@ -18,7 +18,7 @@ from miles_plan.catalog.gpus import Gpu
 from miles_plan.cost.decode_time import DECODE_ERROR, DecodeModel, Speculation
 from miles_plan.cost.interval import Interval, Term
 from miles_plan.cost.lengths import LengthDistribution
-from miles_plan.cost.profile import HardwareProfile, profile_for
+from miles_plan.cost.profile import HardwareProfile, profile_for, relative_error
 from miles_plan.ir.layout import RolloutLayout
 
 Floats = NDArray[np.float64]
@@ -104,7 +104,7 @@ def simulate_rollout(
     pool = float("inf") if _endless_cache(model) else float(pool_tokens)
     run = _Simulation(engine, workload, lengths, pool, max_running).run()
     generated = workload.requests * workload.responses.mean_tokens
-    error = DECODE_ERROR.get(known.basis, max(DECODE_ERROR.values()))
+    error = relative_error(DECODE_ERROR, known, engine.deciding_constants)
     terms = (Term("prefill", run.prefill_s), Term("decode", run.decode_s - run.tail_s), Term("tail", run.tail_s))
     span = run.prefill_s + run.decode_s
     return RolloutTime(

@@ -17,23 +17,39 @@ FRAGMENTATION = 0.045
 def state_terms(params: ParamColumns, columns: LayoutColumns, options: TrainMemoryOptions) -> dict[str, Floats]:
     """Parameters, gradients and optimizer state between steps."""
     size = options.element_bytes
-    trained = options.trainable_fraction
-    replicas, expert_replicas = (columns.dp * columns.cp)[:, None], columns.expert_dp[:, None]
-    shard = params.dense / replicas + params.expert / expert_replicas
-    state = shard if options.optimizer.distributed else params.total
+    trained = params.trained(options.frozen_vision).total * options.trainable_fraction
     kept = options.optimizer.bytes_per_param - options.optimizer.offloaded_bytes_per_param
     if options.precision == "fp32":
         kept = max(0.0, kept - options.optimizer.master_bytes)
     terms = {
         "parameters": params.total * size,
-        "gradients": params.total * trained * options.grad_bytes,
-        "optimizer": state * trained * kept,
+        "gradients": trained * options.grad_bytes,
+        "optimizer": optimizer_elements(params, columns, options) * kept,
         "fp8 weights": params.quantizable * _quantized_copy_bytes(options),
         "reference model": params.total * size * (1.0 if options.reference == "resident" else 0.0),
     }
     if options.forward_only:
         terms["gradients"] = terms["optimizer"] = np.zeros_like(params.total)
-    return terms
+    return terms | draft_terms(columns, options, params.total)
+
+
+def draft_terms(columns: LayoutColumns, options: TrainMemoryOptions, like: Floats) -> dict[str, Floats]:
+    """A draft's weights, gradients and state on the last stage, cut by tp, the state sharded over the replicas."""
+    if not options.draft_params or options.forward_only:
+        return {}
+    own = options.draft_params / columns.tp
+    shards = columns.dp * columns.cp if options.optimizer.distributed and options.engine != "torch" else 1.0
+    weights, states = np.zeros_like(like), np.zeros_like(like)
+    weights[:, -1] = own * options.element_bytes
+    states[:, -1] = own * options.grad_bytes + own / shards * options.optimizer.bytes_per_param
+    return {"draft": weights, "draft states": states}
+
+
+def optimizer_elements(params: ParamColumns, columns: LayoutColumns, options: TrainMemoryOptions) -> Floats:
+    """Parameters whose optimizer state a rank keeps: its shard over the replicas, or all of them."""
+    trained = params.trained(options.frozen_vision)
+    shard = trained.dense / (columns.dp * columns.cp)[:, None] + trained.expert / columns.expert_dp[:, None]
+    return (shard if options.optimizer.distributed else trained.total) * options.trainable_fraction
 
 
 def _quantized_copy_bytes(options: TrainMemoryOptions) -> float:
@@ -51,17 +67,15 @@ def step_gradient_bytes(params: ParamColumns, columns: LayoutColumns, options: T
     none = options.grad_bytes >= 4 or options.optimizer.kind == "none" or options.forward_only
     if none or options.optimizer.precision_aware:
         return np.zeros_like(params.total)
-    shard = params.dense / (columns.dp * columns.cp)[:, None] + params.expert / columns.expert_dp[:, None]
-    state = shard if options.optimizer.distributed else params.total
-    return 4.0 * state * options.trainable_fraction
+    return 4.0 * optimizer_elements(params, columns, options)
 
 
 def host_bytes(model: ModelArchitecture, columns: LayoutColumns, options: TrainMemoryOptions) -> Floats:
     """Pinned host bytes of one rank: offloaded optimizer state and a swapped reference model, shape [n, pp]."""
     params = rank_params(model, columns)
-    shard = params.dense / (columns.dp * columns.cp)[:, None] + params.expert / columns.expert_dp[:, None]
-    state = shard if options.optimizer.distributed else params.total
-    moved = state * options.trainable_fraction * options.optimizer.offloaded_bytes_per_param
+    moved = optimizer_elements(params, columns, options) * options.optimizer.offloaded_bytes_per_param
+    if options.offload_shards:  # fp32 parameters and gradients beside the state
+        moved = params.total / (columns.dp * columns.cp)[:, None] * (options.optimizer.bytes_per_param + 4.0)
     swapped = params.total * options.element_bytes * (1.0 if options.reference == "swapped" else 0.0)
     return moved + swapped
 

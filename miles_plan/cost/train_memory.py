@@ -27,15 +27,18 @@ PEAK_ERROR = {"megatron": 0.002, "fsdp2": 0.07, "torch": 0.15}
 published peaks, and of the embedded engine (docs/accuracy.md)."""
 DEVICE_ERROR = 0.04
 """What the driver reports may exceed the estimate by: fragmentation differs from run to run."""
+NATIVE_FRAGMENTATION = 0.15
+"""Share of reserved memory that PyTorch's allocator loses in training without expandable segments (mean of the workloads in
+GMLake, arXiv 2401.08156; runs of Megatron-Bridge's activation-recompute study ran out that way with room to spare)."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryBreakdown:
     """Bytes of the fullest rank.
 
-    terms: what the allocator holds at the peak, summing to `peak_bytes.mid`; outside_terms: context, communicators,
-    fragmentation. static_bytes: what stays between steps. device_bytes: what the driver reports at the peak.
-    host_bytes: pinned host memory of one rank.
+    terms: what the allocator holds at the peak of the steps, summing to `peak_bytes.mid` unless the capture of CUDA graphs
+    held more before; outside_terms: context, communicators, graph pool, fragmentation. static_bytes: what stays between
+    steps. device_bytes: what the driver reports at the peak. host_bytes: pinned host memory of one rank.
     """
 
     stage: int
@@ -45,6 +48,17 @@ class MemoryBreakdown:
     peak_bytes: Interval
     device_bytes: Interval
     host_bytes: float
+
+    def needed_bytes(self, expandable_segments: bool) -> float:
+        """The conservative end: what a GPU must offer for the run not to run out.
+
+        Expandable segments give cached pieces back; the native allocator loses `NATIVE_FRAGMENTATION` of what it reserves.
+        """
+        allocated = sum(term.value for term in self.terms)
+        outside = sum(term.value for term in self.outside_terms if term.name != "fragmentation")
+        if expandable_segments:
+            return (allocated + outside) * (1.0 + DEVICE_ERROR)
+        return allocated / (1.0 - NATIVE_FRAGMENTATION) + outside
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +100,7 @@ def train_memory(
     )
 
 
-OUTSIDE = frozenset({"cuda context", "communicators", "fragmentation"})
+OUTSIDE = frozenset({"cuda context", "communicators", "graph pool", "fragmentation"})
 STATIC = (
     "parameters",
     "gradients",
@@ -95,6 +109,9 @@ STATIC = (
     "reference model",
     "weight-gradient scratch",
     "workspace",
+    "graph buffers",
+    "draft",
+    "draft states",
 )
 
 
@@ -110,13 +127,16 @@ def train_memory_columns(
     terms: dict[str, Floats] = {}
     for rows, columns in group_layouts(layouts, options.mtp_layers):
         by_stage = stage_terms(model, columns, options, profile or default_profile())
+        static = sum_terms({name: by_stage[name] for name in STATIC if name in by_stage})
         allocated = sum_terms(by_stage, exclude=OUTSIDE)
+        if "graph pool" in by_stage:  # all graphs are captured before the first replay, their pool then counted
+            allocated = np.maximum(allocated, static + by_stage["graph pool"])
         worst = np.argmax(allocated, axis=1)
         pick = (np.arange(len(columns)), worst)
         out["stage"][rows] = worst
         out["peak"][rows] = allocated[pick]
         out["device"][rows] = sum_terms(by_stage)[pick]
-        out["static"][rows] = sum_terms({name: by_stage[name] for name in STATIC})[pick]
+        out["static"][rows] = static[pick]
         out["host"][rows] = host_bytes(model, columns, options)[pick]
         for name, values in by_stage.items():
             terms.setdefault(name, np.zeros(count))[rows] = values[pick]

@@ -52,13 +52,18 @@ class TrainMemoryOptions:
 
     tokens_per_gpu: packed tokens of one microbatch on one GPU, after context parallelism cut it (Miles:
     max_tokens_per_gpu). seq_len: longest sequence, which only unfused attention feels. recompute_layers: with full
-    recomputation by block, layers a pipeline rank recomputes; 0 = all. moe_imbalance: tokens of the fullest
+    recomputation by block, layers a pipeline rank recomputes; 0 = all. recompute_chunk: layers that are recomputed together
+    (Megatron's uniform method), of which only the first one's input is kept. moe_imbalance: tokens of the fullest
     expert-parallel rank over the mean. logits_chunk_tokens: head and loss in chunks of that many tokens; 0 = at once.
     logits_bytes: bytes an element of the logits holds at the peak; 0 takes what the engine is known to hold. entropy:
     the loss has an entropy term. reference: a frozen copy of the weights for a KL term, resident on the GPU or swapped
     through host memory. trainable_fraction: below 1 for adapters. forward_only: a log-prob pass. primary_fp8: fp8
     weights are the only ones (fp8 parameter gathering). mtp_layers: multi-token-prediction layers that train along.
     merged_outputs: the last stage keeps every microbatch's logits and joins them (torch.distributed.pipelining).
+    graphed_modules: what CUDA graphs replay; it keeps its activations in the graphs' private pool. frozen_vision: the
+    vision tower does not train. draft_params: of a draft that trains beside the model. offload_shards: FSDP2 keeps its
+    shards of everything in host memory (CPUOffloadPolicy). async_tp: FSDP2's tensor parallelism multiplies while it
+    gathers, so gathered inputs are not kept.
     """
 
     engine: Engine = "megatron"
@@ -70,6 +75,7 @@ class TrainMemoryOptions:
     recompute: Recompute = "none"
     recompute_modules: frozenset[Module] = frozenset({"core_attn"})
     recompute_layers: int = 0
+    recompute_chunk: int = 1
     optimizer: OptimizerOptions = OptimizerOptions()
     moe_imbalance: float = 1.0
     logits_chunk_tokens: int = 0
@@ -82,6 +88,11 @@ class TrainMemoryOptions:
     primary_fp8: bool = False
     mtp_layers: int = 0
     merged_outputs: bool = False
+    graphed_modules: frozenset[Module] = frozenset()
+    frozen_vision: bool = False
+    offload_shards: bool = False
+    draft_params: float = 0.0
+    async_tp: bool = False
 
     def __post_init__(self) -> None:
         if self.tokens_per_gpu < 1 or self.seq_len < 1 or self.num_microbatches < 1:

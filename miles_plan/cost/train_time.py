@@ -9,13 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miles_plan.catalog.architecture import ModelArchitecture
+from miles_plan.catalog.ffns import MoeFfn
 from miles_plan.catalog.gpus import Cluster
 from miles_plan.cost.columns import LayoutColumns, group_layouts, stage_kinds
 from miles_plan.cost.communication import Links, collective_s, links_of, point_to_point_s, ranks_in_domain
 from miles_plan.cost.gemms import Gemm
-from miles_plan.cost.interval import Basis, Interval, Term, around
+from miles_plan.cost.interval import Interval, Term, around
 from miles_plan.cost.layer_time import TERMS, ComputeOptions, Microbatch, gemm_seconds, layer_seconds
-from miles_plan.cost.profile import HardwareProfile
+from miles_plan.cost.profile import HardwareProfile, relative_error
 from miles_plan.cost.rank_params import rank_params
 from miles_plan.cost.recompute_time import recomputed_layers, recomputed_shares
 from miles_plan.cost.train_memory import train_memory_columns
@@ -24,13 +25,16 @@ from miles_plan.ir.layout import Recompute, TrainLayout
 
 Floats = NDArray[np.float64]
 
-STEP_ERROR = {"measured": 0.3, "calibrated": 0.25, "roofline": 0.45}
+STEP_ERROR = {"measured": 0.18, "calibrated": 0.25, "roofline": 0.45}
 FORWARD_ERROR = {"measured": 0.14, "calibrated": 0.2, "roofline": 0.35}
 """Relative half width of the 90 % interval of a step and of a forward pass, by where the efficiencies come from
 (docs/accuracy.md)."""
 OPTIMIZER_BYTES = 44.0
 """HBM traffic of one parameter's Adam step: gradient norm and zeroing 8, gradient, master and moments read 16 and
 written 12, bf16 copy 8."""
+TENSOR_HOST_S = 27.0e-6
+"""Host time an optimizer step spends on each weight: copies of gradients and masters are loops (measured: 100 to 2,100
+weights), which the precision-aware optimizer does without."""
 LOSS_FORWARD_BYTES, LOSS_BACKWARD_BYTES = 30.0, 5.0
 """HBM traffic of an element of the logits in vocabulary-parallel cross entropy (measured, not fused)."""
 CONTENTION = 0.2
@@ -100,7 +104,7 @@ def train_step_time(
     """Seconds of forward, backward and optimizer over the whole step's tokens."""
     links = links_of(cluster, profile)
     seconds = train_step_columns(model, [layout], workload, links, options or TrainTimeOptions())
-    return _interval(seconds, links.profile.basis, STEP_ERROR)
+    return _interval(seconds, links.profile, STEP_ERROR, deciding_constants(model, layout, links))
 
 
 def log_prob_time(
@@ -114,13 +118,24 @@ def log_prob_time(
     """Seconds of one forward-only pass over the whole step's tokens."""
     links = links_of(cluster, profile)
     seconds = train_step_columns(model, [layout], workload, links, options or TrainTimeOptions(), forward_only=True)
-    return _interval(seconds, links.profile.basis, FORWARD_ERROR)
+    return _interval(seconds, links.profile, FORWARD_ERROR, deciding_constants(model, layout, links))
 
 
-def _interval(seconds: dict[str, Floats], basis: Basis, errors: dict[str, float]) -> Interval:
+def deciding_constants(model: ModelArchitecture, layout: TrainLayout, links: Links) -> tuple[str, ...]:
+    """Constants of the hardware profile that a step of this layout rests on."""
+    names = ["gemm_fraction", "attention_forward_fraction", "attention_backward_fraction", "hbm_fraction"]
+    names += ["grouped_gemm_fraction"] * bool(model.moe)
+    names += ["nvlink_bus_fraction.all_reduce"] * (layout.world_size > 1)
+    names += ["rdma_bus_fraction"] * (layout.world_size > links.domain)
+    return tuple(names)
+
+
+def _interval(
+    seconds: dict[str, Floats], profile: HardwareProfile, errors: dict[str, float], constants: tuple[str, ...]
+) -> Interval:
     terms = tuple(Term(name, float(values[0])) for name, values in seconds.items() if values[0])
     mid = sum(term.value for term in terms)
-    return around(mid, errors.get(basis, max(errors.values())), basis, terms)
+    return around(mid, relative_error(errors, profile, constants), profile.basis_of(constants), terms)
 
 
 def train_step_columns(
@@ -262,7 +277,18 @@ def _update_seconds(
         exposed = np.maximum(0.1 * reduce, reduce - 0.6 * microbatch) + np.maximum(0.1 * gather, gather - 0.3 * microbatch)
     shard = dense / replicas + expert / expert_replicas
     shard = shard if options.optimizer.distributed else dense + expert
-    return {"dp": exposed, "optimizer": _optimizer_seconds(shard, links, options.optimizer)}
+    optimizer = _optimizer_seconds(shard, links, options.optimizer)
+    if options.engine == "megatron" and options.optimizer.kind != "none" and not options.optimizer.precision_aware:
+        optimizer = optimizer + _tensors(model, columns)[at] * TENSOR_HOST_S * links.profile.host_scale
+    return {"dp": exposed, "optimizer": optimizer}
+
+
+def _tensors(model: ModelArchitecture, columns: LayoutColumns) -> Floats:
+    """Weights of each rank as Megatron holds them, one an expert and projection, shape [n, pp]."""
+    counts = stage_kinds(model, columns)
+    whole = counts @ np.array([4.0 * sum(1 for part in (kind.mixer, kind.ffn) if part) for kind in model.kinds])
+    experts = counts @ np.array([2.0 * kind.ffn.experts if isinstance(kind.ffn, MoeFfn) else 0.0 for kind in model.kinds])
+    return np.asarray(whole[None] + experts[None] / columns.ep[:, None])
 
 
 def _optimizer_seconds(shard: Floats, links: Links, optimizer: OptimizerOptions) -> Floats:

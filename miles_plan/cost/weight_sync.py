@@ -45,7 +45,9 @@ IPC_TENSOR_S = 3.5e-4
 class SyncOptions:
     """bucket_bytes: weights sent at once; rollout_precision: what the engine loads, quantised on the way when it is
     not bf16; changed_fraction: share of bytes a delta carries; disk_bytes_per_s: shared storage of one node;
-    adapter_fraction: share of the parameters that travels where only adapters train; engine_load_bytes_per_s: rate of
+    adapter_fraction: share of the parameters that travels where only adapters train; draft_params: of a draft that travels
+    along; exposed_receive_bytes: what an engine's rank must have before its loader starts (NCCL into staging buffers; RDMA
+    writes the next bucket while this one loads); engine_load_bytes_per_s: rate of
     an engine whose loader copies what it receives (vLLM), 0 where tensors land in place (SGLang)."""
 
     bucket_bytes: float = 1 << 30
@@ -54,6 +56,8 @@ class SyncOptions:
     disk_bytes_per_s: float = 2.0e9
     adapter_fraction: float = 1.0
     engine_load_bytes_per_s: float = 0.0
+    draft_params: float = 0.0
+    exposed_receive_bytes: float = 0.0
 
 
 def weight_sync_time(
@@ -84,6 +88,8 @@ def weight_sync_time(
     terms = move(size, train, rollout, links, how)
     terms["quantize"] = _quantize_seconds(size.bf16_bytes / (train.tp * train.ep), links, how)
     terms["pause"] = PAUSE_S if transport != "shared_memory" else 0.0  # embedded engines have no server to drain
+    if how.exposed_receive_bytes:
+        terms["receive"] = how.exposed_receive_bytes / links.nic("p2p")
     if how.engine_load_bytes_per_s:
         terms["engine load"] = size.wire_bytes / rollout.gpus_per_engine / how.engine_load_bytes_per_s
     return _figure(terms, SYNC_ERROR, "calibrated")
@@ -102,7 +108,7 @@ class _Payload:
 
 def _payload(model: ModelArchitecture, how: SyncOptions) -> _Payload:
     share = how.adapter_fraction
-    total, whole = model.params_total * share, share == 1.0
+    total, whole = model.params_total * share + how.draft_params, share == 1.0
     latent = sum(count for kind, count in model.layers() if isinstance(kind.mixer, MultiLatent | CompressedLatent))
     wire = total * WEIGHT_BYTES[how.rollout_precision]
     adapters = 16.0 * model.num_layers  # two tensors a projection; adapters leave experts alone

@@ -186,6 +186,31 @@ PAGES: tuple[Page, ...] = (
         fix="Give files of JSON lines; the message names the line.",
     ),
     Page(
+        code="MP450",
+        title="no GPU to measure",
+        what="`miles-plan calibrate` ran on a machine where torch can use no GPU.",
+        why="A profile says what a GPU reaches; there is nothing here to measure.",
+        example="error[MP450]: this machine has no GPU that torch can use: torch was built without CUDA",
+        fix="Run it on the GPU machine, with a torch built for its GPUs, and copy the profile to where you plan.",
+    ),
+    Page(
+        code="MP451",
+        title="GPU that the catalog lacks",
+        what="The GPU to calibrate is none of the catalog's, by its driver's name and its memory.",
+        why="A profile holds fractions of a datasheet, and this GPU's is unknown.",
+        example="error[MP451]: the catalog has no GPU like `NVIDIA L40S` with 48 GB",
+        fix="Plan for a GPU that `miles-plan gpus` lists, or add the GPU's datasheet to the catalog.",
+    ),
+    Page(
+        code="MP452",
+        title="measurement that cannot be right",
+        what="A calibration measured more than a datasheet allows or next to nothing, or its repetitions scatter.",
+        why="Something else used the GPU, or a clock or link is broken. Estimates from such a profile would be wrong, so none "
+        "is written.",
+        example="error[MP452]: a measurement cannot be used: collectives: repetitions differ by 48%, at most 25% is usable",
+        fix="End other work on the GPUs (`nvidia-smi` lists it) and measure again, longer with `--seconds 180`.",
+    ),
+    Page(
         code="MP455",
         title="no GPU for the kernels",
         what="`kernels verify` was started where torch sees no CUDA device, or where Triton is missing.",

@@ -231,6 +231,23 @@ _NAMES = (
         example="data: {reward: my_rewards:scroe}",
         fix="Correct the name, or ignore the warning if the module exists only where the job runs.",
     ),
+    Page(
+        code="MP145",
+        title="hardware profile that cannot be used",
+        what="The file of `cluster.profile` (or `--profile`) is no hardware profile, is one of another GPU, holds a value that "
+        "no machine gives, or two files are named for one kind of GPU.",
+        why="Every time and every memory figure of the plan would be priced for a machine that is not there.",
+        example="cluster: {gpu: h200, profile: b200.json}   # a profile of b200",
+        fix="Write one with `miles-plan calibrate` on that machine, or leave the field out: profiles ship for most GPUs.",
+    ),
+    Page(
+        code="MP146",
+        title="file of lengths cannot be used",
+        what="The file that `rollout.response_tokens.histogram` names is in no form that is read, or holds no positive length.",
+        why="The rollout is simulated over these lengths, and the micro-batches are packed from them.",
+        example='rollout: {response_tokens: {max: 8192, histogram: lengths.json}}   # holds {"lengths": []}',
+        fix='Write `{"lengths": [...]}`, `{"edges": [...], "counts": [...]}` (one edge more than counts), or a number a line.',
+    ),
 )
 
 _USE = (

@@ -51,7 +51,10 @@ class LossOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerOptions:
-    """AdamW with fp32 masters. Warm-up is linear over `warmup_steps`; the schedule then runs to `total_steps`."""
+    """AdamW with fp32 masters. Warm-up is linear over `warmup_steps`; the schedule then runs to `total_steps`.
+
+    precision_aware: the update reads gradients in the format they add up in; moments: format of both moments.
+    """
 
     learning_rate: float
     beta1: float = 0.9
@@ -63,3 +66,5 @@ class OptimizerOptions:
     schedule: LearningRateSchedule = "constant"
     total_steps: int = 0
     min_learning_rate: float = 0.0
+    precision_aware: bool = False
+    moments: Literal["fp32", "bf16"] = "fp32"

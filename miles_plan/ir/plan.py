@@ -59,7 +59,11 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One point of the search: a joint choice of layouts and placement with its price. chosen marks the plan's own."""
+    """One point of the search's Pareto front: a joint choice of layouts and placement with its price.
+
+    chosen marks the plan's own, which comes first; binding says what keeps it from being faster. why: what puts a point on
+    the front; note: the options that the layouts do not say.
+    """
 
     train_layout: str
     rollout_layout: str
@@ -69,6 +73,8 @@ class Candidate:
     headroom_bytes: int
     chosen: bool = False
     note: str = ""
+    why: str = ""
+    binding: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -267,7 +267,11 @@ class Buffer(Task):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainStep(Task):
-    """One or more optimizer steps over a batch. `updates` splits the batch into so many optimizer steps."""
+    """One or more optimizer steps over a batch. `updates` splits the batch into so many optimizer steps.
+
+    gradients: format they add up and travel in; offload_fraction: share of the optimizer state on the host where any is there;
+    release: of the trainer's software, `auto` where the spec names none.
+    """
 
     kind: Literal["train_step"] = "train_step"
     model: Literal["policy", "critic"] = "policy"
@@ -277,6 +281,9 @@ class TrainStep(Task):
     tokens_per_gpu: int = 0
     recompute: Recompute = "none"
     optimizer_offload: bool = False
+    offload_fraction: float = 1.0
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    release: str = "auto"
     replay_routing: bool = False
     temperature: float = 1.0
     nonfinite: Literal["skip", "rollback", "stop"] = "skip"

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 
 import networkx as nx
 
+from miles_plan.ir.critical_path import end_s, start_s
 from miles_plan.ir.graph import Fact, TaskGraph
 from miles_plan.ir.group import gpus_in_use
-from miles_plan.ir.tasks import Logprobs, ReplayRouting, Rollout, Task, TrainStep, WeightSync
+from miles_plan.ir.tasks import Logprobs, ReplayRouting, Rollout, TrainStep, WeightSync
 from miles_plan.ir.text import to_text
 
 
@@ -143,8 +144,8 @@ def _scheduled(graph: TaskGraph, num_gpus: int) -> Iterator[str]:
     loop_of = {task.name: task.loop for task in graph.tasks}
     for edge in graph.edges:
         src, dst = graph.task(edge.src), graph.task(edge.dst)
-        if edge.distance == 0 and loop_of[edge.src] == loop_of[edge.dst] and _start_s(dst) + 1e-9 < _end_s(src):
-            yield f"%{edge.dst} starts at {_start_s(dst):.3f} s, before %{edge.src} ends at {_end_s(src):.3f} s"
+        if edge.distance == 0 and loop_of[edge.src] == loop_of[edge.dst] and start_s(dst) + 1e-9 < end_s(src):
+            yield f"%{edge.dst} starts at {start_s(dst):.3f} s, before %{edge.src} ends at {end_s(src):.3f} s"
     yield from _double_booked(graph)
 
 
@@ -154,16 +155,8 @@ def _double_booked(graph: TaskGraph) -> Iterator[str]:
         for other, other_group in timed[index + 1 :]:
             if one.loop != other.loop or not one_group.shares_gpus_with(other_group):
                 continue
-            if _start_s(one) + 1e-9 < _end_s(other) and _start_s(other) + 1e-9 < _end_s(one):
+            if start_s(one) + 1e-9 < end_s(other) and start_s(other) + 1e-9 < end_s(one):
                 yield f"%{one.name} and %{other.name} hold the same GPUs at the same time"
-
-
-def _start_s(task: Task) -> float:
-    return task.start_s or 0.0
-
-
-def _end_s(task: Task) -> float:
-    return _start_s(task) + (task.estimate.mid_s if task.estimate else 0.0)
 
 
 DEMANDS: dict[Fact, Callable[[TaskGraph, int], Iterator[str]]] = {

@@ -12,11 +12,14 @@ from typing import Any
 from miles_plan import __version__
 from miles_plan.catalog.architecture import ModelArchitecture
 from miles_plan.catalog.gpus import Cluster, NodeGroup, find_gpu
+from miles_plan.catalog.hardware_profile import HardwareProfile
 from miles_plan.catalog.hf_config import architecture_from_hf_config
 from miles_plan.catalog.models import find_model
+from miles_plan.cost.lengths import load_lengths
+from miles_plan.cost.profile import load_profile, shipped_constants
 from miles_plan.diagnostics import Diagnostic, Location, PlanError, error, warning
 from miles_plan.ir.graph import TaskGraph
-from miles_plan.ir.plan import ClusterSummary, DataSource, ModelSource, Plan, RunOptions, TokenizerSource
+from miles_plan.ir.plan import ClusterSummary, DataSource, Decision, ModelSource, Plan, RunOptions, TokenizerSource
 from miles_plan.passes.base import Instrument, Outcome, Pass, PassContext, Pipeline
 from miles_plan.passes.pipeline import DEFAULT
 from miles_plan.spec.cluster import ClusterSpec, NodeGroupSpec
@@ -61,6 +64,7 @@ def context_of(loaded: LoadedJob) -> tuple[PassContext, RunOptions]:
     if (asked := loaded.spec.algorithm.teacher) is not None:
         teacher, teacher_source = _model(loaded, asked.model, "algorithm.teacher.model", found)
         found += _other_tokenizer(loaded, asked.model)
+    found += _unreadable_lengths(loaded)
     if model is None or source is None or cluster is None or found:
         raise PlanError(tuple(found), loaded.sources)
     ctx = PassContext(
@@ -73,6 +77,17 @@ def context_of(loaded: LoadedJob) -> tuple[PassContext, RunOptions]:
         ledger=loaded.ledger,
     )
     return ctx, run_options(loaded, source, teacher_source)
+
+
+def _unreadable_lengths(loaded: LoadedJob) -> Iterator[Diagnostic]:
+    """A file of lengths is read here once, so that what is wrong with it has the field's place."""
+    name, field = loaded.spec.rollout.response_tokens.histogram, "rollout.response_tokens.histogram"
+    if name is None:
+        return
+    try:
+        load_lengths(loaded.file(name))
+    except ValueError as problem:
+        yield error("MP146", str(problem), loaded.at(field), field=field, help='write {"lengths": [...]}, or a number a line')
 
 
 def _other_tokenizer(loaded: LoadedJob, teacher: ModelSpec) -> Iterator[Diagnostic]:
@@ -134,12 +149,57 @@ def _hf_config(loaded: LoadedJob, spec: ModelSpec) -> dict[str, Any]:
 def _cluster(loaded: LoadedJob, found: list[Diagnostic]) -> Cluster | None:
     spec = loaded.spec.cluster
     try:
-        if spec.groups:
-            return Cluster(groups=tuple(_nodes(group) for group in spec.groups))
-        return Cluster(groups=(_nodes(spec),))
+        cluster = Cluster(groups=tuple(_nodes(group) for group in spec.groups or (spec,)))
     except ValueError as unknown:
         found.append(error("MP141", str(unknown), loaded.at("cluster.gpu"), field="cluster.gpu"))
         return None
+    return _with_profiles(loaded, cluster, found)
+
+
+def _with_profiles(loaded: LoadedJob, cluster: Cluster, found: list[Diagnostic]) -> Cluster:
+    """The cluster with the profiles that its spec names, each for every node with that GPU: prices are by kind of GPU."""
+    spec, profiles = loaded.spec.cluster, dict[str, tuple[str, HardwareProfile]]()
+    for at, group in enumerate(cluster.groups):
+        field, name = (
+            (f"cluster.groups.{at}.profile", spec.groups[at].profile) if spec.groups else ("cluster.profile", spec.profile)
+        )
+        if name is None:
+            continue
+        known = profiles.get(group.gpu.name)
+        if known is not None and known[0] != name:
+            message = f"two profiles for {group.gpu.name}: `{known[0]}` and `{name}`"
+            found.append(error("MP145", message, loaded.at(field), field=field, help="keep one for each kind of GPU"))
+            continue
+        try:
+            profiles[group.gpu.name] = name, load_profile(loaded.file(name), group.gpu)
+        except (OSError, ValueError) as unusable:
+            found.append(error("MP145", f"the hardware profile cannot be used: {unusable}", loaded.at(field), field=field))
+    groups = (
+        replace(group, gpu=replace(group.gpu, profile=profiles[group.gpu.name][1])) if group.gpu.name in profiles else group
+        for group in cluster.groups
+    )
+    return Cluster(groups=tuple(groups))
+
+
+def _profile_sources(cluster: Cluster) -> tuple[tuple[str, str], ...]:
+    """The profile files and their SHA-256, each once: a plan says what it was priced with."""
+    profiles = (group.gpu.profile for group in cluster.groups)
+    return tuple(dict.fromkeys((each.here.file, each.here.sha256) for each in profiles if each and each.here))
+
+
+def _profile_decisions(cluster: Cluster) -> Iterator[Decision]:
+    """What each profile of the user's priced, and what stayed as shipped."""
+    for name, here in {group.gpu.name: group.gpu.profile for group in cluster.groups}.items():
+        if here is None or here.here is None:
+            continue
+        rest = shipped_constants(here)
+        yield Decision(
+            field="cluster.profile",
+            value=here.here.file,
+            reason=f"{name} priced as measured on {here.date or 'an unstated date'}: {', '.join(here.here.constants)}; "
+            f"from the shipped profile ({here.here.shipped_basis}): {', '.join(rest) or 'nothing'}; sha256 {here.here.sha256}",
+            by=COMPILER,
+        )
 
 
 def _nodes(spec: ClusterSpec | NodeGroupSpec) -> NodeGroup:
@@ -236,11 +296,14 @@ def _plan(loaded: LoadedJob, ctx: PassContext, run: RunOptions, outcome: Outcome
         tool_version=__version__,
         spec=loaded.resolved(),
         spec_sha256=loaded.sha256(),
-        sources=tuple((name, hashlib.sha256(text.encode()).hexdigest()) for name, text in loaded.sources.items()),
+        sources=(
+            *((name, hashlib.sha256(text.encode()).hexdigest()) for name, text in loaded.sources.items()),
+            *_profile_sources(ctx.cluster),
+        ),
         cluster=_cluster_summary(ctx.cluster),
         run=run,
         graph=outcome.graph,
-        decisions=outcome.decisions,
+        decisions=(*_profile_decisions(ctx.cluster), *outcome.decisions),
         estimates=outcome.estimates,
         candidates=outcome.candidates,
         transfers=outcome.transfers,

@@ -1,55 +1,56 @@
-"""The joint search: placement x trainer's choice x engines' choice, exact within the enumerated space.
+"""The joint search: placement x trainer x engines x transport, exact within the enumerated space.
 
-A step's time is the trainer's part plus the rollout's part plus the sync between them (or their maximum, when they overlap).
-The two halves are priced apart; pairs are then visited cheapest first, and a pair is not visited when its halves alone are
-already slower than the best whole found: the sync only adds. So the result is that of brute force
-(tests/passes/test_joint_search.py).
+The two halves of a step are priced apart, as columns, and then all pairs of them with the sync between. What comes back is the
+Pareto front over step time, GPU-hours and memory headroom. Three things keep it quick without changing it: a row is not timed
+when a point already found beats even its most optimistic pair; of rows whose syncs cost the same only those that no other
+beats in time and in memory are paired; and a sync is priced once a class of layouts that it cannot tell apart. So the front is
+that of brute force (tests/passes/test_joint_search.py).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
-from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
+from miles_plan.catalog.gpus import Cluster
+from miles_plan.cost.columns import Floats
 from miles_plan.cost.profile import profile_for
-from miles_plan.cost.weight_sync import offload_time
-from miles_plan.ir.layout import RolloutLayout, TrainLayout
+from miles_plan.cost.rollout_memory import RolloutMemory
+from miles_plan.cost.train_memory import DEVICE_ERROR
 from miles_plan.ir.tasks import Transport
 from miles_plan.passes.base import PassContext
+from miles_plan.passes.layout_space import ANY_SIZES, Sizes
 from miles_plan.passes.number_formats import COST_PRECISION
-from miles_plan.passes.rollout_choices import RolloutChoice, RolloutSearch, search_rollout
+from miles_plan.passes.pair_prices import (
+    SLEEPING_TRAINER_BYTES,
+    TRANSPORTS,
+    open_transports,
+    pair_prices,
+    residue_bytes,
+    train_part_s,
+    worth_pairing,
+)
+from miles_plan.passes.placements import Split, splits
+from miles_plan.passes.rollout_choices import RolloutChoice, fastest_first, sized_engines
 from miles_plan.passes.staleness import staleness_of
-from miles_plan.passes.sync_price import bucket_size_bytes, sync_price
-from miles_plan.passes.train_choices import TrainChoice, TrainSearch, search_train, usable_bytes
+from miles_plan.passes.train_choices import (
+    PASSES_OF_UPDATE,
+    TrainChoice,
+    TrainSearch,
+    passes_per_step,
+    size_trainers,
+    smallest_of,
+    train_search,
+    usable_bytes,
+)
+from miles_plan.passes.train_prices import PassedLayouts, PriceRows, PriceTable, SizedLayouts, front_rows
 from miles_plan.passes.workload import StepWorkload
-from miles_plan.spec.execution import SplitPlacement
 
-PlacementKind = Literal["colocate", "disaggregate"]
-MAX_SPLITS = 32  # ways to divide the GPUs that are priced; nodes are kept whole where there are several
-KEPT_CANDIDATES = 12
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
-    """Which GPUs train and which generate: the same ones in turn, or apart."""
-
-    kind: PlacementKind
-    train_gpus: int
-    rollout_gpus: int
-
-    @property
-    def num_gpus(self) -> int:
-        """GPUs in use."""
-        return self.train_gpus if self.kind == "colocate" else self.train_gpus + self.rollout_gpus
-
-    def __str__(self) -> str:
-        """As people say it."""
-        if self.kind == "colocate":
-            return f"colocate on {self.train_gpus}"
-        return f"{self.rollout_gpus} rollout + {self.train_gpus} train"
+HEADROOM_STEP = DEVICE_ERROR  # of a GPU's memory: what the memory model may be off by
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,122 +59,311 @@ class JointChoice:
 
     split: Split
     train: TrainChoice
-    rollout: RolloutChoice | None
+    rollout: RolloutChoice
+    transport: Transport
     sleeping: bool
+    train_s: float
     sync_s: float
     transition_s: float
     step_s: float
     headroom_bytes: float
+    headroom_level: int
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPU-hours of one step, by the GPUs in use."""
+        return self.step_s * self.split.num_gpus / 3600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitBound:
+    """What another split's fastest step takes, exactly or at least."""
+
+    split: Split
+    step_s: float
+    exact: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JointSearch:
-    """The best answer of each split, best first; why others were left out; and the trainer nearest to fitting."""
+    """front: every point that none beats, fastest first; the first is the choice. of_splits: the fastest point of each split
+    among those that were priced to the end; others: every other split, fastest first.
 
-    best: tuple[JointChoice, ...]
-    trainers: TrainSearch | None  # all that the chosen split's GPUs could do
+    trainers, sized: what the chosen split's GPUs could do, timed and by bytes alone. left_out: why points were not
+    considered, with how many; nearest: the trainer nearest to fitting.
+    """
+
+    front: tuple[JointChoice, ...]
+    of_splits: tuple[JointChoice, ...]
+    others: tuple[SplitBound, ...]
+    trainers: TrainSearch | None
+    sized: SizedLayouts | None
     left_out: Counter[str]
     nearest: TrainChoice | None
-    pairs_visited: int
+    rows_timed: int
+    pairs_priced: int
 
 
-def splits(ctx: PassContext) -> Iterator[Split]:
-    """The placements that the spec leaves open, colocation first."""
-    num_gpus = ctx.cluster.num_gpus
-    asked = ctx.job.placement
-    overlapping = staleness_of(ctx)[1] > 0
-    if asked == "colocate" or (asked == "auto" and not overlapping):
-        yield Split(kind="colocate", train_gpus=num_gpus, rollout_gpus=num_gpus)
-    if isinstance(asked, SplitPlacement):
-        if 0 < asked.rollout_gpus < num_gpus:
-            yield Split(kind="disaggregate", train_gpus=num_gpus - asked.rollout_gpus, rollout_gpus=asked.rollout_gpus)
-    elif asked in ("auto", "disaggregate"):
-        unit = ctx.cluster.gpus_per_node if ctx.cluster.num_nodes > 1 else 1
-        sizes = range(unit, num_gpus, unit)
-        stride = max(1, -(-len(sizes) // MAX_SPLITS))
-        for rollout_gpus in sizes[stride - 1 :: stride]:
-            yield Split(kind="disaggregate", train_gpus=num_gpus - rollout_gpus, rollout_gpus=rollout_gpus)
+def search_jointly(
+    ctx: PassContext, workload: StepWorkload, *, train_sizes: Sizes = ANY_SIZES, rollout_sizes: Sizes = ANY_SIZES
+) -> JointSearch:
+    """Price the space and keep its front, the fastest of each split, and what was left out.
 
+    train_sizes, rollout_sizes: sizes that layouts must have, for whoever asks about them.
 
-def search_jointly(ctx: PassContext, workload: StepWorkload) -> JointSearch:
-    """Price every split that can still win and keep the best answer of each.
-
-    A split is passed over when a bound on its step is already above the best: engines on fewer GPUs are not faster, and no
-    trainer beats its matrix products at the rate the profile reaches. Splits are visited from most rollout GPUs to fewest, so
-    that one engine search that loses rules out all that would have fewer.
+    Where nothing fits because of a sync or a host, the front is of what fits the training GPUs: `plan_memory` then says of the
+    best of it which phase overflows, where, and what the largest part is.
     """
-    best: list[JointChoice] = []
-    left_out: Counter[str] = Counter()
-    nearest: TrainChoice | None = None
-    trainers: dict[Split, TrainSearch] = {}
-    visited = 0
-    fastest_s, slowest_losing_gpus = float("inf"), 0
-    everything = sorted(splits(ctx), key=lambda split: (split.kind, -split.rollout_gpus))
-    overlapping = staleness_of(ctx)[1] > 0
-    for split in everything:
-        floor_s = train_floor_s(ctx, split.train_gpus, workload)
-        if floor_s >= fastest_s or split.rollout_gpus <= slowest_losing_gpus:
-            left_out["slower than the best by bound"] += 1
-            continue
-        if split.kind == "disaggregate" and fastest_s < float("inf"):
-            engines = search_rollout(ctx, ctx.cluster, split.rollout_gpus, workload, resident_bytes=0.0)
-            rollout_s = engines.choices[0].rollout_s if engines.choices else float("inf")
-            if _bound_s(rollout_s, train_floor_s(ctx, ctx.cluster.num_gpus, workload), overlapping) >= fastest_s:
-                slowest_losing_gpus = max(slowest_losing_gpus, split.rollout_gpus)
-            if _bound_s(rollout_s, floor_s, overlapping) >= fastest_s:
-                left_out["slower than the best by bound"] += 1
-                continue
-        train = search_train(ctx, ctx.cluster, split.train_gpus, workload)
-        trainers[split] = train
-        left_out += train.left_out
-        if train.smallest is not None and (nearest is None or train.smallest.peak_bytes < nearest.peak_bytes):
-            nearest = train.smallest
-        found, pairs = _best_of_split(ctx, split, train, workload, left_out)
-        visited += pairs
-        if found is not None:
-            best.append(found)
-            fastest_s = min(fastest_s, found.step_s)
-    best.sort(key=lambda choice: (choice.step_s, -choice.headroom_bytes))
-    chosen = trainers[best[0].split] if best else None
-    return JointSearch(best=tuple(best), trainers=chosen, left_out=left_out, nearest=nearest, pairs_visited=visited)
+    found = _Search(ctx, workload, train_sizes, rollout_sizes, training_only=False).run()
+    return found if found.front else _Search(ctx, workload, train_sizes, rollout_sizes, training_only=True).run()
 
 
-def _bound_s(rollout_s: float, train_s: float, overlapping: bool) -> float:
-    return max(rollout_s, train_s) if overlapping else rollout_s + train_s
+def without_rollout(trainers: TrainSearch) -> JointSearch:
+    """What was found for a job that only trains and does not fit."""
+    return JointSearch(
+        front=(),
+        of_splits=(),
+        others=(),
+        trainers=trainers,
+        sized=None,
+        left_out=trainers.left_out,
+        nearest=trainers.smallest,
+        rows_timed=len(trainers.table.rows),
+        pairs_priced=0,
+    )
 
 
-def train_floor_s(ctx: PassContext, num_gpus: int, workload: StepWorkload) -> float:
-    """No trainer on `num_gpus` is faster: forward and backward products of the active weights at the profile's best rate.
+class _Search:
+    """What has been found while splits are visited one after another."""
 
-    Six operations an active weight and token for the update, two for each log-prob pass (arXiv 2001.08361).
-    """
-    gpu = max((group.gpu for group in ctx.cluster.groups), key=lambda each: max(each.flops.values()))
-    precision = COST_PRECISION[ctx.job.precision.train]
-    rate = gpu.rate(precision) * max(profile_for(gpu).gemm_fraction.values())
-    flops = (6.0 + 2.0) * ctx.model.params_active_nonembedding * workload.total_tokens
-    return float(flops / rate / num_gpus)
+    def __init__(
+        self, ctx: PassContext, workload: StepWorkload, train_sizes: Sizes, rollout_sizes: Sizes, *, training_only: bool
+    ) -> None:
+        self.ctx, self.workload, self.training_only = ctx, workload, training_only
+        self.train_sizes, self.rollout_sizes = train_sizes, rollout_sizes
+        self.front: list[JointChoice] = []
+        self.of_splits: list[JointChoice] = []
+        self.trainers: dict[Split, TrainSearch] = {}
+        self.bounds: dict[Split, float] = {}  # what the points of a split that were left out take at least
+        self.sized: dict[tuple[int, int], SizedLayouts] = {}
+        self.left_out: Counter[str] = Counter()
+        self.nearest: TrainChoice | None = None
+        self.rows_timed = self.pairs_priced = 0
+
+    def run(self) -> JointSearch:
+        """Visit every split that the spec leaves open."""
+        possible = list(splits(self.ctx))
+        reached = [split for split in possible if open_transports(self.ctx, split)]
+        self.left_out["no transport that the spec allows reaches the engines"] += len(possible) - len(reached)
+        for split in reached or possible:  # where none is reached `sync_weights` says so, of the one that would be best
+            self.visit(split)
+        return self.result()
+
+    def result(self) -> JointSearch:
+        """What has been found so far."""
+        self.of_splits.sort(key=_order)
+        return JointSearch(
+            front=tuple(self.front),
+            of_splits=tuple(self.of_splits),
+            others=tuple(sorted(self._others(), key=lambda each: each.step_s)),
+            trainers=self.trainers.get(self.front[0].split) if self.front else None,
+            sized=self._sized(self.front[0].split) if self.front else None,
+            left_out=+self.left_out,
+            nearest=self.nearest,
+            rows_timed=self.rows_timed,
+            pairs_priced=self.pairs_priced,
+        )
+
+    def _others(self) -> Iterator[SplitBound]:
+        """The splits that were not chosen, by their fastest plan or by a bound where a point of the front ruled it out."""
+        best = {choice.split: choice.step_s for choice in reversed(self.of_splits)}
+        for split in dict.fromkeys((*best, *self.bounds)):
+            found_s, bound_s = best.get(split, np.inf), self.bounds.get(split, np.inf)
+            if self.front and split != self.front[0].split:
+                yield SplitBound(split=split, step_s=min(found_s, bound_s), exact=found_s <= bound_s)
+
+    def visit(self, split: Split) -> None:
+        """Price what can still be on the front of one split: bounds first, then engines, then updates, then pairs."""
+        ctx, workload = self.ctx, self.workload
+        sized = self._sized(split)
+        nearest = smallest_of(sized.layouts, sized.smallest)
+        if nearest is not None and (self.nearest is None or nearest.peak_bytes < self.nearest.peak_bytes):
+            self.nearest = nearest
+        self.left_out["peak memory over capacity"] += sized.overflowing
+        residue = max((residue_bytes(ctx, split, rows) for _, rows in sized.groups), default=0.0)
+        cluster, num_gpus = split.rollout.cluster, split.rollout_gpus
+        open_, left_out = sized_engines(ctx, cluster, num_gpus, workload, resident_bytes=residue, sizes=self.rollout_sizes)
+        self.left_out += left_out
+        if not open_ or not sized.groups:
+            return
+        floors = [each.floor_s() for each in open_]
+        beside = min(least_beside_bytes(split, each.memory) for each in open_)
+        passed = sized.passed(lambda rows: self._worth(split, rows, min(floors), beside))
+        if not passed.groups:
+            return
+        train_s = np.concatenate([self._least_train_s(split, rows) for _, rows in passed.groups])
+        peaks = np.concatenate([rows.peak_bytes for _, rows in passed.groups])
+        corner = front_rows(train_s, peaks)
+        engines = fastest_first(
+            each.simulated()
+            for each, floor_s in zip(open_, floors, strict=True)
+            if self._may_win(split, each.memory, floor_s, train_s[corner], peaks[corner])
+        )
+        if engines:
+            self._price(split, passed, engines)
+
+    def _price(self, split: Split, passed: PassedLayouts, engines: tuple[RolloutChoice, ...]) -> None:
+        """Put times to what is still worth it and take the best pairs into the front."""
+        beside = min(least_beside_bytes(split, each.memory) for each in engines)
+        trainers = train_search(passed.updated(lambda rows: self._worth(split, rows, engines[0].rollout_s, beside)))
+        self.trainers[split] = trainers
+        self.rows_timed += len(trainers.table.rows)
+        found = self._best_pairs(split, trainers, engines) if len(trainers.table.rows) else []
+        if found:
+            self.of_splits.append(found[0])
+            self.front = nondominated([*self.front, *found])
+
+    def _sized(self, split: Split) -> SizedLayouts:
+        key = (split.train.run.first, split.train_gpus)
+        if key not in self.sized:
+            self.sized[key] = size_trainers(self.ctx, split.train.cluster, split.train_gpus, self.workload, self.train_sizes)
+        return self.sized[key]
+
+    def _may_win(self, split: Split, memory: RolloutMemory, floor_s: float, train_s: Floats, peaks: Floats) -> bool:
+        """Whether engines that take at least `floor_s` could be on the front beside any trainers of these times and peaks."""
+        levels = headroom_levels(self.ctx, capacity_bytes(split) - peaks - least_beside_bytes(split, memory))
+        return not bool(self._beaten(split, self._step_s(split, floor_s, train_s), levels).all())
+
+    def _step_s(self, split: Split, rollout_s: float, train_s: Floats) -> Floats:
+        """A step of these halves if nothing came between them."""
+        overlapping = staleness_of(self.ctx)[1] > 0 and split.kind == "disaggregate"
+        return np.maximum(train_s, rollout_s) if overlapping else train_s + rollout_s
+
+    def _least_train_s(self, split: Split, rows: PriceRows) -> Floats:
+        """What the rows' trainers take at least, by the pass that is timed or by their GPUs' rate."""
+        floor_s = train_floor_s(self.ctx, split.train.cluster, split.train_gpus, self.workload)
+        return np.maximum(floor_s, (PASSES_OF_UPDATE + passes_per_step(self.ctx)) * rows.log_prob_s)
+
+    def _worth(self, split: Split, rows: PriceRows, rollout_s: float, beside_bytes: float) -> NDArray[np.bool_]:
+        """Rows that no point found so far beats even at the fastest update there could be, beside the best engines."""
+        worth = self._unbeaten(split, self._least_train_s(split, rows), rows, rollout_s, beside_bytes)
+        self.left_out["beaten by bound"] += int((~worth).sum())
+        return worth
+
+    def _unbeaten(
+        self, split: Split, train_s: Floats, rows: PriceRows, rollout_s: float, beside_bytes: float
+    ) -> NDArray[np.bool_]:
+        """Rows that no point found so far beats, if their trainers took `train_s` and no sync took any time."""
+        levels = headroom_levels(self.ctx, capacity_bytes(split) - rows.peak_bytes - beside_bytes)
+        return ~self._beaten(split, self._step_s(split, rollout_s, train_s), levels)
+
+    def _beaten(self, split: Split, step_s: Floats, levels: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """Which prices the front beats. The fastest of them bounds what else the split could do."""
+        beaten = beaten_by(self.front, step_s, step_s * split.num_gpus / 3600.0, levels)
+        if beaten.any():
+            self.bounds[split] = min(self.bounds.get(split, np.inf), float(step_s[beaten].min()))
+        return beaten
+
+    def _best_pairs(self, split: Split, trainers: TrainSearch, engines: tuple[RolloutChoice, ...]) -> list[JointChoice]:
+        """The split's own front in step time and headroom, fastest first. Its GPU-hours go with its step time."""
+        table = trainers.table
+        kept = worth_pairing(self.ctx, split, self.workload, table, engines, training_only=self.training_only)
+        self.left_out["trainer and engines do not fit together"] += 0 if len(kept) else len(table.rows)
+        rows = table.rows.take(kept)
+        train_s = rows.step_s + passes_per_step(self.ctx) * rows.log_prob_s
+        transports = open_transports(self.ctx, split)
+        beside = min(least_beside_bytes(split, each.memory) for each in engines)
+        kept = kept[self._unbeaten(split, train_s, rows, engines[0].rollout_s, beside)]
+        if len(transports) > 1 and len(kept):
+            kept = kept[self._still_open(split, table, kept, engines, transports[0])]
+        return self._front_of(split, trainers, kept, engines, transports) if len(kept) else []
+
+    def _still_open(
+        self,
+        split: Split,
+        table: PriceTable,
+        kept: NDArray[np.intp],
+        engines: tuple[RolloutChoice, ...],
+        transport: Transport,
+    ) -> NDArray[np.bool_]:
+        """Rows that could be on the split's front if their sync took no time, the others' going by `transport`."""
+        rows = table.rows.take(kept)
+        known = pair_prices(
+            self.ctx, split, self.workload, table.layouts, rows, engines, (transport,), training_only=self.training_only
+        )
+        hoped = pair_prices(self.ctx, split, self.workload, table.layouts, rows, engines, (), training_only=self.training_only)
+        levels = headroom_levels(self.ctx, hoped.headroom_bytes)
+        best = np.full(levels.max() + 2, np.inf)  # the fastest known with at least so much headroom
+        np.minimum.at(best, np.maximum(levels, 0).ravel(), known.step_s.ravel())
+        best = np.minimum.accumulate(best[::-1])[::-1]
+        return np.asarray((hoped.step_s <= best[np.maximum(levels, 0)]).any(axis=1))
+
+    def _front_of(
+        self,
+        split: Split,
+        trainers: TrainSearch,
+        kept: NDArray[np.intp],
+        engines: tuple[RolloutChoice, ...],
+        transports: tuple[Transport, ...],
+    ) -> list[JointChoice]:
+        table = trainers.table
+        rows = table.rows.take(kept)
+        prices = pair_prices(
+            self.ctx, split, self.workload, table.layouts, rows, engines, transports, training_only=self.training_only
+        )
+        self.pairs_priced += prices.step_s.size
+        fits = np.isfinite(prices.step_s).ravel()
+        flat = np.flatnonzero(fits)
+        levels = headroom_levels(self.ctx, prices.headroom_bytes)
+        best = flat[front_rows(prices.step_s.ravel()[flat], -levels.ravel()[flat], -prices.headroom_bytes.ravel()[flat])]
+        found = []
+        for row, column in zip(*np.unravel_index(best, prices.step_s.shape), strict=True):
+            train = trainers.choice(int(kept[row]))
+            found.append(
+                JointChoice(
+                    split=split,
+                    train=train,
+                    rollout=engines[column],
+                    transport=TRANSPORTS[prices.transport[row, column]],
+                    sleeping=bool(prices.sleeping[row, column]),
+                    train_s=train_part_s(self.ctx, train),
+                    sync_s=float(prices.sync_s[row, column]),
+                    transition_s=float(prices.transition_s[row, column]),
+                    step_s=float(prices.step_s[row, column]),
+                    headroom_bytes=float(prices.headroom_bytes[row, column]),
+                    headroom_level=int(levels[row, column]),
+                )
+            )
+        return found
 
 
-def _best_of_split(
-    ctx: PassContext, split: Split, train: TrainSearch, workload: StepWorkload, left_out: Counter[str]
-) -> tuple[JointChoice | None, int]:
-    """The fastest pair of one split, staying resident where both fit (embedded engines), else taking turns asleep."""
-    if not train.choices:
-        return None, 0
-    if split.kind == "disaggregate":
-        rollout = search_rollout(ctx, ctx.cluster, split.rollout_gpus, workload, resident_bytes=0.0)
-        left_out.update(rollout.left_out)
-        return best_pair(ctx, split, train, rollout, sleeping=False)
-    if ctx.job.rollout.engine == "torch" and ctx.job.train.engine == "torch":
-        resident = train.choices[0].static_bytes
-        rollout = search_rollout(ctx, ctx.cluster, split.rollout_gpus, workload, resident_bytes=resident)
-        together, pairs = best_pair(ctx, split, train, rollout, sleeping=False)
-        if together is not None:
-            return together, pairs
-    residue = sleeping_trainer_bytes(ctx, train.choices[0])
-    rollout = search_rollout(ctx, ctx.cluster, split.rollout_gpus, workload, resident_bytes=residue)
-    left_out.update(rollout.left_out)
-    return best_pair(ctx, split, train, rollout, sleeping=True)
+def headroom_levels(ctx: PassContext, headroom_bytes: Floats) -> NDArray[np.intp]:
+    """Headroom in steps that the memory model can tell apart; a finer difference is no reason to be slower."""
+    step_bytes = HEADROOM_STEP * min(group.gpu.usable_bytes for group in ctx.cluster.groups)
+    return np.floor(np.maximum(headroom_bytes, -1.0) / step_bytes).astype(np.intp)
+
+
+def capacity_bytes(split: Split) -> int:
+    """Memory of a trainer's GPU that a plan may use."""
+    return min(usable_bytes(group) for group in split.train.cluster.groups)
+
+
+def least_beside_bytes(split: Split, engines: RolloutMemory) -> float:
+    """What engines hold at least on a trainer's GPU while it trains."""
+    return 0.0 if split.kind == "disaggregate" else min(engines.asleep_bytes, engines.awake_bytes.mid)
+
+
+def _order(choice: JointChoice) -> tuple[float, float, float]:
+    return choice.step_s, choice.gpu_hours, -choice.headroom_bytes
+
+
+def nondominated(points: Iterable[JointChoice]) -> list[JointChoice]:
+    """Points that no other is at least as good as in step time, GPU-hours and level of headroom, fastest first."""
+    kept: list[JointChoice] = []
+    for point in sorted(points, key=_order):  # so whatever is kept is at least as fast
+        if not any(o.gpu_hours <= point.gpu_hours and o.headroom_level >= point.headroom_level for o in kept):
+            kept.append(point)
+    return kept
 
 
 def sleeping_trainer_bytes(ctx: PassContext, choice: TrainChoice) -> float:
@@ -183,83 +373,24 @@ def sleeping_trainer_bytes(ctx: PassContext, choice: TrainChoice) -> float:
     """
     if ctx.job.train.engine == "torch":
         return 0.0
-    return max(0.0, min(choice.peak_bytes - choice.static_bytes, 4.0 * (1 << 30)))
+    return max(0.0, min(choice.peak_bytes - choice.static_bytes, SLEEPING_TRAINER_BYTES))
 
 
-def best_pair(
-    ctx: PassContext, split: Split, train: TrainSearch, rollout: RolloutSearch, *, sleeping: bool
-) -> tuple[JointChoice | None, int]:
-    """The fastest pair of a split, with the number of pairs looked at."""
-    price = _pricer(ctx, split, sleeping)
-    overlapping = staleness_of(ctx)[1] > 0
-    best: JointChoice | None = None
-    visited = 0
-    fastest_rollout_s = rollout.choices[0].rollout_s if rollout.choices else float("inf")
-    for one in train.choices:
-        train_s = train_part_s(ctx, one)
-        if best is not None and _bound_s(fastest_rollout_s, train_s, overlapping) >= best.step_s:
-            continue  # trainers are sorted by update and one pass; with more passes the order may differ, so go on
-        for other in rollout.choices:
-            if best is not None and _bound_s(other.rollout_s, train_s, overlapping) >= best.step_s:
-                break  # engines are sorted: the rest of them are slower still
-            visited += 1
-            whole = price(one, other)
-            if whole is not None and (best is None or whole.step_s < best.step_s):
-                best = whole
-    return best, visited
+def beaten_by(points: Iterable[JointChoice], step_s: Floats, gpu_hours: Floats, levels: NDArray[np.intp]) -> NDArray[np.bool_]:
+    """Which of n prices a point found is at least as good as in step time, GPU-hours and level of headroom."""
+    beaten = np.zeros(len(step_s), dtype=bool)
+    for point in points:
+        beaten |= (point.step_s <= step_s) & (point.gpu_hours <= gpu_hours) & (point.headroom_level >= levels)
+    return beaten
 
 
-def train_part_s(ctx: PassContext, choice: TrainChoice) -> float:
-    """Seconds a step spends on the trainer: the old policy's log-probs, a reference's where there is one, and the update."""
-    reference = 1 if ctx.job.algorithm.kl_loss_coef or ctx.job.algorithm.kl_reward_coef else 0
-    # A teacher's pass costs as the policy's, by active weights: close enough to choose by; `price_tasks` prices it properly.
-    teacher = ctx.teacher.params_active / ctx.model.params_active if ctx.teacher else 0.0
-    return choice.step_s + choice.log_prob_s * (1 + reference + teacher)
+def train_floor_s(ctx: PassContext, cluster: Cluster, num_gpus: int, workload: StepWorkload) -> float:
+    """No trainer on `num_gpus` is faster: forward and backward products of the active weights at the profile's best rate.
 
-
-def _pricer(ctx: PassContext, split: Split, sleeping: bool) -> Callable[[TrainChoice, RolloutChoice], JointChoice | None]:
-    """A function that prices a pair, None where the two do not fit one GPU together."""
-    capacity = min(usable_bytes(group) for group in ctx.cluster.groups)
-    overlapping = staleness_of(ctx)[1] > 0
-
-    @cache
-    def sync_s_of(train: TrainLayout, rollout: RolloutLayout) -> float:
-        return sync_price_s(ctx, split, train, rollout)
-
-    def price(train: TrainChoice, rollout: RolloutChoice) -> JointChoice | None:
-        beside = 0.0
-        if split.kind == "colocate":
-            beside = rollout.memory.asleep_bytes if sleeping else rollout.memory.awake_bytes.mid
-        headroom = capacity - train.peak_bytes - beside
-        if headroom < 0:
-            return None
-        sync_s = sync_s_of(train.layout, rollout.layout)
-        transition_s = 0.0
-        if sleeping:
-            moved = train.static_bytes + rollout.memory.weight_bytes
-            transition_s = 2.0 * offload_time(moved, ctx.cluster).mid
-        train_s = train_part_s(ctx, train)
-        if overlapping:
-            step_s = max(train_s, rollout.rollout_s + sync_s)
-        else:
-            step_s = train_s + rollout.rollout_s + sync_s + transition_s
-        return JointChoice(
-            split=split,
-            train=train,
-            rollout=rollout,
-            sleeping=sleeping,
-            sync_s=sync_s,
-            transition_s=transition_s,
-            step_s=step_s,
-            headroom_bytes=headroom,
-        )
-
-    return price
-
-
-def sync_price_s(ctx: PassContext, split: Split, train: TrainLayout, rollout: RolloutLayout) -> float:
-    """Seconds of one weight sync with the placement's usual transport; `sync_weights` compares the others."""
-    transport: Transport = "cuda_ipc" if split.kind == "colocate" else "nccl_broadcast"
-    if ctx.job.train.engine == "torch":
-        transport = "shared_memory"
-    return sync_price(ctx, train, rollout, transport, bucket_size_bytes(ctx)).mid
+    Six operations an active weight and token for the update, two for each log-prob pass (arXiv 2001.08361).
+    """
+    gpu = max((group.gpu for group in cluster.groups), key=lambda each: max(each.flops.values()))
+    precision = COST_PRECISION[ctx.job.precision.train]
+    rate = gpu.rate(precision) * max(profile_for(gpu).gemm_fraction.values())
+    flops = (6.0 + 2.0 * passes_per_step(ctx)) * ctx.model.params_active_nonembedding * workload.total_tokens
+    return float(flops / rate / num_gpus)

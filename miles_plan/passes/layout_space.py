@@ -7,8 +7,11 @@ layout is checked with them, and `explain --why-not` quotes them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 from miles_plan.catalog.architecture import ModelArchitecture
 from miles_plan.catalog.mixers import GroupedQuery
@@ -117,6 +120,60 @@ def train_layouts(model: ModelArchitecture, room: Room) -> list[TrainLayout]:
                 if not any(train_obstacles(layout, model, room)):
                     found.append(layout)
     return found
+
+
+Sizes = Mapping[str, int]  # some sizes of a layout by name, the others left open
+ANY_SIZES: Sizes = MappingProxyType({})
+
+
+def has_sizes(layout: TrainLayout | RolloutLayout, sizes: Sizes) -> bool:
+    """Whether the layout has these sizes."""
+    return all(getattr(layout, name) == size for name, size in sizes.items())
+
+
+def train_layouts_with(model: ModelArchitecture, room: Room, sizes: Sizes) -> tuple[list[TrainLayout], Counter[str]]:
+    """Layouts that have `sizes`, also such as the search would not think of; and the obstacles of those that cannot run.
+
+    The search's own layouts are bent to the sizes, data parallelism taking up what is left. The counter names the obstacles
+    of the layouts with the fewest of them.
+    """
+    changes: dict[str, Any] = dict(sizes)
+    found: dict[TrainLayout, None] = {}
+    obstacles: dict[int, Counter[str]] = {}
+    for template in train_layouts(model, room):
+        bent = replace(template, **changes)
+        if "etp" not in sizes:
+            bent = replace(bent, etp=bent.tp if template.etp > 1 else 1)
+        if "dp" not in sizes:
+            bent = replace(bent, dp=max(1, room.num_gpus // max(1, bent.tp * bent.pp * bent.cp)))
+        uneven = even_stages(model.num_layers, bent.pp) if bent.vpp == 1 and 0 < bent.pp <= model.num_layers else ()
+        bent = replace(bent, sequence_parallel=bent.tp > 1 and room.engine == "megatron", stage_layers=uneven)
+        if bent in found:
+            continue
+        against = list(train_obstacles(bent, model, room))
+        if against:
+            obstacles.setdefault(len(against), Counter()).update(against)
+        else:
+            found[bent] = None
+    return list(found), obstacles[min(obstacles)] if obstacles else Counter()
+
+
+def rollout_layouts_with(model: ModelArchitecture, room: Room, sizes: Sizes) -> tuple[list[RolloutLayout], Counter[str]]:
+    """The same for engines; as many of them as the GPUs hold, unless `sizes` says how many."""
+    found: dict[RolloutLayout, None] = {}
+    obstacles: dict[int, Counter[str]] = {}
+    for template in rollout_layouts(model, room):
+        bent = replace(template, **dict(sizes))
+        if "engines" not in sizes:
+            bent = replace(bent, engines=max(1, room.num_gpus // max(1, bent.gpus_per_engine)))
+        if bent in found:
+            continue
+        against = list(rollout_obstacles(bent, model, room))
+        if against:
+            obstacles.setdefault(len(against), Counter()).update(against)
+        else:
+            found[bent] = None
+    return list(found), obstacles[min(obstacles)] if obstacles else Counter()
 
 
 def even_stages(num_layers: int, pp: int) -> tuple[int, ...]:

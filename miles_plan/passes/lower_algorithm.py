@@ -33,7 +33,7 @@ from miles_plan.ir.tasks import (
 from miles_plan.passes.base import Outcome, Pass, PassContext
 from miles_plan.spec.algorithm import CriticSpec
 from miles_plan.spec.job import JobSpec
-from miles_plan.spec.train import OptimizerFields
+from miles_plan.spec.train import OptimizerFields, OptimizerSpec
 
 Estimator = Literal["group", "leave_one_out", "reinforce_plus_plus", "gae", "distillation"]
 
@@ -318,6 +318,8 @@ def _optimizer(options: OptimizerFields, *, total_steps: int) -> OptimizerOption
         schedule=options.schedule,
         total_steps=total_steps,
         min_learning_rate=options.min_lr,
+        precision_aware=isinstance(options, OptimizerSpec) and options.precision_aware,
+        moments=options.moments if isinstance(options, OptimizerSpec) else "fp32",
     )
 
 

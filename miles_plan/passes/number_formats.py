@@ -13,7 +13,7 @@ from miles_plan.diagnostics import Diagnostic
 from miles_plan.passes.base import PassContext
 
 HOPPER = frozenset({"h100", "h200", "h20"})
-BLACKWELL = frozenset({"b200", "b300", "gb200", "gb300"})
+BLACKWELL = frozenset({"b200", "b300", "gb200", "gb300", "gb10"})
 ANY_CHIP: frozenset[str] = frozenset()
 
 # (rollout, train) -> chips that have it; ANY_CHIP = all.

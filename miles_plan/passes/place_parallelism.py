@@ -8,25 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import ClassVar
 
-from miles_plan.diagnostics import Diagnostic
 from miles_plan.ir.graph import Fact, TaskGraph
 from miles_plan.ir.group import DeviceGroup, GpuSpan
-from miles_plan.ir.plan import Alternative, Candidate, Decision
+from miles_plan.ir.plan import Alternative, Decision
 from miles_plan.ir.tasks import AnyTask, Logprobs, Rollout, TrainStep, Values
 from miles_plan.passes.base import Outcome, Pass, PassContext
-from miles_plan.passes.joint_search import JointChoice, JointSearch, search_jointly
-from miles_plan.passes.layout_space import rollout_obstacles, train_obstacles
-from miles_plan.passes.number_formats import format_misfits
-from miles_plan.passes.rollout_choices import RolloutChoice, asked_engines, rollout_room
-from miles_plan.passes.staleness import staleness_of
-from miles_plan.passes.train_choices import TrainChoice, asked_layout, search_train, train_room, usable_bytes
+from miles_plan.passes.binding_constraint import binding_constraint
+from miles_plan.passes.joint_search import JointChoice, JointSearch, SplitBound, search_jointly, without_rollout
+from miles_plan.passes.misfits import misfits
+from miles_plan.passes.nothing_fits import nothing_fits
+from miles_plan.passes.pareto_front import candidates
+from miles_plan.passes.rollout_choices import RolloutChoice, asked_engines
+from miles_plan.passes.train_choices import TrainChoice, TrainSearch, asked_layout, search_train
 from miles_plan.passes.workload import StepWorkload, step_workload
-from miles_plan.spec.execution import SplitPlacement
 
 GIB = 1 << 30
-LAYOUT_HELP = "layout: auto finds one that fits"
+ALTERNATIVES_LOOKED_AT = 512  # of the trainers that were not chosen
 
 
 @dataclass(frozen=True)
@@ -41,33 +41,34 @@ class PlaceParallelism(Pass):
         """Check what the spec fixes, search what it leaves open, write the answer into the graph."""
         workload = step_workload(ctx)
         generates = any("rollout" in task.roles and "train" not in task.roles for task in graph.tasks)
-        if misfits := tuple(_misfits(ctx, workload, generates=generates)):
-            return Outcome(graph=graph, diagnostics=misfits)
+        if found := tuple(misfits(ctx, workload, generates=generates)):
+            return Outcome(graph=graph, diagnostics=found)
         if not generates:
             return self._train_only(graph, ctx, workload)
         search = search_jointly(ctx, workload)
-        if not search.best:
-            return Outcome(graph=graph, diagnostics=(_nothing_fits(ctx, search),))
-        chosen = search.best[0]
+        if not search.front:
+            return Outcome(graph=graph, diagnostics=(nothing_fits(ctx, search, generates=True),))
+        chosen = search.front[0]
+        assert search.sized is not None
         return Outcome(
             graph=_placed(graph, ctx, chosen.train, chosen),
             decisions=tuple(_decisions(ctx, search, workload)),
-            candidates=tuple(_candidates(search)),
+            candidates=tuple(candidates(search, binding_constraint(ctx, workload, chosen, search.sized))),
         )
 
     def _train_only(self, graph: TaskGraph, ctx: PassContext, workload: StepWorkload) -> Outcome:
         """A job without a rollout has one group of GPUs."""
         found = search_train(ctx, ctx.cluster, ctx.cluster.num_gpus, workload)
-        if not found.choices:
-            search = JointSearch(best=(), trainers=found, left_out=found.left_out, nearest=found.smallest, pairs_visited=0)
-            return Outcome(graph=graph, diagnostics=(_nothing_fits(ctx, search),))
-        chosen = found.choices[0]
+        choices = tuple(islice(found.choices, ALTERNATIVES_LOOKED_AT))
+        if not choices:
+            return Outcome(graph=graph, diagnostics=(nothing_fits(ctx, without_rollout(found), generates=False),))
+        chosen = choices[0]
         decision = Decision(
             field="train.layout",
             value=str(chosen.layout),
-            reason=f"fastest of {len(found.choices)} that fit",
+            reason=f"fastest of {len(found.table.rows)} that fit",
             by=self.name,
-            alternatives=tuple(_train_alternatives(chosen, found.choices)),
+            alternatives=tuple(_train_alternatives(chosen, choices)),
         )
         return Outcome(graph=_placed(graph, ctx, chosen, None), decisions=(decision,))
 
@@ -80,13 +81,13 @@ def _placed(graph: TaskGraph, ctx: PassContext, train: TrainChoice, joint: Joint
             name="train",
             role="train",
             engine=ctx.job.train.engine,
-            gpus=GpuSpan(first=0, count=train.layout.world_size),
+            gpus=joint.split.train.span if joint else GpuSpan(first=0, count=train.layout.world_size),
             train_layout=train.layout,
         ),
     ]
     rollout = joint.rollout if joint else None
     if joint is not None and rollout is not None:
-        first = 0 if joint.split.kind == "colocate" else joint.split.train_gpus
+        first = joint.split.rollout.span.first
         groups.append(
             DeviceGroup(
                 name="rollout",
@@ -109,6 +110,9 @@ def _settled(ctx: PassContext, task: AnyTask, train: TrainChoice, rollout: Rollo
             tokens_per_gpu=train.tokens_per_gpu,
             recompute=train.recompute,
             optimizer_offload=train.optimizer_offload,
+            offload_fraction=ctx.job.train.optimizer.offload_fraction,
+            gradients=ctx.job.train.gradients,
+            release=ctx.job.train.release,
         )
     if isinstance(task, (Logprobs, Values)):
         return replace(task, group=group, tokens_per_gpu=train.tokens_per_gpu)
@@ -125,119 +129,21 @@ def _settled(ctx: PassContext, task: AnyTask, train: TrainChoice, rollout: Rollo
     return replace(task, group=group)
 
 
-def _misfits(ctx: PassContext, workload: StepWorkload, *, generates: bool) -> Iterator[Diagnostic]:
-    """What the spec fixes and the cluster, the model or the engine cannot do."""
-    num_gpus = ctx.cluster.num_gpus
-    train_gpus = rollout_gpus = num_gpus
-    asked = ctx.job.placement
-    if isinstance(asked, SplitPlacement):
-        train_gpus, rollout_gpus = num_gpus - asked.rollout_gpus, asked.rollout_gpus
-        if train_gpus < 1:
-            yield ctx.error(
-                "MP203",
-                f"{asked.rollout_gpus} rollout GPUs of {num_gpus} leave none to train on",
-                "placement.rollout_gpus",
-                help=f"use at most {num_gpus - 1}, or placement: colocate",
-            )
-            return
-    if staleness_of(ctx)[1] and num_gpus < 2:
-        yield ctx.error(
-            "MP210",
-            f"{ctx.job.schedule.mode} overlaps rollout and training, and there is one GPU for both",
-            "schedule.mode",
-            help="use schedule.mode: synchronous, or more GPUs",
-        )
-    yield from _engine_misfits(ctx)
-    yield from format_misfits(ctx, generates=generates)
-    apart = asked in ("auto", "disaggregate")
-    layout = asked_layout(ctx, train_gpus)
-    if layout is not None:
-        # Where the split is open the trainer may take part of the cluster: only what is wrong at any size counts.
-        room = min(layout.world_size, train_gpus) if apart else train_gpus
-        for obstacle in train_obstacles(layout, ctx.model, train_room(ctx, room, workload)):
-            yield ctx.error("MP201", f"train.layout {layout}: {obstacle}", "train.layout", help=LAYOUT_HELP)
-    engines = asked_engines(ctx, rollout_gpus)
-    if engines is not None and generates:
-        for obstacle in rollout_obstacles(engines, ctx.model, rollout_room(ctx, rollout_gpus, workload)):
-            yield ctx.error("MP202", f"rollout.layout {engines}: {obstacle}", "rollout.layout", help=LAYOUT_HELP)
-    budget = ctx.job.train.tokens_per_gpu
-    cp = layout.cp if layout is not None else 1
-    if budget != "auto" and layout is not None and budget * cp < workload.longest_tokens:
-        yield ctx.error(
-            "MP204",
-            f"the longest sequence has {workload.longest_tokens} tokens, tokens_per_gpu x cp = {budget} x {cp} = {budget * cp}",
-            "train.tokens_per_gpu",
-            help=f"use at least {-(-workload.longest_tokens // cp)}, or a larger cp",
-        )
-
-
-def _engine_misfits(ctx: PassContext) -> Iterator[Diagnostic]:
-    """Engines that do not run on this kind of device, or need what the spec does not give."""
-    on_cpu = ctx.cluster.groups[0].gpu.vendor == "cpu"
-    for side, engine in (("train", ctx.job.train.engine), ("rollout", ctx.job.rollout.engine)):
-        if on_cpu and engine != "torch":
-            yield ctx.error(
-                "MP401",
-                f"{engine} needs GPUs, the cluster is of kind '{ctx.cluster.groups[0].gpu.name}'",
-                f"{side}.engine",
-                help=f"use {side}.engine: torch, or name the cluster's GPU",
-            )
-
-
-def _nothing_fits(ctx: PassContext, search: JointSearch) -> Diagnostic:
-    """No point of the space fits: what is too large, by how much, and what would help."""
-    capacity = min(usable_bytes(group) for group in ctx.cluster.groups)
-    reasons = tuple(f"{count} x {reason}" for reason, count in search.left_out.most_common(4))
-    nearest = search.nearest
-    if nearest is None:
-        return ctx.error(
-            "MP205",
-            f"no layout of {ctx.model.name} divides {ctx.cluster.num_gpus} GPUs",
-            "cluster",
-            help="use a number of GPUs that heads, layers and experts divide",
-            notes=reasons,
-        )
-    if nearest.peak_bytes > capacity:
-        need, have = nearest.peak_bytes / GIB, capacity / GIB
-        moving_bytes = nearest.peak_bytes - nearest.static_bytes  # activations and the like: more GPUs do not shrink them
-        room_bytes = max(1, int(capacity - moving_bytes))
-        enough = -(-int(nearest.static_bytes * ctx.cluster.num_gpus) // room_bytes)
-        return ctx.error(
-            "MP206",
-            f"{ctx.model.name} does not fit: the smallest layout, {nearest.layout}, needs {need:.1f} GiB of a GPU's {have:.1f}",
-            "cluster",
-            help=(
-                f"about {enough} GPUs of this kind hold it"
-                if moving_bytes < capacity
-                else "shorten response_tokens.max or use GPUs with more memory: one micro-batch alone is too large"
-            ),
-            notes=(f"{nearest.static_bytes / GIB:.1f} GiB of it stay between steps: weights, gradients, optimizer", *reasons),
-        )
-    return ctx.error(
-        "MP207",
-        "trainer and rollout engines each have layouts that fit, but no pair fits the same GPUs",
-        "placement",
-        help="use placement: disaggregate, more GPUs, or a smaller rollout.layout",
-        notes=reasons,
-    )
-
-
 def _decisions(ctx: PassContext, search: JointSearch, workload: StepWorkload) -> Iterator[Decision]:
-    chosen, others = search.best[0], search.best[1:]
+    chosen = search.front[0]
     rollout = chosen.rollout
-    assert rollout is not None
     yield Decision(
         field="placement",
         value=str(chosen.split),
-        reason=_placement_reason(ctx, chosen, others),
+        reason=_placement_reason(ctx, chosen, search.others),
         by=PlaceParallelism.name,
         alternatives=tuple(
             Alternative(
                 value=str(other.split),
-                cost=f"{other.step_s:.3g} s/step",
-                why_not=f"{other.step_s / max(chosen.step_s, 1e-9):.2f}x the step time",
+                cost=f"{'' if other.exact else 'at least '}{other.step_s:.3g} s/step",
+                why_not=f"{other.step_s / max(chosen.step_s, 1e-9):.2f}x the step time" + ("" if other.exact else " or more"),
             )
-            for other in others[:5]
+            for other in search.others[:5]
         ),
     )
     fixed = asked_layout(ctx, chosen.split.train_gpus) is not None
@@ -246,7 +152,7 @@ def _decisions(ctx: PassContext, search: JointSearch, workload: StepWorkload) ->
         value=f"{chosen.train.layout} on {chosen.split.train_gpus} GPUs",
         reason="the spec fixes it" if fixed else "in the fastest whole step of all that fit",
         by=PlaceParallelism.name,
-        alternatives=tuple(_train_alternatives(chosen.train, search.trainers.choices if search.trainers else ())),
+        alternatives=tuple(_train_alternatives(chosen.train, _fastest(search.trainers))),
     )
     engines_fixed = asked_engines(ctx, chosen.split.rollout_gpus) is not None
     yield Decision(
@@ -275,12 +181,16 @@ def _decisions(ctx: PassContext, search: JointSearch, workload: StepWorkload) ->
     )
 
 
-def _placement_reason(ctx: PassContext, chosen: JointChoice, others: tuple[JointChoice, ...]) -> str:
+def _placement_reason(ctx: PassContext, chosen: JointChoice, others: tuple[SplitBound, ...]) -> str:
     if ctx.job.placement != "auto":
         return "the spec asks for it"
     if not others:
         return "the only placement that fits"
-    return f"{chosen.step_s:.3g} s a step, the next best takes {others[0].step_s:.3g} s"
+    return f"{chosen.step_s:.3g} s a step, the next best takes {'' if others[0].exact else 'at least '}{others[0].step_s:.3g} s"
+
+
+def _fastest(trainers: TrainSearch | None) -> tuple[TrainChoice, ...]:
+    return tuple(islice(trainers.choices, ALTERNATIVES_LOOKED_AT)) if trainers else ()
 
 
 def _train_alternatives(chosen: TrainChoice, choices: tuple[TrainChoice, ...]) -> Iterator[Alternative]:
@@ -299,17 +209,3 @@ def _train_alternatives(chosen: TrainChoice, choices: tuple[TrainChoice, ...]) -
         )
         if len(seen) > 4:
             return
-
-
-def _candidates(search: JointSearch) -> Iterator[Candidate]:
-    for index, choice in enumerate(search.best[:12]):
-        yield Candidate(
-            train_layout=str(choice.train.layout),
-            rollout_layout=str(choice.rollout.layout) if choice.rollout else "",
-            placement=str(choice.split),
-            step_s=choice.step_s,
-            gpu_hours_per_step=choice.step_s * choice.split.num_gpus / 3600.0,
-            headroom_bytes=int(choice.headroom_bytes),
-            chosen=index == 0,
-            note=f"recompute {choice.train.recompute}" + (", offloads in turn" if choice.sleeping else ""),
-        )

@@ -1,9 +1,10 @@
 """The memory plan: what every GPU and host holds in each phase, and the offloads that make the phases fit.
 
 A colocated iteration has five phases: generate, score (log-probs), train, sync, save. Where both engines fit a GPU at once
-nothing moves. Where they do not, they take turns: the trainer's states go to the host before generation, the engine's cache and
-weights are dropped after it, and the sync is the moment when both sides' weights and one bucket are resident together: the
-transition that runs out of memory in practice, so it is a phase of its own here.
+nothing moves. Where they do not, they take turns: the trainer's gradients and optimizer go to the host first, then the engine
+takes its weights again, and the sync is the moment when both sides' weights and one bucket are resident together: the
+transition that runs out of memory in practice, so it is a phase of its own here. Then the trainer's weights leave, and after
+generation the engine's cache and weights.
 """
 
 from __future__ import annotations
@@ -34,14 +35,12 @@ from miles_plan.ir.tasks import (
 )
 from miles_plan.passes.base import Outcome, Pass, PassContext
 from miles_plan.passes.joint_search import sleeping_trainer_bytes
+from miles_plan.passes.pair_memory import EMBEDDED_PROCESS_BYTES, HOST_SHARE, PROCESS_BYTES, SAVE_STAGING_BYTES
 from miles_plan.passes.rollout_choices import embedded_memory, rollout_memory_options
 from miles_plan.passes.train_choices import MARGIN_FRACTION, chosen_train, memory_options, usable_bytes
 from miles_plan.passes.workload import StepWorkload, step_workload
 
 GIB = 1 << 30
-HOST_RESERVE_FRACTION = 0.10  # the operating system, Ray's object store and the page cache that saving needs
-PROCESS_BYTES = 3 * GIB  # one rank's Python, CUDA libraries and pinned staging buffers on the host
-EMBEDDED_PROCESS_BYTES = 768 << 20
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,9 @@ def _residents(graph: TaskGraph, ctx: PassContext) -> Residents:
     per_rank = workload.total_tokens / step.updates / layout.dp
     microbatches = max(1, round(per_rank / (step.tokens_per_gpu * layout.cp)))
     options = memory_options(ctx, workload, choice, microbatches=microbatches)
-    train = train_memory(ctx.model, layout, options)
+    saved = options.optimizer.bytes_per_param + options.element_bytes
+    profile = ctx.cluster.groups[0].gpu.profile
+    train = train_memory(ctx.model, layout, options, profile)
     teacher = train_memory(ctx.teacher, layout, replace(options, forward_only=True, reference="none")) if ctx.teacher else None
     sized = replace(choice, peak_bytes=train.device_bytes.mid, static_bytes=train.static_bytes)
     residue = int(sleeping_trainer_bytes(ctx, sized))
@@ -125,7 +126,7 @@ def _residents(graph: TaskGraph, ctx: PassContext) -> Residents:
         samples_bytes=_samples_bytes(graph, workload),
         train_ranks_per_node=_ranks_per_node(ctx, group),
         rollout_ranks_per_node=_ranks_per_node(ctx, rollout_group) if rollout_group else 0,
-        states_bytes=int(ctx.model.params_total * (4 + 8 + (4 if ctx.job.precision.train == "fp32" else 2))),
+        states_bytes=int((ctx.model.params_total + options.draft_params) * saved),
     )
 
 
@@ -154,16 +155,23 @@ def _ranks_per_node(ctx: PassContext, group: DeviceGroup) -> int:
 
 
 def _with_offloads(graph: TaskGraph, residents: Residents) -> TaskGraph:
-    """The engines take turns: wake for weights, sync, put the trainer away, wake the cache, generate, sleep, bring it back."""
+    """The engines take turns.
+
+    The trainer's states leave, the engine wakes for weights, they sync, the trainer's weights leave, the engine's cache wakes,
+    it generates and sleeps, and the trainer comes back. The sync needs no more of the trainer than its weights.
+    """
     rollout = residents.rollout
     assert rollout is not None
-    trainer_bytes = max(0, int(residents.train.static_bytes))
-    sleeping_parts: tuple[EnginePart, ...] = ("weights", "gradients", "optimizer")
+    states: tuple[EnginePart, ...] = ("gradients", "optimizer")
+    sent: tuple[EnginePart, ...] = ("weights",)
     if residents.embedded and any(task.name == "reference_log_probs" for task in graph.tasks):
-        sleeping_parts = (*sleeping_parts, "reference")  # cluster engines swap theirs in for the pass that needs it
+        sent = (*sent, "reference")  # cluster engines swap theirs in for the pass that needs it
+    trainer_bytes = max(0, int(residents.train.static_bytes))
+    states_bytes = min(trainer_bytes, sum(int(term.value) for term in residents.train.terms if term.name in states))
     tasks: list[AnyTask] = [
+        Offload(name="offload_states", loop="rl", group="train", parts=states, bytes_per_gpu=states_bytes),
         Onload(name="wake_weights", loop="rl", group="rollout", parts=("weights",), bytes_per_gpu=int(rollout.weight_bytes)),
-        Offload(name="offload_train", loop="rl", group="train", parts=sleeping_parts, bytes_per_gpu=trainer_bytes),
+        Offload(name="offload_train", loop="rl", group="train", parts=sent, bytes_per_gpu=trainer_bytes - states_bytes),
         Onload(name="wake_cache", loop="rl", group="rollout", parts=("kv_cache",), bytes_per_gpu=int(rollout.pool_bytes)),
         Offload(
             name="sleep_rollout",
@@ -172,9 +180,10 @@ def _with_offloads(graph: TaskGraph, residents: Residents) -> TaskGraph:
             parts=("kv_cache", "weights"),
             bytes_per_gpu=int(rollout.pool_bytes + rollout.weight_bytes),
         ),
-        Onload(name="onload_train", loop="rl", group="train", parts=sleeping_parts, bytes_per_gpu=trainer_bytes),
+        Onload(name="onload_train", loop="rl", group="train", parts=(*sent, *states), bytes_per_gpu=trainer_bytes),
     ]
-    chain = [("wake_weights", "weight_sync"), ("weight_sync", "offload_train"), ("offload_train", "wake_cache")]
+    chain = [("offload_states", "wake_weights"), ("wake_weights", "weight_sync")]
+    chain += [("weight_sync", "offload_train"), ("offload_train", "wake_cache")]
     chain += [("wake_cache", "rollout"), ("rollout", "sleep_rollout"), ("sleep_rollout", "onload_train")]
     # Quantisation belongs to the sync at the head of the iteration, when the trainer is still there from the one before.
     users = [
@@ -182,7 +191,7 @@ def _with_offloads(graph: TaskGraph, residents: Residents) -> TaskGraph:
     ]
     chain += [("onload_train", name) for name in users]
     edges = [Edge(src=src, dst=dst, carries="order") for src, dst in chain]
-    edges += [Edge(src=name, dst="wake_weights", carries="order", distance=1) for name in users]
+    edges += [Edge(src=name, dst="offload_states", carries="order", distance=1) for name in users]
     if any(task.name == "evaluate" for task in graph.tasks):
         edges += [
             Edge(src="wake_cache", dst="evaluate", carries="order"),
@@ -202,7 +211,7 @@ def _timelines(graph: TaskGraph, ctx: PassContext, residents: Residents, sleepin
     capacity = min(usable_bytes(group) for group in ctx.cluster.groups)
     margin = int(ctx.cluster.groups[0].gpu.usable_bytes * MARGIN_FRACTION)
     host_bytes = min(group.node_memory_bytes for group in ctx.cluster.groups)
-    host_capacity = int(host_bytes * (1 - HOST_RESERVE_FRACTION))
+    host_capacity = int(host_bytes * HOST_SHARE)
     for group in graph.groups:
         if group.gpus is None or (residents.colocated and group.role == "rollout"):
             continue
@@ -213,7 +222,7 @@ def _timelines(graph: TaskGraph, ctx: PassContext, residents: Residents, sleepin
             place="host",
             gpus=group.gpus,
             capacity_bytes=host_capacity,
-            margin_bytes=int(host_bytes * HOST_RESERVE_FRACTION),
+            margin_bytes=host_bytes - host_capacity,
             phases=tuple(_host_phases(graph, residents, group.role, both=both, sleeping=sleeping)),
         )
 
@@ -222,6 +231,9 @@ def _gpu_phases(graph: TaskGraph, residents: Residents, role: str, *, both: bool
     trains, generates = role == "train", role == "rollout" or both
     awake, asleep = _engine_terms(residents, awake=True), _engine_terms(residents, awake=False)
     static = _trainer_terms(residents, "static")
+    # A sleeping trainer's memory is torch_memory_saver's, which cannot grow segments in place: more of it may be lost.
+    needed = residents.train.needed_bytes(expandable_segments=residents.embedded or not sleeping)
+    lost = max(0, int(needed - residents.train.device_bytes.high))
     put_away = (_term("asleep", "train", residents.sleeping_train_bytes),)
     if generates and residents.rollout is not None:
         beside = () if not both else put_away if sleeping else static
@@ -235,12 +247,14 @@ def _gpu_phases(graph: TaskGraph, residents: Residents, role: str, *, both: bool
                 _term(f"teacher {term.name}", "train", int(term.value)) for term in residents.teacher.terms if term.value >= 1.0
             )
             yield _phase("teacher", "teacher_log_probs", (*static, *scoring, *beside), spread=0.04)
-        yield _phase("train", "train", (*_trainer_terms(residents, "peak"), *beside), spread=0.04)
+        yield _phase("train", "train", (*_trainer_terms(residents, "peak"), *beside), spread=0.04, more=lost)
     if residents.rollout is not None:
         bucket = (_term("sync bucket", role, residents.bucket_bytes),)
         weights = (_term("weights", "rollout", int(residents.rollout.weight_bytes + residents.rollout.outside_bytes)),)
-        if both:
-            yield _phase("sync", "weight_sync", (*static, *(weights if sleeping else awake), *bucket), spread=0.04)
+        if both and sleeping:
+            yield _phase("sync", "weight_sync", (*_trainer_terms(residents, "sync"), *weights, *bucket), spread=0.04)
+        elif both:
+            yield _phase("sync", "weight_sync", (*static, *awake, *bucket), spread=0.04)
         else:
             yield _phase("sync", "weight_sync", (*(static if trains else awake), *bucket), spread=0.04)
 
@@ -270,16 +284,21 @@ BETWEEN_STEPS = (
     "reference model",
     "weight-gradient scratch",
     "workspace",
+    "graph buffers",
+    "draft",
+    "draft states",
     "cuda context",
     "communicators",
 )
 
 
 def _trainer_terms(residents: Residents, moment: str) -> tuple[MemoryTerm, ...]:
-    """A trainer's parts on its fullest GPU: at the peak, in a forward pass (no gradients in flight), or between steps."""
+    """A trainer's parts on its fullest GPU: at the peak, in a forward pass (no gradients in flight), between steps ("static"),
+    or in a sync after its states have left."""
     terms = (*residents.train.terms, *residents.train.outside_terms)
-    if moment == "static":
-        terms = tuple(term for term in terms if term.name in BETWEEN_STEPS)
+    if moment in ("static", "sync"):
+        left = ("gradients", "optimizer", "draft states") if moment == "sync" else ()
+        terms = tuple(term for term in terms if term.name in BETWEEN_STEPS and term.name not in left)
     elif moment == "forward":
         terms = tuple(term for term in terms if term.name not in ("activations", "pipeline in flight", "backward"))
     return tuple(_term(term.name, "train", int(term.value)) for term in terms if term.value >= 1.0)
@@ -305,6 +324,8 @@ def _host_phases(graph: TaskGraph, residents: Residents, role: str, *, both: boo
     if role == "train" and any(isinstance(task, Checkpoint) for task in graph.tasks):
         nodes = max(1, -(-_train_world(graph) // max(1, residents.train_ranks_per_node)))
         staged = residents.states_bytes // nodes
+        if not residents.embedded:
+            staged = min(staged, residents.train_ranks_per_node * SAVE_STAGING_BYTES)
         yield _phase("save", "checkpoint", (*always, _term("save staging", "train", staged)), spread=0.1)
 
 
@@ -317,9 +338,10 @@ def _term(name: str, owner: str, size_bytes: int) -> MemoryTerm:
     return MemoryTerm(name=name, owner=owner, size_bytes=max(0, size_bytes))
 
 
-def _phase(name: str, task: str, terms: tuple[MemoryTerm, ...], *, spread: float) -> MemoryPhase:
+def _phase(name: str, task: str, terms: tuple[MemoryTerm, ...], *, spread: float, more: int = 0) -> MemoryPhase:
+    """A phase whose upper end is a share above its terms, and so many bytes more."""
     total = sum(term.size_bytes for term in terms)
-    return MemoryPhase(name=name, task=task, terms=terms, high_bytes=int(total * (1 + spread)))
+    return MemoryPhase(name=name, task=task, terms=terms, high_bytes=int(total * (1 + spread)) + more)
 
 
 def _over_capacity(ctx: PassContext, timelines: tuple[MemoryTimeline, ...]) -> Iterator[Diagnostic]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+from miles_plan.catalog.gpus import Cluster
 from miles_plan.cost.interval import Interval
 from miles_plan.cost.train_time import log_prob_time, train_step_time, workload_of_lengths
 from miles_plan.cost.weight_sync import checkpoint_time, offload_time
@@ -29,8 +30,9 @@ from miles_plan.ir.tasks import (
     WeightSync,
 )
 from miles_plan.passes.base import Outcome, Pass, PassContext
+from miles_plan.passes.placements import cluster_of_span
 from miles_plan.passes.rollout_choices import price_engines
-from miles_plan.passes.sync_price import layouts_of, sync_price
+from miles_plan.passes.sync_price import layouts_of, linked_cluster, sync_price
 from miles_plan.passes.train_choices import chosen_train, time_options, train_workload
 from miles_plan.passes.workload import StepWorkload, step_workload
 
@@ -96,7 +98,7 @@ class _Prices:
     def _rollout(self, task: Rollout) -> TimeEstimate:
         layout = self.graph.group(task.group or "").rollout_layout
         assert layout is not None
-        choice = price_engines(self.ctx, self.ctx.cluster, layout, self.workload, resident_bytes=0.0)
+        choice = price_engines(self.ctx, self._nodes(task), layout, self.workload, resident_bytes=0.0)
         if isinstance(choice, str):
             raise ValueError(f"the chosen engines do not hold the job: {choice}")
         spread = ASSUMED_LENGTH_SPREAD if self.workload.assumed else 1.0
@@ -120,7 +122,7 @@ class _Prices:
             warm = next(each for each in self.graph.tasks if isinstance(each, Prompts) and each.loop == "warm_start")
             length = self.workload.prompt_tokens + self.workload.lengths.mean_tokens
             batch = workload_of_lengths([length] * warm.prompts_per_step, float(choice.tokens_per_gpu))
-        seconds = train_step_time(self.ctx.model, choice.layout, batch, self.ctx.cluster, time_options(self.ctx, choice))
+        seconds = train_step_time(self.ctx.model, choice.layout, batch, self._nodes(task), time_options(self.ctx, choice))
         share = 1.0 / self.ctx.model.num_layers if isinstance(task, DraftStep) else 1.0  # a draft is about one layer
         return _estimate(seconds, share)
 
@@ -130,13 +132,14 @@ class _Prices:
         model = self.ctx.model
         if isinstance(task, Logprobs) and task.model == "teacher" and self.ctx.teacher is not None:
             model = self.ctx.teacher
-        return _estimate(log_prob_time(model, choice.layout, batch, self.ctx.cluster, time_options(self.ctx, choice)))
+        return _estimate(log_prob_time(model, choice.layout, batch, self._nodes(task), time_options(self.ctx, choice)))
 
     def _sync(self, task: WeightSync | Quantize) -> TimeEstimate:
         sync = next(each for each in self.graph.tasks if isinstance(each, WeightSync))
         train, rollout = self.graph.group("train"), self.graph.group(sync.group or "")
         assert sync.transport is not None
-        price = sync_price(self.ctx, *layouts_of(train, rollout), sync.transport, sync.bucket_bytes)
+        cluster = linked_cluster(self.ctx, train, rollout)
+        price = sync_price(self.ctx, *layouts_of(train, rollout), sync.transport, sync.bucket_bytes, cluster)
         if isinstance(task, Quantize):  # three passes over the bytes; the sync's own terms say how long
             share = sum(term.value for term in price.terms if term.name == "quantize") / max(price.mid, 1e-12)
             return _estimate(price, share)
@@ -144,12 +147,25 @@ class _Prices:
 
     def _move(self, task: Offload | Onload) -> TimeEstimate:
         if self.graph.group(task.group or "").engine == "torch":  # copies to memory-mapped files, nothing to unmap
-            return self._host(task.bytes_per_gpu / self.ctx.cluster.groups[0].gpu.pcie_bytes_per_s)
+            return self._host(task.bytes_per_gpu / self._nodes(task).groups[0].gpu.pcie_bytes_per_s)
         direction: Literal["out", "in"] = "out" if isinstance(task, Offload) else "in"
-        return _estimate(offload_time(float(task.bytes_per_gpu), self.ctx.cluster, direction))
+        return _estimate(offload_time(self._copied_bytes(task), self._nodes(task), direction))
+
+    def _copied_bytes(self, task: Offload | Onload) -> float:
+        """Bytes that cross to or from the host: a cache is unmapped and mapped again, nobody reads what was in it."""
+        if "kv_cache" not in task.parts:
+            return float(task.bytes_per_gpu)
+        caches = [each for each in self.graph.tasks if isinstance(each, Onload) and each.parts == ("kv_cache",)]
+        cache_bytes = next((each.bytes_per_gpu for each in caches if each.group == task.group), 0)
+        return float(max(0, task.bytes_per_gpu - cache_bytes))
+
+    def _nodes(self, task: Task) -> Cluster:
+        """The nodes that a task's group is on: their GPUs may differ from those of the rest of the cluster."""
+        gpus = self.graph.group(task.group or "").gpus
+        return cluster_of_span(self.ctx.cluster, gpus) if gpus else self.ctx.cluster
 
     def _save(self, task: Checkpoint) -> TimeEstimate:
-        return _estimate(checkpoint_time(float(task.total_bytes), self.ctx.cluster))
+        return _estimate(checkpoint_time(float(task.total_bytes), self._nodes(task)))
 
 
 def _estimate(seconds: Interval, share: float = 1.0) -> TimeEstimate:

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
+import numpy as np
+
+from miles_plan.catalog.architecture import ModelArchitecture
 from miles_plan.catalog.gpus import Cluster, Gpu
 from miles_plan.catalog.mixers import GroupedQuery
-from miles_plan.cost.decode_time import Speculation
+from miles_plan.cost.decode_time import DecodeModel, Speculation
+from miles_plan.cost.draft import draft_of
+from miles_plan.cost.profile import profile_for
 from miles_plan.cost.rollout_memory import RolloutMemory, RolloutMemoryOptions, rollout_memory
-from miles_plan.cost.rollout_time import RolloutWorkload, simulate_rollout
+from miles_plan.cost.rollout_time import RolloutTime, RolloutWorkload, simulate_rollout
 from miles_plan.ir.layout import RolloutLayout
 from miles_plan.passes.base import PassContext
-from miles_plan.passes.layout_space import Room, rollout_layouts, rollout_obstacles
+from miles_plan.passes.layout_space import (
+    ANY_SIZES,
+    Room,
+    Sizes,
+    rollout_layouts,
+    rollout_layouts_with,
+    rollout_obstacles,
+)
 from miles_plan.passes.number_formats import KV_BYTES, ROLLOUT_PRECISION
 from miles_plan.passes.train_choices import MARGIN_FRACTION
 from miles_plan.passes.train_draft import ACCEPTANCE_FROZEN, ACCEPTANCE_TRAINED, accept_length, draft_tokens
@@ -26,6 +40,7 @@ EMBEDDED_POOL_TOKENS = 65_536  # an embedded engine's cache is sized by what the
 # Python's share of one decode step of the embedded engine: scheduling, sampling, routing records, for about a hundred requests
 # (the quickstart, planned against measured). SGLang overlaps its own with the GPU.
 EMBEDDED_STEP_S = 0.01
+FLOOR_SHARE = 0.95  # of a bound's tokens: the simulation's clock rounds lengths to a thirty-second of the longest or less
 MIN_STATIC_FRACTION, MAX_STATIC_FRACTION = 0.1, 0.92
 
 
@@ -52,12 +67,12 @@ class RolloutSearch:
     left_out: Counter[str]
 
 
-def rollout_room(ctx: PassContext, num_gpus: int, workload: StepWorkload) -> Room:
-    """What the engines' layout on `num_gpus` has to fit."""
+def rollout_room(ctx: PassContext, cluster: Cluster, num_gpus: int, workload: StepWorkload) -> Room:
+    """What the engines' layout on `num_gpus` of `cluster` has to fit."""
     return Room(
         num_gpus=num_gpus,
-        gpus_per_node=min(num_gpus, ctx.cluster.gpus_per_node),
-        nvlink_domain=min(num_gpus, ctx.cluster.groups[0].gpu.nvlink_domain),
+        gpus_per_node=min(num_gpus, cluster.gpus_per_node),
+        nvlink_domain=min(num_gpus, cluster.groups[0].gpu.nvlink_domain),
         sequences=workload.drawn_samples,
         longest_sequence_tokens=workload.longest_tokens,
         engine=ctx.job.rollout.engine,
@@ -73,31 +88,139 @@ def asked_engines(ctx: PassContext, num_gpus: int) -> RolloutLayout | None:
     return RolloutLayout(engines=engines, tp=asked.tp, pp=asked.pp, ep=asked.ep, dp_attention=asked.dp_attention)
 
 
+def open_engines(
+    ctx: PassContext, cluster: Cluster, num_gpus: int, workload: StepWorkload, sizes: Sizes = ANY_SIZES
+) -> list[RolloutLayout]:
+    """Engine layouts on `num_gpus` of `cluster` that the spec (and `sizes`) leave open."""
+    room = rollout_room(ctx, cluster, num_gpus, workload)
+    fixed = asked_engines(ctx, num_gpus)
+    if sizes:
+        return rollout_layouts_with(ctx.model, room, sizes)[0]
+    if fixed is None:
+        return rollout_layouts(ctx.model, room)
+    return [] if any(rollout_obstacles(fixed, ctx.model, room)) else [fixed]
+
+
+def sized_engines(
+    ctx: PassContext,
+    cluster: Cluster,
+    num_gpus: int,
+    workload: StepWorkload,
+    *,
+    resident_bytes: float,
+    sizes: Sizes = ANY_SIZES,
+) -> tuple[list[SizedEngines], Counter[str]]:
+    """All engine layouts on `num_gpus` beside `resident_bytes` of a sleeping trainer on each GPU, and why others are none."""
+    found, left_out = [], Counter[str]()
+    for layout in open_engines(ctx, cluster, num_gpus, workload, sizes):
+        sized = size_engines(ctx, cluster, layout, workload, resident_bytes=resident_bytes)
+        if isinstance(sized, str):
+            left_out[sized] += 1
+        else:
+            found.append(sized)
+    return found, left_out
+
+
 def search_rollout(
     ctx: PassContext, cluster: Cluster, num_gpus: int, workload: StepWorkload, *, resident_bytes: float
 ) -> RolloutSearch:
-    """All engine layouts on `num_gpus` beside `resident_bytes` of a sleeping trainer on each GPU."""
-    room = rollout_room(ctx, num_gpus, workload)
-    fixed = asked_engines(ctx, num_gpus)
-    if fixed is None:
-        layouts = rollout_layouts(ctx.model, room)
-    else:
-        layouts = [] if any(rollout_obstacles(fixed, ctx.model, room)) else [fixed]
-    found, left_out = [], Counter[str]()
-    for layout in layouts:
-        choice = price_engines(ctx, cluster, layout, workload, resident_bytes=resident_bytes)
-        if isinstance(choice, str):
-            left_out[choice] += 1
-        else:
-            found.append(choice)
-    found.sort(key=lambda choice: (choice.rollout_s, choice.layout.tp))
-    return RolloutSearch(choices=tuple(found), left_out=left_out)
+    """All of them with their prices."""
+    sized, left_out = sized_engines(ctx, cluster, num_gpus, workload, resident_bytes=resident_bytes)
+    return RolloutSearch(choices=fastest_first(each.simulated() for each in sized), left_out=left_out)
+
+
+def fastest_first(choices: Iterable[RolloutChoice]) -> tuple[RolloutChoice, ...]:
+    """Engines in order of their time."""
+    return tuple(sorted(choices, key=lambda choice: (choice.rollout_s, choice.layout.tp)))
 
 
 def price_engines(
     ctx: PassContext, cluster: Cluster, layout: RolloutLayout, workload: StepWorkload, *, resident_bytes: float
 ) -> RolloutChoice | str:
     """The price of one layout, or in a few words why it cannot hold the job."""
+    sized = size_engines(ctx, cluster, layout, workload, resident_bytes=resident_bytes)
+    return sized if isinstance(sized, str) else sized.simulated()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizedEngines:
+    """Engines that hold the job, ready to be simulated. embedded_s: Python's share of the embedded engine's steps."""
+
+    ctx: PassContext
+    gpu: Gpu
+    layout: RolloutLayout
+    memory: RolloutMemory
+    work: RolloutWorkload
+    workload: StepWorkload
+    static_fraction: float
+    max_running: int
+    embedded_s: float
+
+    def simulated(self) -> RolloutChoice:
+        """Their price."""
+        # A cache beyond what all running requests can fill changes nothing, and equal simulations are run once.
+        pool = min(self.memory.pool_tokens, self.max_running * (self.workload.longest_tokens + 1))
+        time = _simulated(self.ctx.model, self.layout, self.work, self.gpu, pool, self.max_running)
+        return RolloutChoice(
+            layout=self.layout,
+            rollout_s=time.makespan.mid + self.embedded_s,
+            low_s=time.makespan.low + 0.5 * self.embedded_s,
+            high_s=time.makespan.high + 4.0 * self.embedded_s,
+            memory=self.memory,
+            static_fraction=self.static_fraction,
+            pool_tokens=self.memory.pool_tokens,
+            max_running=self.max_running,
+            tokens_per_s=self.workload.response_tokens / max(time.makespan.mid, 1e-9),
+        )
+
+    def floor_s(self) -> float:
+        """No simulation of these engines takes less: the longest response alone, or an engine's share at its largest batch.
+
+        A step of a larger batch or a fuller cache takes longer, and a token costs least in the largest batch.
+        """
+        share = max(1, round(self.work.requests / self.layout.engines))
+        batch = float(min(share, self.max_running))
+        tokens = float(self.work.responses.sample(share).sum())
+        return FLOOR_SHARE * max(self.longest_response_s(), self._step_s(batch) / batch * tokens)
+
+    def longest_response_s(self) -> float:
+        """Seconds of the longest response of the step if nothing else ran."""
+        count = self.work.requests
+        responses = self.work.responses
+        longest = float(responses.quantile((count - 0.3175) / (count + 0.365))) if count > 1 else responses.mean_tokens
+        return self._step_s(1.0) * longest
+
+    def _step_s(self, batch: float) -> float:
+        """Seconds a token of each of `batch` requests takes, their prompts alone in the cache."""
+        engine = DecodeModel(
+            model=self.ctx.model,
+            layout=self.layout,
+            gpu=self.gpu,
+            profile=profile_for(self.gpu),
+            weight_precision=self.work.weight_precision,
+            kv_bytes=self.work.kv_bytes,
+            speculation=self.work.speculation,
+        )
+        seconds = engine.step_seconds(np.array([batch]), np.array([batch * self.work.prompt_tokens]))
+        return float(seconds[0]) / self.work.speculation.accept_length
+
+
+@lru_cache(maxsize=1024)
+def _simulated(
+    model: ModelArchitecture, layout: RolloutLayout, work: RolloutWorkload, gpu: Gpu, pool_tokens: int, max_running: int
+) -> RolloutTime:
+    return simulate_rollout(model, layout, work, gpu, pool_tokens=pool_tokens, max_running=max_running)
+
+
+def forget_simulations() -> None:
+    """Drop what has been simulated so far, for whoever times a search."""
+    _simulated.cache_clear()
+
+
+def size_engines(
+    ctx: PassContext, cluster: Cluster, layout: RolloutLayout, workload: StepWorkload, *, resident_bytes: float
+) -> SizedEngines | str:
+    """One layout with its memory, or in a few words why it cannot hold the job."""
     gpu = min((group.gpu for group in cluster.groups), key=lambda each: each.usable_bytes)
     options = rollout_memory_options(ctx, gpu, layout, workload, resident_bytes=resident_bytes)
     memory = rollout_memory(ctx.model, layout, options, gpu)
@@ -107,24 +230,42 @@ def price_engines(
         return "the KV cache does not hold the longest sequence"
     if not memory.fits:
         return "CUDA graphs and activations do not fit beside the static share"
-    pool_tokens = memory.pool_tokens
-    if ctx.job.rollout.engine == "torch":
-        memory = embedded_memory(ctx, memory, layout, workload)
-        pool_tokens = memory.pool_tokens
-    max_running = running_limit(ctx, workload, layout)
-    work = rollout_workload(ctx, workload, options)
-    time = simulate_rollout(ctx.model, layout, work, gpu, pool_tokens=pool_tokens, max_running=max_running)
-    embedded_s = EMBEDDED_STEP_S * (workload.max_response_tokens + 1) if ctx.job.rollout.engine == "torch" else 0.0
-    return RolloutChoice(
+    embedded = ctx.job.rollout.engine == "torch"
+    return SizedEngines(
+        ctx=ctx,
+        gpu=gpu,
         layout=layout,
-        rollout_s=time.makespan.mid + embedded_s,
-        low_s=time.makespan.low + 0.5 * embedded_s,
-        high_s=time.makespan.high + 4.0 * embedded_s,
-        memory=memory,
+        memory=embedded_memory(ctx, memory, layout, workload) if embedded else memory,
+        work=rollout_workload(ctx, workload, options),
+        workload=workload,
         static_fraction=options.mem_fraction_static,
-        pool_tokens=pool_tokens,
-        max_running=max_running,
-        tokens_per_s=workload.response_tokens / max(time.makespan.mid, 1e-9),
+        max_running=running_limit(ctx, workload, layout),
+        embedded_s=EMBEDDED_STEP_S * (workload.max_response_tokens + 1) if embedded else 0.0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineShortage:
+    """Why engines do not hold the job: bytes of a GPU that are missing, and what they hold."""
+
+    missing_bytes: float
+    terms: tuple[tuple[str, float], ...]
+
+
+def engine_shortage(ctx: PassContext, cluster: Cluster, layout: RolloutLayout, workload: StepWorkload) -> EngineShortage:
+    """What a layout is short of: weights with one longest sequence over the static share, the rest over what is left."""
+    gpu = min((group.gpu for group in cluster.groups), key=lambda each: each.usable_bytes)
+    options = rollout_memory_options(ctx, gpu, layout, workload, resident_bytes=0.0)
+    memory = rollout_memory(ctx.model, layout, options, gpu)
+    static = max(0.0, gpu.usable_bytes - memory.outside_bytes - options.resident_bytes) * options.mem_fraction_static
+    sequence = workload.longest_tokens * memory.kv_bytes_per_token / layout.dp_attention
+    return EngineShortage(
+        missing_bytes=max(0.0, memory.weight_bytes + sequence - static) + max(0.0, -memory.headroom_bytes),
+        terms=(
+            ("weights", memory.weight_bytes),
+            ("one longest sequence", sequence),
+            ("static share of the GPU", static),
+        ),
     )
 
 
@@ -190,7 +331,7 @@ def rollout_memory_options(
 ) -> RolloutMemoryOptions:
     """The engine's settings: the static share is what CUDA graphs and activations leave, unless the spec sets it."""
     embedded = ctx.job.rollout.engine == "torch"
-    kv_cache = ctx.job.precision.kv_cache
+    kv_cache, speculative = ctx.job.precision.kv_cache, ctx.job.rollout.speculative
     kv_bytes = KV_BYTES.get(ctx.job.precision.rollout, 2.0) if kv_cache == "auto" else KV_BYTES[kv_cache]
     if embedded:
         kv_bytes = 8.0
@@ -204,6 +345,7 @@ def rollout_memory_options(
             max_running=running_limit(ctx, workload, layout),
             graph_batch=0 if embedded else GRAPH_BATCH,
             resident_bytes=resident_bytes + MARGIN_FRACTION * gpu.usable_bytes,
+            draft=draft_of(ctx.model, speculative.method) if speculative != "off" else None,
         )
 
     asked = ctx.job.rollout.memory_fraction

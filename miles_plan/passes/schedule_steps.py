@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from miles_plan.cost.rl_step import ORCHESTRATION
+from miles_plan.ir.critical_path import critical_path
 from miles_plan.ir.graph import Fact, TaskGraph
 from miles_plan.ir.group import DeviceGroup
 from miles_plan.ir.plan import Decision, Estimate
@@ -35,7 +36,7 @@ class ScheduleSteps(Pass):
             graph = _start_times(graph, loop.name)
         decisions, estimates = [], []
         for loop in graph.loops:
-            path = critical_path(graph, loop.name)
+            path = critical_path(graph, graph.topological(loop.name))
             decisions.append(
                 Decision(
                     field=f"schedule.{loop.name}",
@@ -84,29 +85,6 @@ def _start_times(graph: TaskGraph, loop: str) -> TaskGraph:
             free_s[name] = end_s[task.name]
         placed.append(replace(task, start_s=round(start_s, 6)))
     return graph.with_replaced(*placed)
-
-
-def critical_path(graph: TaskGraph, loop: str) -> list[AnyTask]:
-    """The chain of tasks that ends last: each starts when the one before it ends, by dependency or for the GPU."""
-    tasks = graph.topological(loop)
-    if not tasks:
-        return []
-    ends = {task.name: (task.start_s or 0.0) + (task.estimate.mid_s if task.estimate else 0.0) for task in tasks}
-    conflicts = _groups_in_conflict(graph)
-    current = max(tasks, key=lambda task: ends[task.name])
-    path = [current]
-    while (current.start_s or 0.0) > 0.0:
-        waited_for = {edge.src for edge in graph.inputs_of(current.name) if edge.distance == 0}
-        candidates = [
-            task
-            for task in tasks[: tasks.index(current)]
-            if task.name in waited_for or task.group in conflicts.get(current.group or "", set())
-        ]
-        if not candidates:
-            break
-        current = max(candidates, key=lambda task: ends[task.name])
-        path.append(current)
-    return path[::-1]
 
 
 def step_time_s(graph: TaskGraph, loop: str, which: str = "mid_s") -> float:

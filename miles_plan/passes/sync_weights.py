@@ -19,7 +19,7 @@ from miles_plan.ir.plan import Alternative, Decision, TensorTransfer
 from miles_plan.ir.tasks import Transport, WeightSync
 from miles_plan.passes.base import Outcome, Pass, PassContext
 from miles_plan.passes.number_formats import DTYPE_BYTES
-from miles_plan.passes.sync_price import bucket_size_bytes, layouts_of, sync_price
+from miles_plan.passes.sync_price import bucket_size_bytes, layouts_of, linked_cluster, sync_price, transports_between
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,13 @@ class SyncWeights(Pass):
             return Outcome(graph=graph)
         train, rollout = graph.group(graph.task("train").group or ""), graph.group(syncs[0].group or "")
         allowed = list(allowed_transports(train, rollout, ctx))
+        cluster = linked_cluster(ctx, train, rollout)
         asked = ctx.job.weight_sync.transport
         if not allowed or (asked != "auto" and asked not in allowed):
             return Outcome(graph=graph, diagnostics=(_refusal(ctx, asked, allowed, train, rollout),))
         bucket_bytes = bucket_size_bytes(ctx)
         layouts = layouts_of(train, rollout)
-        prices = {transport: sync_price(ctx, *layouts, transport, bucket_bytes).mid for transport in allowed}
+        prices = {transport: sync_price(ctx, *layouts, transport, bucket_bytes, cluster).mid for transport in allowed}
         chosen: Transport = asked if asked != "auto" else min(prices, key=lambda transport: prices[transport])
         transfers = tuple(transfer_list(ctx, train, rollout, bucket_bytes))
         total_bytes = sum(transfer.size_bytes for transfer in transfers)
@@ -52,26 +53,11 @@ class SyncWeights(Pass):
         return Outcome(graph=graph, decisions=(_decision(ctx, chosen, prices),), transfers=transfers)
 
 
-def allowed_transports(train: DeviceGroup, rollout: DeviceGroup, ctx: PassContext) -> Iterator[Transport]:
+def allowed_transports(train: DeviceGroup, rollout: DeviceGroup, ctx: PassContext) -> tuple[Transport, ...]:
     """Transports that can reach these engines from this trainer."""
-    if train.engine == "torch" or rollout.engine == "torch":
-        if _one_host(ctx, train, rollout):
-            yield "shared_memory"
-        return
-    if train.shares_gpus_with(rollout):
-        yield "cuda_ipc"
-        return
-    yield "nccl_broadcast"
-    if train.engine == "megatron":
-        yield "p2p"
-    yield "disk_delta"
-
-
-def _one_host(ctx: PassContext, *groups: DeviceGroup) -> bool:
-    """Whether all the groups' GPUs are in one node: shared memory reaches no further."""
-    per_node = ctx.cluster.gpus_per_node
-    spans = [group.gpus for group in groups if group.gpus is not None]
-    return len({gpu // per_node for span in spans for gpu in (span.first, span.end - 1)}) <= 1
+    assert train.gpus is not None
+    assert rollout.gpus is not None
+    return transports_between(ctx, train.gpus, rollout.gpus)
 
 
 def transfer_list(ctx: PassContext, train: DeviceGroup, rollout: DeviceGroup, bucket_bytes: int) -> Iterator[TensorTransfer]:

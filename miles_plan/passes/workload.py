@@ -76,7 +76,7 @@ def response_lengths(ctx: PassContext) -> tuple[LengthDistribution, bool]:
     """The distribution of response lengths, and whether its mean is an assumption."""
     asked = ctx.job.rollout.response_tokens
     if asked.histogram is not None:
-        return load_lengths(ctx.file(asked.histogram)), False
+        return load_lengths(ctx.file(asked.histogram)).cut(float(asked.max)), False
     assumed = asked.mean == "auto"
     mean = max(1.0, ASSUMED_MEAN_FRACTION * asked.max) if asked.mean == "auto" else asked.mean
     p99 = None if asked.p99 == "auto" else asked.p99

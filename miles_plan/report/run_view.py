@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from miles_plan.ir.critical_path import critical_path
 from miles_plan.report.charts.curves import curve_chart
 from miles_plan.report.charts.steps import Measured, step_chart
 from miles_plan.report.charts.times import times_chart
@@ -22,7 +23,7 @@ from miles_plan.report.metrics import (
 from miles_plan.report.plan_view import Figure, activity_keys, plan_view
 from miles_plan.report.run_facts import SHOWN_AS_SLICES, event_text, is_quiet, reward_ends, run_facts
 from miles_plan.report.run_files import RunRecord, is_number
-from miles_plan.report.schedule import critical_path, iteration_runs
+from miles_plan.report.schedule import iteration_runs
 from miles_plan.report.task_times import coverage, iteration_begin, iteration_times, task_times, typical_iteration
 from miles_plan.report.units import number_text, plural, quantity_text, scale_for, seconds_text
 

@@ -6,11 +6,10 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from miles_plan.ir.critical_path import by_start, critical_path, end_s, start_s
 from miles_plan.ir.graph import Loop, TaskGraph
 from miles_plan.ir.plan import Plan
 from miles_plan.ir.tasks import AnyTask
-
-TOLERANCE_S = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +46,6 @@ class LoopSchedule:
         return self.iteration_s < 0.98 * self.usual_s
 
 
-def start_s(task: AnyTask) -> float:
-    """Start within the iteration; 0 for a task without one."""
-    return task.start_s or 0.0
-
-
-def end_s(task: AnyTask) -> float:
-    """Expected end within the iteration."""
-    return start_s(task) + (task.estimate.mid_s if task.estimate else 0.0)
-
-
 def runs_in(task: AnyTask, iteration: int, iterations: int) -> bool:
     """Whether a task runs in an iteration: every `every`-th time, and in the last."""
     return (iteration + 1) % task.every == 0 or iteration + 1 == iterations
@@ -64,7 +53,7 @@ def runs_in(task: AnyTask, iteration: int, iterations: int) -> bool:
 
 def loop_schedule(graph: TaskGraph, loop: Loop) -> LoopSchedule:
     """The schedule of one loop of a scheduled graph."""
-    tasks = _by_start(graph.topological(loop.name))
+    tasks = by_start(graph.topological(loop.name))
     always = [task for task in tasks if task.every == 1] or tasks
     typical = critical_path(graph, always)
     estimates = [task.estimate for task in typical if task.estimate]
@@ -107,41 +96,6 @@ def iteration_runs(tasks: list[AnyTask], active: list[AnyTask]) -> list[PlannedR
         return at_s - sum(min(end, at_s) - begin for begin, end in cuts if begin < at_s)
 
     return [PlannedRun(task, moved(start_s(task)), moved(end_s(task))) for task in active]
-
-
-def critical_path(graph: TaskGraph, tasks: list[AnyTask]) -> list[AnyTask]:
-    """The tasks that set the end of the iteration, in time order: from the last to end, back to what each one waited for.
-
-    A task waits for its inputs of this iteration and for whoever held its GPUs before it.
-    """
-    ordered = _by_start(tasks)
-    if not ordered:
-        return []
-    inputs = {(edge.src, edge.dst) for edge in graph.edges if edge.distance == 0}
-    index = max(range(len(ordered)), key=lambda at: (end_s(ordered[at]), at))
-    path = [ordered[index]]
-    while True:
-        current = ordered[index]
-        waited = [
-            at
-            for at in range(index)
-            if end_s(ordered[at]) <= start_s(current) + TOLERANCE_S
-            and ((ordered[at].name, current.name) in inputs or _share_gpus(graph, ordered[at], current))
-        ]
-        if not waited:
-            return path[::-1]
-        index = max(waited, key=lambda at: (end_s(ordered[at]), (ordered[at].name, current.name) in inputs, at))
-        path.append(ordered[index])
-
-
-def _by_start(tasks: list[AnyTask]) -> list[AnyTask]:
-    return sorted(tasks, key=lambda task: (start_s(task), end_s(task)))
-
-
-def _share_gpus(graph: TaskGraph, one: AnyTask, other: AnyTask) -> bool:
-    if one.group is None or other.group is None:
-        return False
-    return graph.group(one.group).shares_gpus_with(graph.group(other.group))
 
 
 def _span_s(runs: list[PlannedRun]) -> float:

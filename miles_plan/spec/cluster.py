@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from miles_plan.spec.section import Section
-from miles_plan.spec.types import AutoOr, CatalogName, Gbps, Gib, Size
+from miles_plan.spec.types import AutoOr, CatalogName, FilePath, Gbps, Gib, Size
 
 
 class NodeFields(Section):
@@ -25,6 +25,8 @@ class NodeFields(Section):
     """Host memory of one node in GiB; `auto` is the catalog's usual node."""
     nic_gbps_per_gpu: AutoOr[Gbps] = "auto"
     """Network bandwidth between nodes in gigabits per second for each GPU; `auto` is the catalog's usual node."""
+    profile: FilePath | None = None
+    """What such a machine was measured to reach, a file that `miles-plan calibrate` writes; without it, the shipped profile."""
 
 
 class NodeGroupSpec(NodeFields):

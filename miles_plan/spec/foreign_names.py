@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 FOREIGN_NAMES: Mapping[str, str] = MappingProxyType(
     {
+        "accumulate_allreduce_grads_in_fp32": "train.gradients",
         "advantage_estimator": "algorithm.kind",
         "adv_estimator": "algorithm.kind",
         "actor_num_nodes": "cluster.nodes",
@@ -27,6 +28,7 @@ FOREIGN_NAMES: Mapping[str, str] = MappingProxyType(
         "eps_clip_c": "algorithm.dual_clip",
         "eval_interval": "evaluation.every_steps",
         "expert_model_parallel_size": "train.layout.ep",
+        "exp_avg_dtype": "train.optimizer.moments",
         "expert_tensor_parallel_size": "train.layout.etp",
         "global_batch_size": "algorithm.updates_per_rollout",
         "gpu_memory_utilization": "rollout.memory_fraction",
@@ -55,6 +57,7 @@ FOREIGN_NAMES: Mapping[str, str] = MappingProxyType(
         "num_steps": "algorithm.steps",
         "num_steps_per_rollout": "algorithm.updates_per_rollout",
         "optimizer_cpu_offload": "train.optimizer.offload",
+        "optimizer_offload_fraction": "train.optimizer.offload_fraction",
         "partial_rollout": "rollout.partial",
         "pipeline_model_parallel_size": "train.layout.pp",
         "prompt_data": "data.prompts",
@@ -76,6 +79,7 @@ FOREIGN_NAMES: Mapping[str, str] = MappingProxyType(
         "train_iters": "algorithm.steps",
         "update_weight_buffer_size": "weight_sync.bucket_mib",
         "update_weight_transfer_mode": "weight_sync.transport",
+        "use_precision_aware_optimizer": "train.optimizer.precision_aware",
         "use_tis": "precision.correction",
         "virtual_pipeline_model_parallel_size": "train.layout.vpp",
     }

@@ -27,7 +27,7 @@ from miles_plan.spec.rollout import (
     SpeculativeSpec,
 )
 from miles_plan.spec.section import Section
-from miles_plan.spec.train import OptimizerFields, TrainLayoutSpec
+from miles_plan.spec.train import OptimizerFields, OptimizerSpec, TrainLayoutSpec, TrainSpec
 
 UNKNOWN = object()
 GROUP_RELATIVE = ("grpo", "gspo", "rloo", "dapo")
@@ -214,6 +214,22 @@ def _schedule_ordered(place: str, optimizer: OptimizerFields, total: int, total_
         yield Breach("MP132", f"{place}.min_lr", f"`{place}.min_lr` is {optimizer.min_lr:g}, above `lr` {optimizer.lr:g}")
 
 
+def _optimizer_consistent(train: TrainSpec, optimizer: OptimizerSpec) -> Iterator[Breach]:
+    if optimizer.moments == "bf16" and not optimizer.precision_aware:
+        message = "`train.optimizer.moments: bf16` needs an optimizer that reads them"
+        yield Breach("MP131", "train.optimizer.moments", message, "add `precision_aware: true`")
+    if optimizer.offload_fraction < 1.0 and optimizer.offload == "off":
+        message = "`train.optimizer.offload_fraction` is a share of nothing with `offload: off`"
+        yield Breach("MP131", "train.optimizer.offload_fraction", message, "remove it, or use `offload: host`")
+    if train.engine == "megatron":
+        return
+    only = {"optimizer.precision_aware": optimizer.precision_aware, "release": train.release != "auto"}
+    only |= {"gradients": train.gradients != "fp32", "optimizer.offload_fraction": optimizer.offload_fraction < 1.0}
+    for name in (name for name, given in only.items() if given):
+        message = f"`train.{name}` is Megatron's, the trainer is `{train.engine}`"
+        yield Breach("MP131", f"train.{name}", message, "remove it, or use `engine: megatron`")
+
+
 def _train_sizes_divide(layout: TrainLayoutSpec) -> Iterator[Breach]:
     place = "train.layout"
     if layout.vpp > 1 and layout.pp == 1:
@@ -299,6 +315,7 @@ RULES: tuple[Rule, ...] = (
     Rule(("rollout.speculative",), _speculation_consistent),
     Rule(("algorithm", "train.optimizer"), _warmup_within_run),
     Rule(("warm_start",), _warm_start_ordered),
+    Rule(("train", "train.optimizer"), _optimizer_consistent),
     Rule(("train.layout",), _train_sizes_divide),
     Rule(("rollout.layout",), _rollout_sizes_divide),
     Rule(("algorithm", "data"), _reward_present),

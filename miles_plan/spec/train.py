@@ -72,6 +72,12 @@ class OptimizerSpec(OptimizerFields):
     """The optimizer."""
     offload: Literal["auto", "off", "host"] = "auto"
     """Keep optimizer state in host memory; `auto` lets the memory plan decide."""
+    offload_fraction: Fraction = 1.0
+    """Share of the state that goes to the host where any does (Megatron's `--optimizer-offload-fraction`)."""
+    precision_aware: bool = False
+    """The update reads bf16 gradients as they are, without an fp32 copy (Megatron's precision-aware optimizer)."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Number format of both moments; bf16 needs `precision_aware`."""
 
 
 class TrainSpec(Section):
@@ -85,5 +91,10 @@ class TrainSpec(Section):
     """Token budget of a micro-batch on one GPU; `auto` follows from the memory plan."""
     recompute: Literal["auto", "none", "selective", "full"] = "auto"
     """Activations recomputed in the backward pass; `auto` is the cheapest that fits."""
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """Number format that gradients add up and travel in."""
+    release: Literal["auto", "26.02", "26.04", "26.06"] = "auto"
+    """NVIDIA NeMo container whose Megatron-core the trainer runs, which decides what CUDA graphs and fused experts save;
+    `auto` is Megatron-core 0.19 without either."""
     optimizer: OptimizerSpec = Field(default_factory=OptimizerSpec)
     """The optimizer."""

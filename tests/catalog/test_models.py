@@ -1,3 +1,7 @@
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from miles_plan.catalog.architecture import architecture_from_dict, architecture_to_dict
@@ -44,6 +48,36 @@ def test_total_parameters_are_the_published_ones(name: str) -> None:
 )
 def test_active_parameters_are_the_published_ones(name: str, active: float) -> None:
     assert find_model(name).params_active / 1e9 == pytest.approx(active, rel=0.005)
+
+
+# One line a launcher's model: what its card, technical report or safetensors index says, in billions.
+LAUNCHED = [json.loads(line) for line in (Path(__file__).parent / "published_totals.jsonl").read_text().splitlines()]
+# Cards that count something else: 48 of "48B-A3B" is cut off, not rounded; 32.5 leaves 0.26 B of the checkpoint's 32.764 out;
+# 7.83 counts the prediction layer.
+OTHER_COUNTS = {"joyai-llm-flash": 48.94, "qwen2.5-32b": 32.764, "mimo-7b-rl": 7.623}
+
+
+@pytest.mark.parametrize("row", LAUNCHED, ids=lambda row: row["name"])
+def test_every_model_of_a_launcher_is_there_with_its_published_size(row: dict[str, Any]) -> None:
+    model = find_model(row["name"])
+    if "total_b" in row:
+        total = OTHER_COUNTS.get(row["name"], row["total_b"])
+        assert model.params_total / 1e9 == pytest.approx(total, rel=0.005, abs=half_a_digit(total))
+    if "active_b" in row and row["name"] != "inkling":  # whose 41 counts 0.6 B that its launcher's sizes do not explain
+        # Cards count embeddings or leave them out.
+        slack = max(0.005 * row["active_b"], half_a_digit(row["active_b"]))
+        low, high = model.params_active_nonembedding / 1e9 - slack, model.params_active / 1e9 + slack
+        assert low <= row["active_b"] <= high
+
+
+def half_a_digit(stated: float) -> float:
+    """Half a unit of the last digit that a figure is written with: 3 and 235 are known to 0.5, 1600 to 50, 4.0 to 0.05."""
+    digits = f"{stated:.10g}"
+    if "." in digits:
+        return 0.5 * 10 ** -len(digits.split(".")[1])
+    if isinstance(stated, float) and stated < 10:
+        return 0.05
+    return 0.5 * 10 ** (len(digits) - len(digits.rstrip("0"))) if stated >= 1000 else 0.5
 
 
 def test_vision_towers_count_in_the_checkpoint_only() -> None:

@@ -83,3 +83,50 @@ def test_a_field_that_the_spec_has_not(tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_spec_with_mistakes_is_no_usage_error(tmp_path: Path) -> None:
     with pytest.raises(PlanError):
         explain(write(tmp_path, "version: 1\n"))
+
+
+SPEC = """version: 1
+name: why
+model: {name: qwen3-30b-a3b}
+cluster: {gpu: h200, nodes: 1}
+algorithm: {kind: grpo}
+data: {prompts: {generator: arithmetic}, reward: math}
+rollout: {prompts_per_step: 32, samples_per_prompt: 8, response_tokens: {max: 8192, mean: 3500}}
+train: {layout: {tp: 2, ep: 8}}
+"""
+
+
+def test_why_not_compares_with_the_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = tmp_path / "why.yaml"
+    spec.write_text(SPEC)
+    explain(str(spec), why_not=["train.tp=4", "rollout.tp=2"], as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["schema"] == "miles-plan/why-not/1"
+    assert found["asked"] == {"train.tp": "4", "rollout.tp": "2"}
+    assert "tp4" in found["best"]["train_layout"]
+    assert "tp2" in found["best"]["rollout_layout"]
+    explain(str(spec), why_not=["train.tp=4", "rollout.tp=2"])
+    text = capsys.readouterr().out
+    assert "best such" in text
+    assert "train.layout is fixed in the spec" in text
+
+
+def test_why_not_of_an_impossible_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = tmp_path / "why.yaml"
+    spec.write_text(SPEC)
+    explain(str(spec), why_not=["train.tp=3"])
+    assert "It is impossible." in (text := capsys.readouterr().out)
+    assert "tp=3 does not divide 32 attention heads" in text
+
+
+def test_why_not_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = tmp_path / "why.yaml"
+    spec.write_text(SPEC)
+    for asked in (["tran.tp=2"], ["train.tp=x"]):
+        with pytest.raises(typer.Exit):
+            explain(str(spec), why_not=asked)
+    assert "did you mean train.tp?" in capsys.readouterr().err
+    with pytest.raises(PlanError):
+        explain(str(spec), why_not=["recompute=sometimes"])
+    with pytest.raises(typer.Exit):
+        explain(why_not=["train.tp=2"])

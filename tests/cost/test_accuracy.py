@@ -1,4 +1,4 @@
-"""The figures the estimates are held to; they fail when an estimate drifts from published and measured rows."""
+"""The figures the estimates are held to, a little above what they are: a change that makes one worse fails here."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def of(kind: str) -> Summary:
 @pytest.mark.parametrize(
     ("kind", "rows", "median", "p90", "worst"),
     [
-        ("Megatron peak memory", 78, 0.002, 0.005, 0.01),
-        ("Megatron step time", 51, 0.10, 0.28, 0.50),
-        ("Megatron forward pass", 51, 0.08, 0.14, 0.60),
-        ("training memory", 52, 0.04, 0.13, 0.30),
-        ("training step time", 365, 0.08, 0.20, 1.0),
-        ("decode time per token", 144, 0.10, 0.26, 0.80),
-        ("RL step time", 28, 0.12, 0.35, 0.90),
-        ("weight sync", 21, 0.10, 0.30, 0.80),
+        ("Megatron peak memory", 78, 0.0005, 0.003, 0.006),
+        ("Megatron step time", 51, 0.05, 0.14, 0.30),
+        ("Megatron forward pass", 51, 0.055, 0.125, 0.25),
+        ("training memory", 52, 0.018, 0.065, 0.15),
+        ("training step time", 368, 0.069, 0.195, 0.75),
+        ("decode time per token", 144, 0.093, 0.25, 0.75),
+        ("RL step time", 28, 0.10, 0.33, 0.85),
+        ("weight sync", 21, 0.078, 0.255, 0.75),
     ],
 )
 def test_errors_stay_where_they_are(kind: str, rows: int, median: float, p90: float, worst: float) -> None:
@@ -53,16 +53,22 @@ def test_nine_truths_in_ten_lie_in_their_intervals() -> None:
 
 def test_rows_that_state_a_job_become_one() -> None:
     assert report().ok
-    assert report().mapped_share > 0.95
+    assert report().mapped_share > 0.99
+
+
+def test_no_run_that_ran_out_of_memory_was_said_to_fit() -> None:
+    assert len(report().ran_out) >= 4
+    assert [each.name for each in report().ran_out if each.said_to_fit] == []
 
 
 def test_launch_configurations_that_name_their_gpu_are_said_to_fit_unless_they_cannot() -> None:
     stated = [each for each in report().launched if each.gpu_stated]
-    assert len(stated) >= 14
+    assert len(stated) >= 17
     refused = {each.name: each.defect for each in stated if not each.fits}
-    # Both put all of a 355 B-parameter model's training state on one node of four GPUs.
+    # Both put all of a 355 B-parameter model's training state on one node of four GPUs; the script itself says of so few
+    # nodes that they are "not really runnable" (Miles, scripts/run_glm45_355b_a32b.py), and its documentation says "debug".
     assert set(refused) == {"miles:scripts.run_glm45_355b_a32b#1", "miles:scripts.run_glm45_355b_a32b#2"}
-    assert all("times the GPU's memory" in defect for defect in refused.values())
+    assert all("GPUs of this kind, the layout has 4" in defect for defect in refused.values())
 
 
 def test_a_layout_that_megatron_would_refuse_is_named() -> None:

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,7 +5,6 @@ from hypothesis import strategies as st
 from miles_plan.catalog.gpus import cluster_of
 from miles_plan.catalog.models import find_model
 from miles_plan.cost.communication import Collective, collective_s, links_of, ranks_in_domain
-from miles_plan.cost.profile import default_profile, load_profile, save_profile
 from miles_plan.cost.weight_sync import TRANSPORTS, Transport, checkpoint_time, offload_time, weight_sync_time
 from miles_plan.ir.layout import RolloutLayout, TrainLayout
 
@@ -65,12 +62,3 @@ def test_offload_runs_at_the_link_and_checkpoints_at_the_disk() -> None:
     cluster = cluster_of("h200", 2)
     assert offload_time(52e9, cluster).mid == pytest.approx(1.1, rel=0.1)
     assert checkpoint_time(40e9, cluster, 2e9).mid == pytest.approx(10.0)
-
-
-def test_a_profile_survives_its_file(tmp_path: Path) -> None:
-    path = tmp_path / "mine.json"
-    save_profile(default_profile(), path)
-    assert load_profile(path) == default_profile()
-    path.write_text("{}")
-    with pytest.raises(ValueError, match="not a hardware profile"):
-        load_profile(path)

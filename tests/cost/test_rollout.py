@@ -143,3 +143,33 @@ def test_a_simulation_generates_every_token(prompts: int, pool: int, slots: int)
     assert run.makespan.mid == pytest.approx(run.prefill_s + run.decode_s)
     assert run.mean_batch <= slots + 1e-6
     assert run.tokens_per_s_per_gpu > 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[1",
+        "nan",
+        "{" * 5000,
+        '{"lengths": []}',
+        '{"lengths": ["x"]}',
+        '{"edges": 1, "counts": 2}',
+        '{"edges": [1, 2], "counts": [-1]}',
+    ],
+)
+def test_a_hostile_file_of_lengths_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "lengths.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"lengths\.json"):
+        load_lengths(file)
+    with pytest.raises(ValueError, match="not a file of lengths"):
+        load_lengths(tmp_path / "absent.json")
+
+
+def test_counts_may_be_of_billions(tmp_path: Path) -> None:
+    file = tmp_path / "lengths.json"
+    file.write_text('{"edges": [0, 2, 4], "counts": [3e12, 1e12]}')
+    found = load_lengths(file)
+    assert found.mean_tokens == pytest.approx(1.5, rel=0.2)
+    assert found.cut(2.0).max_tokens == 2.0

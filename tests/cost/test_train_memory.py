@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -141,3 +143,69 @@ def test_prediction_layers_cost_activations_and_logits() -> None:
     assert predicting["activations"] > plain["activations"]
     assert predicting["logits"] > plain["logits"]
     assert predicting["parameters"] > plain["parameters"]
+
+
+def test_graphs_keep_their_activations_in_a_pool_of_their_own() -> None:
+    model, layout = find_model("llama3.1-70b"), TrainLayout(tp=4, pp=4, dp=2, sequence_parallel=True)
+    plain = TrainMemoryOptions(tokens_per_gpu=4096, num_microbatches=16)
+    eager, graphed = (
+        train_memory(model, layout, replace(plain, graphed_modules=frozenset(modules))) for modules in ((), ("mlp",))
+    )
+    pool = next(term.value for term in graphed.outside_terms if term.name == "graph pool")
+    assert pool > 0
+    assert graphed.peak_bytes.mid < eager.peak_bytes.mid  # as PyTorch counts
+    assert graphed.device_bytes.mid > sum(term.value for term in graphed.terms) + pool  # as the driver does
+    recomputed = replace(plain, recompute="selective", recompute_modules=frozenset({"mlp"}))
+    assert train_memory(model, layout, replace(recomputed, graphed_modules=frozenset({"mlp"}))) == train_memory(
+        model, layout, recomputed
+    )
+
+
+def test_the_native_allocator_needs_more_room_than_expandable_segments() -> None:
+    memory = train_memory(find_model("qwen3-8b"), TrainLayout(dp=8), TrainMemoryOptions())
+    allocated = sum(term.value for term in memory.terms)
+    assert allocated < memory.needed_bytes(expandable_segments=True) < memory.needed_bytes(expandable_segments=False)
+
+
+def test_heads_too_wide_for_flash_attention_keep_their_scores() -> None:
+    model, layout = find_model("gemma-4-26b-a4b-it"), TrainLayout(dp=8, ep=8)
+    whole = train_memory(model, layout, TrainMemoryOptions())
+    again = train_memory(model, layout, TrainMemoryOptions(recompute="selective", recompute_modules=frozenset({"core_attn"})))
+    scores = 5 * 16 * 8192.0 * 8192 * 2  # five global layers, sixteen heads
+    assert whole.peak_bytes.mid - again.peak_bytes.mid > 0.8 * scores
+
+
+def test_a_frozen_vision_tower_keeps_weights_only() -> None:
+    model, layout = find_model("gemma-4-26b-a4b-it"), TrainLayout(dp=8, ep=8)
+    assert model.vision is not None
+    trained, frozen = (train_memory(model, layout, TrainMemoryOptions(frozen_vision=each)) for each in (False, True))
+    assert trained.static_bytes - frozen.static_bytes == pytest.approx(model.vision.params * (4 + 12 / 8))
+
+
+def test_shards_on_the_host_leave_the_gpu() -> None:
+    model, layout = find_model("qwen3-8b"), TrainLayout(dp=8)
+    kept, moved = (
+        train_memory(model, layout, TrainMemoryOptions(engine="fsdp2", offload_shards=each)) for each in (False, True)
+    )
+    assert moved.host_bytes == pytest.approx(model.params_total / 8 * 16)
+    assert kept.static_bytes - moved.static_bytes == pytest.approx(moved.host_bytes)
+
+
+def test_a_soft_cap_keeps_its_tanh() -> None:
+    model, layout = find_model("gemma-2-9b"), TrainLayout(dp=8)
+    assert model.logit_softcap
+    capped, plain = (
+        next(term.value for term in train_memory(each, layout, TrainMemoryOptions()).terms if term.name == "logits")
+        for each in (model, replace(model, logit_softcap=False))
+    )
+    assert capped - plain == pytest.approx(2.0 * 8192 * model.vocab_size)
+
+
+def test_layers_recomputed_together_keep_fewer_inputs_and_come_back_together() -> None:
+    model, layout = find_model("qwen3-8b"), TrainLayout(dp=8)
+    one, two = (
+        train_memory(model, layout, TrainMemoryOptions(recompute="full", recompute_chunk=chunk)).terms for chunk in (1, 18)
+    )
+    kept, live = ({term.name: term.value for term in terms} for terms in (one, two))
+    assert live["activations"] == pytest.approx(kept["activations"] / 18)
+    assert live.get("backward", 0.0) > kept.get("backward", 0.0)

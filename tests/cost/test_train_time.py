@@ -1,10 +1,13 @@
+from dataclasses import replace
+
 import pytest
 
 from miles_plan.catalog.gpus import cluster_of
 from miles_plan.catalog.models import find_model
-from miles_plan.cost.layer_time import ComputeOptions
+from miles_plan.cost.layer_time import HYPER_BACKWARD_HOST_S, HYPER_FORWARD_HOST_S, ComputeOptions
 from miles_plan.cost.train_options import OptimizerOptions, TrainMemoryOptions
 from miles_plan.cost.train_time import (
+    TENSOR_HOST_S,
     TrainTimeOptions,
     TrainWorkload,
     log_prob_time,
@@ -16,6 +19,7 @@ from miles_plan.ir.layout import TrainLayout
 
 WORKLOAD = workload_of_lengths([4096.0] * 256, tokens_per_gpu=8192)
 CLUSTER = cluster_of("h200", 1)
+FEW = workload_of_lengths([1024.0] * 8, tokens_per_gpu=1024)
 
 
 def test_an_8b_step_lands_between_the_peak_and_a_quarter_of_it() -> None:
@@ -93,3 +97,42 @@ def test_a_slow_host_shows_unless_graphs_replay_it() -> None:
 
     assert seconds(1.5, 0.0) > 1.2 * seconds(1.0, 0.0)
     assert seconds(1.5, 1.0) == seconds(1.0, 1.0)
+
+
+def test_an_optimizer_step_loops_over_its_weights_unless_it_reads_them_as_they_are() -> None:
+    model, workload = find_model("qwen3-30b-a3b"), FEW
+    spread, whole, aware = (
+        train_step_time(model, layout, workload, cluster_of("h200", 1), options).term("optimizer")
+        for layout, options in (
+            (TrainLayout(dp=8, ep=8), TrainTimeOptions()),
+            (TrainLayout(dp=8, ep=1), TrainTimeOptions()),
+            (TrainLayout(dp=8, ep=1), TrainTimeOptions(optimizer=OptimizerOptions(precision_aware=True))),
+        )
+    )
+    weights = 48 * (8 + 2 * 128)
+    assert whole - aware == pytest.approx(weights * TENSOR_HOST_S)
+    assert spread < whole
+
+
+def test_quantising_experts_one_by_one_is_the_hosts_work() -> None:
+    model, workload = find_model("qwen3-30b-a3b"), FEW
+    hosts = [
+        train_step_time(
+            model,
+            TrainLayout(dp=8, ep=8),
+            workload,
+            cluster_of("b200", 1),
+            TrainTimeOptions(compute=ComputeOptions(precision=precision)),
+        ).term("host")
+        for precision in ("mxfp8", "fp8")
+    ]
+    assert hosts[1] > hosts[0]
+
+
+def test_hyper_connections_cost_the_host_their_launches() -> None:
+    model = find_model("deepseek-v4-flash")
+    assert all(kind.residual_streams == 4 for kind in model.kinds)
+    plain = replace(model, kinds=tuple(replace(kind, residual_streams=1) for kind in model.kinds))
+    layout, workload = TrainLayout(dp=64, ep=64), workload_of_lengths([1024.0] * 64, tokens_per_gpu=1024)
+    streams, one = (train_step_time(each, layout, workload, cluster_of("gb200", 16)).mid for each in (model, plain))
+    assert streams - one > 0.8 * model.num_layers * (HYPER_FORWARD_HOST_S + HYPER_BACKWARD_HOST_S)

@@ -57,7 +57,13 @@ def test_a_faster_truth_makes_the_estimate_too_slow() -> None:
         ({"metric": "MFU"}, "MFU is not a time or a rate"),
         ({"model_tflops_per_gpu": 9000.0}, "differ"),
         ({"value": -1}, "not a positive number"),
-        ({"value": "many"}, "malformed"),
+        ({"value": "many"}, "value is not a number"),
+        ({"value": None}, "value is not stated"),
+        ({"value": math.nan}, "value is not a number"),
+        ({"metric": 7}, "metric is not stated"),
+        ({"kind": None}, "its kind is not stated"),
+        ({"tp": 0.5}, "tp is 0.5"),
+        ({"hardware": "A100", "precision": "nvfp4"}, "a100 has no nvfp4"),
     ],
 )
 def test_what_a_row_leaves_out_is_its_own_fault(change: dict[str, object], words: str) -> None:
@@ -118,6 +124,54 @@ def test_files_are_read_a_line_a_row(tmp_path: Path) -> None:
         load_rows(file)
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b"not json", "not JSON"),
+        (b"[" * 100_000, "cannot|not JSON that can be read"),
+        (b'{"value": ' + b"9" * 10_000 + b"}", "not JSON that can be read"),
+        (b'{"model": "\xff"}', "not UTF-8"),
+        (b"7", "not a JSON object"),
+    ],
+)
+def test_a_hostile_line_is_named_with_its_file(tmp_path: Path, line: bytes, words: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b"{}\n\n" + line + b"\n")
+    with pytest.raises(ValueError, match=rf"rows\.jsonl:3: ({words})"):
+        load_rows(file)
+
+
+def test_what_is_left_out_says_where_it_stands(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    # A line separator inside a string is no end of a line, and a mark of the byte order no part of one.
+    rows = [TRAIN | {"notes": "a\u2028b"}, TRAIN | {"value": None}]
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    file.write_text("\ufeff" + text, encoding="utf-8")
+    report = validate(load_rows(file))
+    assert len(report.checked) == 1
+    assert report.unmapped[0].place == f"{file}:2"
+    assert "- training step time: value is not stated (1, rows.jsonl:2)" in report.markdown()
+
+
+def test_numbers_may_be_written_in_digits() -> None:
+    assert validate([TRAIN | {"num_gpus": "8", "tp": "2", "value": "9000"}]).checked == validate([TRAIN]).checked
+
+
+@pytest.mark.parametrize(
+    ("change", "factor"),
+    [
+        ({"metric": "tokens_per_sec", "value": 9000 * 8}, 1.0),
+        ({"metric": "samples_per_sec", "value": 9000 * 8 / 4096}, 1.0),
+        ({"metric": "step_time", "value": 64 * 4096 / 8 / 9, "unit": "ms"}, 1.0),
+        ({"metric": "step_time", "value": 64 * 4096 / 8 / 9000 / 60, "unit": "min"}, 1.0),
+    ],
+)
+def test_one_measurement_in_other_words_has_one_error(change: dict[str, object], factor: float) -> None:
+    (plain,) = validate([TRAIN]).checked
+    (other,) = validate([TRAIN | change]).checked
+    assert other.error == pytest.approx(factor * plain.error, rel=1e-6)
+
+
 def test_memory_rows_compare_bytes_in_the_rows_unit() -> None:
     row = TRAIN | {"kind": "memory", "metric": "peak_allocated", "value": 40.0, "unit": "GiB"}
     gib, gb = validate([row, row | {"unit": "GB"}]).checked
@@ -133,6 +187,24 @@ def test_a_run_that_ran_out_is_said_not_to_fit_or_named() -> None:
     large = validate([row | {"model": "Qwen3-32B"}]).ran_out
     assert [each.said_to_fit for each in large] == [False]
     assert "Runs that ran out" in validate([row]).markdown()
+
+
+@pytest.mark.parametrize(
+    "change", [{"value": None, "notes": "CUDA out of memory"}, {"value": "OOM"}, {"value": None, "result": "OOMed"}]
+)
+@pytest.mark.parametrize("kind", ["memory", "train_throughput"])
+def test_a_run_that_measured_nothing_else_still_ran_out(kind: str, change: dict[str, object]) -> None:
+    report = validate([TRAIN | {"kind": kind, "model": "Qwen3-32B", "unit": "GiB"} | change])
+    assert [each.said_to_fit for each in report.ran_out] == [False]
+    assert report.unmapped == report.checked == ()
+
+
+def test_a_gpu_of_less_memory_holds_less() -> None:
+    row = TRAIN | {"kind": "memory", "metric": "peak_allocated", "value": 60.0, "unit": "GiB", "notes": "OOM in step 2"}
+    verdicts = [
+        each.said_to_fit for name in ("A100-80GB", "A100 40GB") for each in validate([row | {"hardware": name}]).ran_out
+    ]
+    assert verdicts == [True, False]
 
 
 def test_weight_sync_rows_name_their_transport() -> None:
@@ -182,16 +254,60 @@ def test_rl_rows_tell_colocated_from_overlapped() -> None:
     assert "not readable" in reason(row | {"gen_parallel": "two"}).reason
 
 
-@given(
-    row=st.sampled_from([TRAIN, TRAIN | {"kind": "memory", "metric": "peak_allocated", "unit": "GB"}]),
-    change=st.dictionaries(
-        st.sampled_from([*TRAIN, "pp", "ep", "cp", "vpp", "etp", "fsdp", "recompute", "model_tflops_per_gpu"]),
-        st.sampled_from([None, 0, -1, 3, 7, 1e9, True, "x", "", [], {}, math.nan]),
-        max_size=4,
-    ),
+REAL = [
+    row
+    for name in ("published_numbers", "megatron_h200", "launch_configs")
+    for row in load_rows(Path(__file__).parent / "rows" / f"{name}.jsonl")
+]
+SCALARS = st.sampled_from(
+    [
+        None,
+        0,
+        -1,
+        1,
+        3,
+        7,
+        0.5,
+        1e9,
+        1e300,
+        10**30,
+        True,
+        "x",
+        "",
+        "8",
+        "n/a",
+        "TP,PP=[,]",
+        "B200",
+        math.nan,
+        math.inf,
+        -math.inf,
+    ]
 )
-@settings(max_examples=150, deadline=None)
-def test_no_row_brings_the_validation_down(row: dict[str, object], change: dict[str, object]) -> None:
-    report = validate([row | change])
-    assert len(report.checked) + len(report.unmapped) == 1
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.just("a"), inner), max_leaves=3)
+
+
+@st.composite
+def altered_rows(draw: st.DrawFn) -> dict[str, object]:
+    """A real row with fields dropped, added or altered, some of them inside its mappings."""
+    row = dict(draw(st.sampled_from(REAL)))
+    for _ in range(draw(st.integers(1, 3))):
+        name = draw(st.sampled_from(sorted(row)) | st.sampled_from(["pp", "ep", "cp", "vpp", "etp", "fsdp", "recompute"]))
+        inner = row.get(name)
+        if draw(st.booleans()):
+            row.pop(name, None)
+        elif isinstance(inner, dict) and inner:
+            row[name] = inner | {draw(st.sampled_from(sorted(inner))): draw(VALUES)}
+        else:
+            row[name] = draw(VALUES)
+    return row
+
+
+@given(row=altered_rows())
+@settings(max_examples=400, deadline=None)
+def test_no_row_brings_the_validation_down(row: dict[str, object]) -> None:
+    report = validate([row])
+    assert report.checked or report.launched or report.unmapped
+    assert all(math.isfinite(each.error) for each in report.checked)
+    assert all(each.reason for each in report.unmapped)
+    json.dumps(report.to_json(), allow_nan=False)
     assert report.markdown()

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from miles_plan.ir.critical_path import critical_path
 from miles_plan.ir.graph import TaskGraph
 from miles_plan.ir.group import GpuSpan
 from miles_plan.ir.tasks import TimeEstimate
-from miles_plan.passes.schedule_steps import critical_path, step_time_s
+from miles_plan.passes.schedule_steps import step_time_s
 from tests.ir.graphs import grpo_graph
 
 
@@ -81,4 +82,4 @@ def test_the_critical_path_runs_from_the_first_wait_to_the_end() -> None:
     graph = timed({"rollout": 5.0, "train": 3.0, "old_log_probs": 1.0, "reward": 0.5}, staleness=0, apart=False)
     starts = {"rollout": 0.0, "reward": 5.0, "old_log_probs": 5.0, "advantage": 5.5, "train": 6.0}
     graph = replace(graph, tasks=tuple(replace(task, start_s=starts.get(task.name, 0.0)) for task in graph.tasks))
-    assert [task.name for task in critical_path(graph, "rl")][-3:] == ["rollout", "old_log_probs", "train"]
+    assert [task.name for task in critical_path(graph, graph.topological("rl"))][-3:] == ["rollout", "old_log_probs", "train"]

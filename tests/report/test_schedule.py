@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from miles_plan.ir.critical_path import critical_path, end_s, start_s
 from miles_plan.ir.plan import Plan
-from miles_plan.report.schedule import critical_path, end_s, iteration_runs, loop_schedule, loop_schedules, runs_in, start_s
+from miles_plan.report.schedule import iteration_runs, loop_schedule, loop_schedules, runs_in
 from tests.report.sample_plans import load_plan
 
 

@@ -57,6 +57,11 @@ BROKEN = [
     (["data.reward=null"], "MP133", "data.reward"),
     (["evaluation.every_steps=5"], "MP133", "evaluation.every_steps"),
     (["schedule.max_staleness=1"], "MP131", "schedule.max_staleness"),
+    (["train.optimizer.moments=bf16"], "MP131", "train.optimizer.moments"),
+    (["train.optimizer.offload=off", "train.optimizer.offload_fraction=0.5"], "MP131", "train.optimizer.offload_fraction"),
+    (["train.engine=torch", 'train.release="26.06"'], "MP131", "train.release"),
+    (["train.engine=fsdp2", "train.gradients=bf16"], "MP131", "train.gradients"),
+    (["train.engine=fsdp2", "train.optimizer.precision_aware=true"], "MP131", "train.optimizer.precision_aware"),
     (["schedule={mode: asynchronous, max_staleness: 0}"], "MP131", "schedule.max_staleness"),
     (["schedule.mode=one_step_off", "placement=colocate"], "MP131", "schedule.mode"),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, cast
@@ -9,13 +10,14 @@ from typing import Any, cast
 from miles_plan.catalog.architecture import ModelArchitecture
 from miles_plan.catalog.gpus import Gpu, find_gpu
 from miles_plan.cost.rollout_memory import RolloutMemoryOptions, rollout_memory
-from miles_plan.cost.train_memory import train_memory
+from miles_plan.cost.train_memory import MemoryBreakdown, train_memory
 from miles_plan.cost.train_options import OptimizerOptions, TrainMemoryOptions, TrainPrecision
-from miles_plan.cost.validation.memory_rows import ADAPTER_SHARE
+from miles_plan.cost.validation.memory_rows import ADAPTER_SHARE, expandable_segments
 from miles_plan.cost.validation.row_fields import (
     IncompleteRowError,
     Row,
     UnmappedRowError,
+    figure_of,
     row_gpu,
     row_model,
     row_precision,
@@ -67,13 +69,25 @@ def check_launch(row: Row) -> LaunchCheck:
         held = train_memory(model, layout, _memory_options(row, layout))
     except ValueError as error:
         return LaunchCheck(gpu, stated, False, str(error), {})
-    shares = {"trainer": held.device_bytes.mid / gpu.usable_bytes}
+    shares = {"trainer": held.needed_bytes(expandable_segments(row)) / gpu.usable_bytes}
     rollout = _rollout_layout(row)
     if rollout is not None:
         shares["engine"] = _engine_share(row, model, rollout, gpu)
     over = [name for name, share in shares.items() if share > 1.0]
-    defect = ", ".join(f"the {name} needs {shares[name]:.1f} times the GPU's memory" for name in over)
+    defect = ", ".join(f"the {name} needs {shares[name]:.2f} times the GPU's memory" for name in over)
+    if "trainer" in over:
+        defect += f" ({_too_few_gpus(model, layout, held, gpu)})"
     return LaunchCheck(gpu, stated, not over, defect, shares)
+
+
+def _too_few_gpus(model: ModelArchitecture, layout: TrainLayout, held: MemoryBreakdown, gpu: Gpu) -> str:
+    """Why a trainer does not fit: what its fullest GPU keeps between steps, and the GPUs that an even share would fill."""
+    between = f"{held.static_bytes / (1 << 30):,.0f} GiB of state a GPU between steps"
+    weights = next((term.value for term in held.terms if term.name == "parameters"), 0.0)
+    fewest = math.ceil(2.0 * model.params_total * held.static_bytes / max(weights, 1.0) / gpu.usable_bytes)
+    if fewest <= layout.world_size:
+        return between
+    return f"{between}: the state alone fills {fewest} GPUs of this kind, the layout has {layout.world_size}"
 
 
 _DOCUMENTED_GPU = re.compile(r"\b(?:H100|H200|B200|B300|GB200|GB300|MI300X|MI325X?|MI350X|MI355X)\b")
@@ -164,6 +178,8 @@ def _memory_options(row: Row, layout: TrainLayout) -> TrainMemoryOptions:
         grad_bytes=4.0 if row.get("grad_dtype_fp32_accumulate", True) or fsdp else 2.0,
         recompute=cast(Recompute, mode if mode in ("full", "selective") else "none"),
         recompute_modules=frozenset(recompute.get("modules") or ()),
+        recompute_layers=size_of(recompute, "num_layers") if recompute.get("method") == "block" else 0,
+        recompute_chunk=size_of(recompute, "num_layers") if recompute.get("method") == "uniform" else 1,
         optimizer=OptimizerOptions(
             offload_fraction=1.0 if offloaded else 0.0, precision_aware=bool(row.get("precision_aware_optimizer"))
         ),
@@ -171,6 +187,7 @@ def _memory_options(row: Row, layout: TrainLayout) -> TrainMemoryOptions:
         reference="swapped" if row.get("ref_model_loaded") else "none",
         trainable_fraction=ADAPTER_SHARE if row.get("lora") else 1.0,
         mtp_layers=1 if row.get("mtp_training") else 0,
+        offload_shards=fsdp and "fsdp_cpu_offload" in (row.get("offload") or ()),
     )
 
 
@@ -190,7 +207,7 @@ def _rollout_layout(row: Row) -> RolloutLayout | None:
 
 def _engine_share(row: Row, model: ModelArchitecture, rollout: RolloutLayout, gpu: Gpu) -> float:
     """Weights and one longest request over the engine's static share."""
-    static = float(row.get("sglang_mem_fraction_static") or 0.85)
+    static = figure_of(row, "sglang_mem_fraction_static", 0.85)
     precision = {"fp8": "fp8", "mxfp8": "mxfp8", "nvfp4": "nvfp4", "int4": "int4"}.get(
         str(row.get("rollout_precision")), "bf16"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from miles_plan.cost.activations import Module
 
@@ -18,17 +19,19 @@ NATURAL_IMBALANCE = 1.2
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecipeFacts:
     """mtp_layers: prediction layers that train along. grad_bytes, moment_bytes, master_bytes, precision_aware: of the
-    optimizer. recompute: modules recomputed where the row does not say. fused_loss: Transformer Engine's cross
-    entropy, which turns the logits into their gradient in place. imbalance: tokens of the fullest expert rank."""
+    optimizer. recompute: modules recomputed where the row does not say, or whole layers. fused_loss: Transformer Engine's cross
+    entropy, which turns the logits into their gradient in place. imbalance: tokens of the fullest expert rank.
+    frozen_vision: the vision tower does not train."""
 
     mtp_layers: int = 0
     grad_bytes: float = 4.0
     moment_bytes: float = 8.0
     master_bytes: float = 4.0
     precision_aware: bool = False
-    recompute: frozenset[Module] = frozenset()
+    recompute: frozenset[Module] | Literal["full"] = frozenset()
     fused_loss: bool = False
     imbalance: float = 1.0
+    frozen_vision: bool = False
 
 
 _MTP_LAYERS = (  # passes through the prediction layers, which share weights where there are two
@@ -41,7 +44,8 @@ _COMPACT_OPTIMIZER = re.compile(r"moonlight|deepseek-?v[34]|kimi|qwen3-30b.*16gp
 _SMALLEST_OPTIMIZER = re.compile(r"nemotron-3-super.*(pretrain-config|sft|h100)")
 """The same under a 16-bit master copy."""
 
-_RECOMPUTED: tuple[tuple[str, frozenset[Module]], ...] = (
+_RECOMPUTED: tuple[tuple[str, frozenset[Module] | Literal["full"]], ...] = (
+    (r"gemma4-vl-26b-sft", "full"),
     (r"3-5-(lightning|nano)-pretrain-config", frozenset({"moe", "layernorm", "core_attn"})),
     (r"lightning-sft-openmathinstruct2-packed-config", frozenset({"moe", "layernorm", "core_attn", "mlp"})),
     (r"(lightning|nemotron-3-nano)-pretrain-16gpu-h100", frozenset({"moe", "layernorm"})),
@@ -50,6 +54,10 @@ _RECOMPUTED: tuple[tuple[str, frozenset[Module]], ...] = (
     (r"deepseek-v4.*pretrain", frozenset({"mla_up_proj"})),
 )
 _BF16_GRADIENTS = re.compile(r"3-5-(lightning|nano)-(pretrain|sft-openmath)")
+_FROZEN_VISION = re.compile(r"gemma4-vl")
+_GRAPHED_MLP = re.compile(r"llama-?3[.\d]*-70b (sft|lora)", re.IGNORECASE)
+"""Fine-tuning recipes that replay the feed-forward part from CUDA graphs: with FP8 on H100, always on Grace-Blackwell
+(scripts/performance/configs/llama)."""
 _TE_LOSS = re.compile(r"pretrain-8k|nemotron-3-super-(pretrain|sft-16gpu-h100-bf16-config)")
 
 
@@ -66,5 +74,12 @@ def recipe_facts(model: str, recipe: str, tuned: bool) -> RecipeFacts:
         precision_aware=compact,
         recompute=next((modules for pattern, modules in _RECOMPUTED if re.search(pattern, named)), frozenset()),
         fused_loss=tuned or bool(_TE_LOSS.search(named)),
+        frozen_vision=bool(_FROZEN_VISION.search(named)),
         imbalance=1.0 if tuned and "moonlight" not in named else NATURAL_IMBALANCE,  # no benchmark recipe of it
     )
+
+
+def graphed_modules(model: str, gpu: str, precision: str) -> frozenset[Module]:
+    """Modules that the recipe of a tuned row replays from CUDA graphs, apart from whole layers."""
+    graphed = _GRAPHED_MLP.search(model) and (precision != "bf16" or gpu.startswith("gb"))
+    return frozenset({"mlp"}) if graphed else frozenset()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,12 +74,14 @@ class RanOut:
 
 @dataclass(frozen=True, slots=True)
 class Unmapped:
-    """A row left out. incomplete: the row leaves out what a job needs, so that leaving it out is not our failure."""
+    """A row left out. incomplete: the row leaves out what a job needs, so that leaving it out is not our failure.
+    place: its file and line, or its number."""
 
     kind: str
     row: int
     reason: str
     incomplete: bool
+    place: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,8 +217,15 @@ class ValidationReport:
             f"Mapped {self.mapped_share:.1%} of the rows that state what a job needs. Rows left out, by reason:",
             "",
         ]
-        counted = Counter((each.kind, each.reason) for each in self.unmapped)
-        return [*lines, *(f"- {kind}: {reason} ({n})" for (kind, reason), n in sorted(counted.items()))]
+        places: dict[tuple[str, str], list[str]] = {}
+        for each in self.unmapped:
+            places.setdefault((each.kind, each.reason), []).append(each.place)
+        return [*lines, *(f"- {kind}: {reason} ({_where(at)})" for (kind, reason), at in sorted(places.items()))]
+
+
+def _where(places: list[str]) -> str:
+    """How many rows there are, and where the one is if it stands alone in a file."""
+    return str(len(places)) if len(places) > 1 or ":" not in places[0] else f"1, {Path(places[0]).name}"
 
 
 def _gpu(launched: Launched) -> str:

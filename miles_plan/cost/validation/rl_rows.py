@@ -25,10 +25,13 @@ from miles_plan.cost.validation.recipes import NATURAL_IMBALANCE
 from miles_plan.cost.validation.row_fields import (
     IncompleteRowError,
     Row,
+    figure_of,
     row_gpu,
     row_model,
     row_precision,
+    seconds_of,
     size_of,
+    words_of,
 )
 from miles_plan.cost.validation.sync_rows import VLLM_LOAD_BYTES_PER_S
 from miles_plan.cost.weight_sync import SyncOptions, offload_time, weight_sync_time
@@ -75,10 +78,11 @@ def rl_step_seconds(row: Row) -> tuple[Interval, float]:
     Raises:
         UnmappedRowError: engines, batch or lengths are not stated.
     """
-    if row["metric"] != "step_time" or row.get("unit", "s") != "s":
-        raise IncompleteRowError(f"{row['metric']} is not the time of one step")
+    if (metric := words_of(row, "metric")) != "step_time":
+        raise IncompleteRowError(f"{metric} is not the time of one step")
+    measured = seconds_of(row, "s")
     job = rl_job(row)
-    return rl_step_time(rl_parts(job), job.schedule), float(row["value"])
+    return rl_step_time(rl_parts(job), job.schedule), measured
 
 
 def rl_job(row: Row) -> RlJob:
@@ -88,7 +92,7 @@ def rl_job(row: Row) -> RlJob:
         if not row.get(name):
             raise IncompleteRowError(f"{name} is not stated")
     if size_of(row, "gen_batch") > LARGEST_BATCH:
-        raise IncompleteRowError(f"gen_batch is {row['gen_batch']:g}")
+        raise IncompleteRowError(f"gen_batch is {size_of(row, 'gen_batch'):g}")
     mode = str(row.get("policy_mode") or "").lower()
     schedule: Schedule = "overlapped" if "off" in mode or "async" in mode else "colocated"
     rollout_gpus = train_gpus = gpus
@@ -106,7 +110,7 @@ def rl_job(row: Row) -> RlJob:
         samples=size_of(row, "gen_batch"),
         batch=size_of(row, "global_batch"),
         max_tokens=size_of(row, "seq_len"),
-        mean_tokens=float(row["avg_seq_len"]),
+        mean_tokens=figure_of(row, "avg_seq_len"),
         recompute="full" if RECOMPUTED.search(str(row["model"])) else "none",
         train_precision=row_precision({"precision": halves.get("training")}),
         rollout_precision=row_precision({"precision": halves.get("generation")}),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from miles_plan.catalog.architecture import ModelArchitecture
@@ -26,6 +28,8 @@ _GPU_PATTERNS = (  # first match wins, so longer names come first
     ("gb300", "gb300"),
     ("gb200", "gb200"),
     ("gh200", "gh200"),
+    ("gb10", "gb10"),
+    ("dgx spark", "gb10"),
     ("b300", "b300"),
     ("b200", "b200"),
     ("h200", "h200"),
@@ -42,6 +46,7 @@ _GPU_PATTERNS = (  # first match wins, so longer names come first
 )
 
 
+_GPU_NAMES = re.compile(r"\b(?:g?b[23]00|gh200|h[128]00|h20|a100|mi3\d\dx?)\b")
 _VAGUE = re.compile(r"unstated|see |node|class")
 
 
@@ -55,12 +60,26 @@ def row_gpu(row: Row) -> Gpu:
     if not said:
         raise IncompleteRowError("hardware is not stated")
     text = str(said).lower()
+    if len(set(_GPU_NAMES.findall(text))) > 1:
+        raise IncompleteRowError("hardware is not stated")  # one of several
     for pattern, name in _GPU_PATTERNS:
         if pattern in text:
-            return find_gpu(name)
+            return _of_stated_memory(find_gpu(name), text)
     if _VAGUE.search(text):
         raise IncompleteRowError("hardware is not stated")
     raise UnmappedRowError("hardware is not in the catalog")
+
+
+_MEMORY = re.compile(r"(?<![\w.])(\d{2,3}) ?gb\b")
+
+
+def _of_stated_memory(gpu: Gpu, text: str) -> Gpu:
+    """The variant of a GPU that a row names, such as an A100 of 40 GB."""
+    stated = _MEMORY.search(text)
+    share = int(stated[1]) * 1e9 / gpu.memory_bytes if stated else 1.0
+    if 0.85 < share < 1.15 or not 0.2 < share < 2.0:
+        return gpu
+    return replace(gpu, memory_bytes=int(gpu.memory_bytes * share), usable_bytes=int(gpu.usable_bytes * share))
 
 
 _NOISE = re.compile(r"\b(lora|qlora|sft|peft|class|base|hf|nvfp4|fp8|bf16|int4|unstated.*|see .*)\b", re.IGNORECASE)
@@ -80,15 +99,15 @@ def row_model(row: Row) -> ModelArchitecture:
     """
     said = str(row.get("model") or "")
     cut = _CUT.search(said)
-    layers = row.get("num_layers") or (next(int(each) for each in cut.groups() if each) if cut else None)
+    layers = size_of(row, "num_layers", 0) or (next(int(each) for each in cut.groups() if each) if cut else 0)
     for candidate in _candidates(_CUT.sub(" ", said)):
         try:
             model = find_model(candidate)
         except ValueError:
             continue
-        if not layers or int(layers) >= model.num_layers:
+        if not layers or layers >= model.num_layers:
             return model
-        return model.cut(int(layers), f"{model.name}-first-{layers}")
+        return model.cut(layers, f"{model.name}-first-{layers}")
     if _VAGUE_MODEL.search(said):
         raise IncompleteRowError("the model is not stated")
     raise UnmappedRowError("model is not in the catalog")
@@ -139,14 +158,68 @@ def row_release(row: Row) -> str:
 
 
 def size_of(row: Row, name: str, default: int = 1) -> int:
-    """A size; missing, null and 0 count as the default.
+    """A size, written as a number or in digits; missing, null and 0 count as the default, and so do words (`n/a`).
 
     Raises:
-        IncompleteRowError: negative, or larger than anything built.
+        IncompleteRowError: negative, not whole, or larger than anything built.
     """
-    value = row.get(name)
-    if not isinstance(value, int | float) or not value:
+    value = _number(row.get(name))
+    if value is None or not value:
         return default
-    if not 0 < value <= LARGEST_SIZE:
+    if not 0 < value <= LARGEST_SIZE or value != int(value):
         raise IncompleteRowError(f"{name} is {value:g}")
     return int(value)
+
+
+def figure_of(row: Row, name: str, default: float | None = None) -> float:
+    """A figure, written as a number or in digits.
+
+    Raises:
+        IncompleteRowError: not stated and without a default, not a number, or not finite.
+    """
+    said = row.get(name)
+    if said is None or said == "":
+        if default is None:
+            raise IncompleteRowError(f"{name} is not stated")
+        return default
+    value = _number(said)
+    if value is None:
+        raise IncompleteRowError(f"{name} is not a number")
+    return value
+
+
+_SECONDS = {"s": 1.0, "sec": 1.0, "seconds": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0, "minutes": 60.0, "h": 3600.0}
+
+
+def seconds_of(row: Row, unit: str) -> float:
+    """The row's value as seconds; `unit` is meant where it states none.
+
+    Raises:
+        IncompleteRowError: no value, or not in a unit of time.
+    """
+    factor = _SECONDS.get(str(row.get("unit") or unit).strip().lower())
+    if factor is None:
+        raise IncompleteRowError("the unit is not a time")
+    return figure_of(row, "value") * factor
+
+
+def words_of(row: Row, name: str) -> str:
+    """A text that a row must have.
+
+    Raises:
+        IncompleteRowError: not stated.
+    """
+    if not isinstance(said := row.get(name), str) or not said:
+        raise IncompleteRowError(f"{name} is not stated")
+    return said
+
+
+def _number(said: Any) -> float | None:
+    """A finite number, also in digits; None for anything else."""
+    if isinstance(said, bool) or not isinstance(said, int | float | str):
+        return None
+    try:
+        value = float(said)
+    except (ValueError, OverflowError):
+        return None
+    return value if math.isfinite(value) else None

@@ -11,7 +11,9 @@ from miles_plan.cost.validation.row_fields import (
     row_gpu,
     row_model,
     row_precision,
+    seconds_of,
     size_of,
+    words_of,
 )
 from miles_plan.ir.layout import RolloutLayout
 
@@ -25,17 +27,18 @@ def token_seconds(row: Row) -> tuple[Interval, float]:
     Raises:
         UnmappedRowError: another figure, or the load is not stated.
     """
-    if row["metric"] != "tpot":
-        raise IncompleteRowError(f"{row['metric']} is not a time per output token")
+    if (metric := words_of(row, "metric")) != "tpot":
+        raise IncompleteRowError(f"{metric} is not a time per output token")
     for name in ("tp", "concurrency", "isl", "osl"):
-        if not row.get(name):
+        if not size_of(row, name, 0):
             raise IncompleteRowError(f"{name} is not stated")
+    measured = seconds_of(row, "ms")
     model, gpu = row_model(row), row_gpu(row)
     engine = DecodeModel(
         model=model, layout=serving_layout(row), gpu=gpu, profile=profile_for(gpu), weight_precision=row_precision(row)
     )
-    estimate = serving_time_per_token(engine, float(row["concurrency"]), float(row["isl"]), float(row["osl"]))
-    return estimate, float(row["value"]) * (1.0 if row.get("unit") == "s" else 1e-3)
+    estimate = serving_time_per_token(engine, size_of(row, "concurrency"), size_of(row, "isl"), size_of(row, "osl"))
+    return estimate, measured
 
 
 def serving_layout(row: Row) -> RolloutLayout:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from miles_plan.catalog.architecture import ModelArchitecture
 from miles_plan.catalog.gpus import Gpu
 from miles_plan.cost.layer_time import ComputeOptions
+from miles_plan.cost.software_release import fuses_experts, graphed_share
 from miles_plan.cost.train_options import Engine
 from miles_plan.cost.validation.recipes import recipe_facts
 from miles_plan.cost.validation.row_fields import Row, row_precision, row_release, size_of
@@ -47,7 +48,7 @@ EP_OVERLAP = 0.75
 """Expert exchange hidden behind the other microbatch where a recipe overlaps it (DeepSeek-V3 between nodes)."""
 
 
-EARLY_GRAPHS = 0.3
+_GRAPHED_RECIPE = re.compile(r"^(?!deepseek_v4).*pretrain_\d+gpu")
 FLEX_DISPATCHER = re.compile("nemotron|deepseek|moonlight|kimi|qwen3")
 """Models whose general recipes dispatch through DeepEP or HybridEP too."""
 
@@ -89,7 +90,7 @@ def compute_options(row: Row, software: Software, model: ModelArchitecture, gpu:
             weight_gradients=not frozen,
             moe_imbalance=(1.0 + facts.imbalance) / 2.0,  # the fullest rank changes from layer to layer
             fused_attention="long_context" not in str(row.get("source")),  # packed long sequences fell back
-            cuda_graphs=0.4 if re.search(r"pretrain_\d+gpu", str(row.get("recipe"))) else 0.0,  # of attention and router
+            cuda_graphs=0.4 if _GRAPHED_RECIPE.search(str(row.get("recipe"))) else 0.0,  # of attention and router
             dispatcher="deepep" if FLEX_DISPATCHER.search(model.name) else "alltoall",
             host_scale=BRIDGE_HOST_SCALE if "Megatron-Bridge" in str(row.get("source")) else 1.0,
         )
@@ -100,24 +101,17 @@ def compute_options(row: Row, software: Software, model: ModelArchitecture, gpu:
         precision=precision,
         weight_gradients=not frozen,
         dispatcher="deepep",
-        cuda_graphs=_graphed_share(row, model, gpu),
+        cuda_graphs=graphed_share(row_release(row), model, gpu),
         tp_overlap=0.6 if moe is None else 0.0,
         ep_overlap=EP_OVERLAP if "deepseek-v3" in model.name and size_of(row, "ep") > gpu.nvlink_domain else 0.0,
-        fused_experts=bool(moe and moe.gated and not moe.bias) and gpu.nvlink_domain > 8 and _fuses(row, precision),
+        fused_experts=fuses_experts(_fusing_release(row, precision), model, gpu),
     )
 
 
-def _graphed_share(row: Row, model: ModelArchitecture, gpu: Gpu) -> float:
-    """Graphs of whole layers with experts came with NeMo 26.06, of parts of them with 26.04 (earlier on Grace hosts)."""
-    release = row_release(row)
-    if model.moe is None or release >= "26.06":
-        return 1.0
-    return 0.7 if release >= "26.04" or not release or gpu.nvlink_domain > 8 else EARLY_GRAPHS
-
-
-def _fuses(row: Row, precision: str) -> bool:
-    """NeMo 26.06 fuses permutation and quantisation into the grouped products, and so do its block-scaled recipes."""
-    return row_release(row) >= "26.06" or ("pretrain_" in str(row.get("recipe")) and precision in ("mxfp8", "nvfp4"))
+def _fusing_release(row: Row, precision: str) -> str:
+    """The release of a row, taken as one that fuses experts where it is a recipe in block-scaled formats."""
+    fused = "pretrain_" in str(row.get("recipe")) and precision in ("mxfp8", "nvfp4")
+    return "26.06" if fused else row_release(row)
 
 
 def is_frozen(row: Row) -> bool:

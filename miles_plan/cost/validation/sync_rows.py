@@ -6,7 +6,16 @@ import re
 
 from miles_plan.catalog.gpus import cluster_of
 from miles_plan.cost.interval import Interval
-from miles_plan.cost.validation.row_fields import IncompleteRowError, Row, row_gpu, row_model, size_of
+from miles_plan.cost.validation.row_fields import (
+    IncompleteRowError,
+    Row,
+    figure_of,
+    row_gpu,
+    row_model,
+    seconds_of,
+    size_of,
+    words_of,
+)
 from miles_plan.cost.weight_sync import SyncOptions, Transport, weight_sync_time
 from miles_plan.ir.layout import RolloutLayout, TrainLayout
 
@@ -14,7 +23,6 @@ VLLM_LOAD_BYTES_PER_S = 8.0e9
 """What vLLM's loader copies a second of what a rank receives (NeMo-RL's checkpoint engine, 70 GiB in 9 s)."""
 QUANTIZED_MODELS = re.compile(r"kimi-k2", re.IGNORECASE)
 """Models whose published checkpoints, and so the engines that load them, are fp8 where the row does not say."""
-_UNITS = {"s": 1.0, "seconds": 1.0, "ms": 1e-3}
 _METRICS = ("update_weights_time", "refit_time", "sync_time")
 
 
@@ -24,13 +32,11 @@ def sync_seconds(row: Row) -> tuple[Interval, float]:
     Raises:
         UnmappedRowError: the row states no layout, or measures part of a synchronisation only.
     """
-    if row["metric"] not in _METRICS:
-        raise IncompleteRowError(f"{row['metric']} is part of a synchronisation")
+    if (metric := words_of(row, "metric")) not in _METRICS:
+        raise IncompleteRowError(f"{metric} is part of a synchronisation")
     if "before fix" in str(row.get("method")):
         raise IncompleteRowError("measured before a fix")
-    unit = _UNITS.get(str(row.get("unit") or "s"))
-    if unit is None:
-        raise IncompleteRowError("the unit is not a time")
+    measured = seconds_of(row, "s")
     model, gpu, gpus = row_model(row), row_gpu(row), size_of(row, "num_gpus", 0)
     if not gpus:
         raise IncompleteRowError("num_gpus is not stated")
@@ -39,7 +45,7 @@ def sync_seconds(row: Row) -> tuple[Interval, float]:
     cluster = cluster_of(gpu, nodes, min(gpus, gpu.gpus_per_node))
     transport = _transport(row)
     estimate = weight_sync_time(model, train, rollout, transport, cluster, _options(row, rollout))
-    return estimate, float(row["value"]) * unit
+    return estimate, measured
 
 
 def _transport(row: Row) -> Transport:
@@ -60,8 +66,8 @@ def _transport(row: Row) -> Transport:
 def _options(row: Row, rollout: RolloutLayout) -> SyncOptions:
     text = f"{row.get('precision') or ''} {row.get('method') or ''}".lower()
     quantized = "fp8" in text or QUANTIZED_MODELS.search(str(row.get("model")))
-    bucket = float(row.get("bucket_gib") or 0) or float(row.get("bucket_mib") or 0) / 1024 or 0.5
-    per_rank = float(row.get("bytes_per_rollout_rank_gib") or 0) * (1 << 30)
+    bucket = figure_of(row, "bucket_gib", 0.0) or figure_of(row, "bucket_mib", 0.0) / 1024 or 0.5
+    per_rank = figure_of(row, "bytes_per_rollout_rank_gib", 0.0) * (1 << 30)
     load = 0.0
     if "vllm" in str(row.get("gen_parallel")).lower() and per_rank:
         load = VLLM_LOAD_BYTES_PER_S * _row_share(row, rollout, per_rank)
@@ -70,6 +76,7 @@ def _options(row: Row, rollout: RolloutLayout) -> SyncOptions:
         rollout_precision="fp8" if quantized else "bf16",
         adapter_fraction=0.005 if "lora" in text else 1.0,
         engine_load_bytes_per_s=load,
+        exposed_receive_bytes=per_rank if "nccl" in text else 0.0,
     )
 
 

@@ -14,7 +14,17 @@ from miles_plan.cost.interval import Interval
 from miles_plan.cost.train_options import OptimizerOptions
 from miles_plan.cost.train_time import TrainTimeOptions, TrainWorkload, train_step_time
 from miles_plan.cost.validation.recipes import recipe_facts
-from miles_plan.cost.validation.row_fields import IncompleteRowError, Row, UnmappedRowError, row_gpu, row_model, size_of
+from miles_plan.cost.validation.row_fields import (
+    IncompleteRowError,
+    Row,
+    UnmappedRowError,
+    figure_of,
+    row_gpu,
+    row_model,
+    seconds_of,
+    size_of,
+    words_of,
+)
 from miles_plan.cost.validation.software import (
     TORCHTITAN,
     Software,
@@ -102,7 +112,7 @@ def _expert_tensor_parallel(row: Row, etp: int, tp: int) -> int:
 
 def _check_flops(row: Row, job: TrainJob, seconds: float) -> None:
     """Where a row states its model FLOPs too, they must belong to the batch it states."""
-    stated = float(row.get("model_tflops_per_gpu") or 0.0) * 1e12 * seconds * job.layout.world_size / job.tokens
+    stated = figure_of(row, "model_tflops_per_gpu", 0.0) * 1e12 * seconds * job.layout.world_size / job.tokens
     if not stated:
         return
     ratio = stated / _train_flops_per_token(job.model, job.seq_len)
@@ -170,17 +180,19 @@ def train_layout(row: Row, model: ModelArchitecture, gpus: int) -> TrainLayout:
 def train_time_options(row: Row, job: TrainJob) -> TrainTimeOptions:
     """How the row's step ran."""
     mode, modules = recomputation(row, job.software)
-    sharded = isinstance(row.get("fsdp"), int) and row["fsdp"] > 1
+    sharded = size_of(row, "fsdp") > 1
+    facts = recipe_facts(job.model.name, str(row.get("recipe") or ""), job.software.tuned)
     return TrainTimeOptions(
         compute=compute_options(row, job.software, job.model, job.gpu),
         recompute=cast(Recompute, mode),
         recompute_modules=modules,
         optimizer=OptimizerOptions(
             kind="none" if is_frozen(row) else "adam",
-            offload_fraction=float(row.get("optimizer_offload_fraction") or 0.0),
+            precision_aware=facts.precision_aware,
+            offload_fraction=figure_of(row, "optimizer_offload_fraction", 0.0),
         ),
         engine="fsdp2" if sharded else job.software.engine,
-        mtp_layers=recipe_facts(job.model.name, str(row.get("recipe") or ""), job.software.tuned).mtp_layers,
+        mtp_layers=facts.mtp_layers,
     )
 
 
@@ -194,6 +206,23 @@ def train_workload(job: TrainJob) -> TrainWorkload:
     )
 
 
+def _measured_seconds(row: Row, job: TrainJob) -> float:
+    """The step's time that a row's time or rate stands for."""
+    metric = words_of(row, "metric")
+    if metric in ("iteration_time", "step_time"):
+        return seconds_of(row, "s")
+    work = {
+        "tokens_per_sec_per_gpu": job.tokens / job.layout.world_size,
+        "tokens_per_sec": float(job.tokens),
+        "samples_per_sec": float(job.global_batch),
+    }.get(metric)
+    if work is None:
+        raise IncompleteRowError(f"{metric} is not a time or a rate")
+    if not (rate := figure_of(row, "value")) > 0:
+        raise IncompleteRowError("the value is not a positive number")
+    return work / rate
+
+
 def step_seconds(row: Row) -> tuple[Interval, float]:
     """Estimated and measured seconds of the row's step.
 
@@ -203,12 +232,6 @@ def step_seconds(row: Row) -> tuple[Interval, float]:
     if IMAGE_RECIPE.search(str(row.get("recipe"))):
         raise IncompleteRowError("the images of its batch are not stated")
     job = train_job(row)
-    value, metric = float(row["value"]), row["metric"]
-    if metric == "tokens_per_sec_per_gpu":
-        measured = job.tokens / (value * job.layout.world_size)
-    elif metric in ("iteration_time", "step_time"):
-        measured = value / (1e3 if row.get("unit") == "ms" else 1.0)
-    else:
-        raise IncompleteRowError(f"{metric} is not a time or a rate")
+    measured = _measured_seconds(row, job)
     _check_flops(row, job, measured)
     return train_step_time(job.model, job.layout, train_workload(job), job.cluster, train_time_options(row, job)), measured

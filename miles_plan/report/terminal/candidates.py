@@ -8,30 +8,32 @@ from miles_plan.ir.plan import Candidate, Plan
 from miles_plan.report.terminal.page import Page, grid, text
 from miles_plan.report.units import bytes_text, change_text, number_text, plural, seconds_text
 
-FIRST_FEW = 5
+FIRST_FEW = 6
 
 
 def draw_candidates(page: Page, plan: Plan) -> None:
-    """By step time, the chosen one marked; the first few, with `full` all."""
+    """By step time, the chosen one marked with what binds it; the first few, with `full` all and their options."""
     if not plan.candidates:
         return
     ranked = sorted(plan.candidates, key=lambda each: each.step_s)
     shown = ranked if page.full else [each for at, each in enumerate(ranked) if at < FIRST_FEW or each.chosen]
     page.heading("Candidates", f"{plural(len(ranked), 'point')} of the Pareto front")
     table = grid(
-        "  step", "", "GPU-hours", "headroom", "train", "rollout", "placement", right=("GPU-hours", "headroom"), indent=0
+        "  step", "", "GPU-hours", "headroom", "train", "rollout", "placement", "why", right=("GPU-hours", "headroom"), indent=0
     )
     best = next((each for each in ranked if each.chosen), ranked[0])
     for candidate in shown:
-        table.add_row(*_cells(candidate, best))
+        table.add_row(*_cells(candidate, best, full=page.full))
     page.show(table)
+    if best.binding:
+        page.note("binding: ", text(best.binding))
     if len(shown) < len(ranked):
         page.note(text(f"{plural(len(ranked) - len(shown), 'more point')} with --all", "dim"))
 
 
-def _cells(candidate: Candidate, best: Candidate) -> list[Text]:
+def _cells(candidate: Candidate, best: Candidate, *, full: bool) -> list[Text]:
     style = "bold" if candidate.chosen else ""
-    note = f" ({candidate.note})" if candidate.note else ""
+    note = f" ({candidate.note})" if candidate.note and full else ""
     return [
         Text.assemble(("▸ " if candidate.chosen else "  ", "bold"), text(seconds_text(candidate.step_s), style)),
         text(change_text(best.step_s, candidate.step_s), "dim"),
@@ -40,4 +42,5 @@ def _cells(candidate: Candidate, best: Candidate) -> list[Text]:
         text(candidate.train_layout, style),
         text(candidate.rollout_layout, style),
         Text.assemble(text(candidate.placement, style), text(note, "dim")),
+        text(candidate.why),
     ]

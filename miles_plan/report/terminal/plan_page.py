@@ -37,7 +37,7 @@ SECTIONS: MappingProxyType[str, Callable[[Page, Plan], None]] = MappingProxyType
         "warnings": draw_warnings,  # last: what a reader must not miss stands above the prompt
     }
 )
-DEFAULT_SECTIONS = ("summary", "placement", "steps", "memory", "decisions", "precision", "estimates", "warnings")
+DEFAULT_SECTIONS = ("summary", "placement", "steps", "memory", "decisions", "candidates", "precision", "estimates", "warnings")
 
 
 def render_plan(plan: Plan, console: Console, *, sections: Sequence[str] | None = None, full: bool = False) -> None:
