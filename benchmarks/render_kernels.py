@@ -32,6 +32,7 @@ def speed(results: dict[str, Any] | None) -> str:
         f"{about['gpu']}, torch {about['torch']}, CUDA {about['cuda']}, {about['date']}; {about['measured']} of "
         f"{about['shapes']} shapes in {about['seconds']} s. Device time, baselines in the same process, inputs rotated past "
         "L2, random data.",
+        *(["", about["note"]] if "note" in about else []),
         "",
         "| figure | measured | reached |",
         "|---|---|---|",

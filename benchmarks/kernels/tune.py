@@ -22,7 +22,7 @@ import torch
 from miles_plan.kernels.cuda.device import multiprocessors
 from miles_plan.kernels.cuda.gemm import TREE_LEAVES, gemm
 from miles_plan.kernels.cuda.grouped_matmul import plan_tiles
-from miles_plan.kernels.cuda.tuning import GemmProblem, GemmTile, Table, predict_s, ranked, tune
+from miles_plan.kernels.cuda.tuning import GemmProblem, GemmTile, Table, overlaps_of, predict_s, ranked, tune
 
 from .shapes import Shape, default_shapes, read_shapes
 from .timing import Call, copies, time_side_by_side
@@ -126,7 +126,7 @@ def compile_share(index: int, of: int, found: Sequence[GemmProblem]) -> None:
     kinds: dict[tuple[object, ...], tuple[GemmProblem, GemmTile]] = {}
     for problem in found:
         for tile in ranked(problem, multiprocessors(DEVICE)):
-            for way in (0, 2) if problem.m <= MOST_ROWS_OF_SHORT_LAUNCHES else (tile.overlap,):
+            for way in overlaps_of(tile) if problem.m <= MOST_ROWS_OF_SHORT_LAUNCHES else (tile.overlap,):
                 kind = (replace(tile, overlap=way), problem.leaves, problem.experts, problem.n % 16, problem.k % 16)
                 kinds.setdefault(kind, (problem, kind[0]))
     for problem, tile in list(kinds.values())[index::of]:

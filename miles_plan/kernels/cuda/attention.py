@@ -262,7 +262,6 @@ def _launch_hopper(call: _Call, out: torch.Tensor, lse: torch.Tensor, want_lse: 
     free = SHARED_MEMORY_BYTES - 1024 - 2 * TILE_ROWS * (d + tail) * 2
     stash = not split and call.chunks > 1 and free - 2 * TILE_ROWS * dv * 4 >= 2 * key_bytes
     stages = max(2, min(6, (free - (2 * TILE_ROWS * dv * 4 if stash else 0)) // key_bytes))
-    heads_first = False
     page = call.page
     box = BLOCK_KEYS if page == 0 else min(page, BLOCK_KEYS)
     k_rows, v_rows = _rows_view(call.k), _rows_view(call.v)
@@ -276,7 +275,7 @@ def _launch_hopper(call: _Call, out: torch.Tensor, lse: torch.Tensor, want_lse: 
         out.stride(0), out.stride(1), lse.stride(0), call.scale * LOG2_E, call.window,
         CAUSAL=call.causal, SPLIT=int(split) + int(split and not merge_inside), GROUP=group, HEAD_TILES=call.head_tiles,
         TOKENS=tokens, CHUNK=CHUNK_KEYS, BN=BLOCK_KEYS, PAGE=page, BOX=box, STAGES=stages, D=d, D_TAIL=tail, DV=dv, ROWS_KEPT=kept, LSE=want_lse,
-        TILE_TOKENS=tile_tokens, STASH=stash, HEADS_FIRST=heads_first, MERGE_AHEAD=8, num_warps=4, maxnreg=168, launch_pdl=overlaps(q.device),
+        TILE_TOKENS=tile_tokens, STASH=stash, num_warps=4, maxnreg=168, launch_pdl=overlaps(q.device),
     )  # fmt: skip
     if split and not merge_inside:
         _merge(call, out, lse, parts, items, tiles, chunks, tokens, kept, want_lse)

@@ -11,7 +11,7 @@ For every row the arithmetic is, whatever the batch, the tile, the page size, or
     m' = max(m, ceil(max_j s_j * scale)), an integer, in units of log2, so that rescaling by 2^(m - m') is exact;
     p_j = exp2(fma(s_j, scale, -m')); masked keys give p = 0 and change nothing;
     l' = fma(l, 2^(m - m'), sum_j p_j); acc' = acc * 2^(m - m') + bf16(p) v, one tensor-core chain over the block;
-    at a chunk's end the chunk's state is folded into the row's total in ascending order (`_fold`).
+    at a chunk's end the chunk's state is folded into the row's total in ascending order (`fold`).
 
 A split decode computes one chunk a work item and leaves its state in memory. The same folds in the same order are then done by
 whoever finishes a row's last chunk (SPLIT = 1, which saves a launch), or by a kernel of their own (SPLIT = 2, which does not
@@ -21,216 +21,13 @@ The online softmax is Milakov & Gimelshein 2018 (arXiv 1805.02867), the tiling F
 
 from __future__ import annotations
 
-from .toolchain import (
-    fence_async_shared,
-    gl,
-    gluon_jit,
-    grid_release,
-    grid_wait,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from .attention_load import item_of, load_queries, produce, span
+from .attention_state import fold, fold_kept, masked, merge_chunks, scrub, store_partial, store_rows, to_weights
+from .toolchain import fence_async_shared, gl, gluon_jit, grid_release, grid_wait, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 BLOCK_KEYS = 128
 TILE_ROWS = 64
 EMPTY = -1.0e30  # the maximum over no keys; finite, so that EMPTY - EMPTY is 0 and not NaN
-
-
-@gluon_jit
-def _item_of(turn: gl.tensor) -> gl.tensor:
-    """The work item of this program's `turn`: back and forth, because items are sorted from long to short."""
-    programs = gl.num_programs(0)
-    place = gl.program_id(0)
-    return turn * programs + gl.where((turn & 1) == 1, programs - 1 - place, place)
-
-
-@gluon_jit
-def _span(
-    q_starts: gl.tensor, kv_lens: gl.tensor, item: gl.tensor, items: gl.tensor, SEQS: gl.tensor, HEADS: gl.tensor,
-    TILES: gl.tensor, CHUNKS: gl.tensor, window: gl.tensor, CAUSAL: gl.constexpr, SPLIT: gl.constexpr, TOKENS: gl.constexpr,
-    CHUNK: gl.constexpr, BN: gl.constexpr, HEADS_FIRST: gl.constexpr,
-) -> gl.tensor:  # fmt: skip
-    """What work item `item` covers: its sequence, head, first token, chunk, and the range of key blocks [lo, hi)."""
-    rest = gl.minimum(item, items - 1)
-    if HEADS_FIRST:
-        head = rest % HEADS
-        rest = rest // HEADS
-        chunk = rest % CHUNKS
-        rest = rest // CHUNKS
-    else:
-        chunk = rest % CHUNKS
-        rest = rest // CHUNKS
-        head = rest % HEADS
-        rest = rest // HEADS
-    seq = rest % SEQS
-    first_token = (TILES - 1 - rest // SEQS) * TOKENS  # long rows first
-    q_start = gl.load(q_starts + seq)
-    q_len = gl.load(q_starts + seq + 1) - q_start
-    kv_len = gl.load(kv_lens + seq)
-    position = kv_len - q_len + first_token
-    hi = kv_len
-    if CAUSAL:
-        hi = gl.minimum(kv_len, position + TOKENS)
-    lo = gl.maximum(position - window + 1, 0)
-    if SPLIT:
-        lo = gl.maximum(lo, chunk * CHUNK)
-        hi = gl.minimum(hi, (chunk + 1) * CHUNK)
-    hi_block = gl.where((first_token < q_len) & (item < items), gl.cdiv(hi, BN), 0)
-    return seq, head, first_token, chunk, q_start, q_len, kv_len, position, lo // BN, hi_block
-
-
-@gluon_jit
-def _fetch(
-    desc: gl.tensor, ring: gl.tensor, bar: gl.tensor, stage: gl.tensor, pages: gl.tensor, row: gl.tensor, block: gl.tensor,
-    col: gl.tensor, PAGE: gl.constexpr, BN: gl.constexpr, BOX: gl.constexpr,
-) -> None:  # fmt: skip
-    """One block of keys (or values) into a stage: a single box from a packed tensor, or one box a page."""
-    if PAGE == 0:
-        tma.async_copy_global_to_shared(desc, [row + block * BN, col], bar, ring.index(stage))
-    else:
-        for part in gl.static_range(BN // BOX):
-            key = block * BN + part * BOX
-            page = gl.load(pages + key // PAGE)
-            tma.async_copy_global_to_shared(
-                desc, [page * PAGE + key % PAGE, col], bar, ring.index(stage).slice(part * BOX, BOX)
-            )
-
-
-@gluon_jit
-def _produce(
-    descs: gl.tensor, rings: gl.tensor, bars: gl.tensor, lengths: gl.tensor, sizes: gl.tensor, table: gl.tensor,
-    table_stride: gl.tensor, window: gl.tensor,
-    CAUSAL: gl.constexpr, SPLIT: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr, BN: gl.constexpr,
-    PAGE: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr,
-    DV: gl.constexpr, HEAD_TILES: gl.constexpr, HEADS_FIRST: gl.constexpr,
-) -> None:  # fmt: skip
-    """The producer warp: keys and values of every work item of this program, as far ahead as the ring allows."""
-    k_desc, t_desc, v_desc = descs
-    k_ring, t_ring, v_ring = rings
-    k_ready, v_ready, k_empty, v_empty = bars
-    q_starts, kv_starts, kv_lens = lengths
-    SEQS, HEADS, TILES, CHUNKS = sizes
-    K_BYTES: gl.constexpr = BN * (D + D_TAIL) * k_desc.dtype.primitive_bitwidth // 8
-    V_BYTES: gl.constexpr = BN * DV * v_desc.dtype.primitive_bitwidth // 8
-    items = SEQS * HEADS * TILES * CHUNKS
-    step = 0
-    for turn in range(gl.cdiv(items, gl.num_programs(0))):
-        seq, head, _, _, _, _, _, _, lo, hi = _span(
-            q_starts,
-            kv_lens,
-            _item_of(turn),
-            items,
-            SEQS,
-            HEADS,
-            TILES,
-            CHUNKS,
-            window,
-            CAUSAL,
-            SPLIT,
-            TOKENS,
-            CHUNK,
-            BN,
-            HEADS_FIRST,
-        )
-        kv_head = head // HEAD_TILES
-        pages = table + seq.to(gl.int64) * table_stride
-        row = gl.load(kv_starts + seq)
-        for block in range(lo, hi):
-            stage = step % STAGES
-            phase = ((step // STAGES) & 1) ^ 1
-            mbarrier.wait(k_empty.index(stage), phase)
-            mbarrier.expect(k_ready.index(stage), K_BYTES)
-            _fetch(k_desc, k_ring, k_ready.index(stage), stage, pages, row, block, kv_head * (D + D_TAIL), PAGE, BN, BOX)
-            if D_TAIL:
-                col = kv_head * (D + D_TAIL) + D
-                _fetch(t_desc, t_ring, k_ready.index(stage), stage, pages, row, block, col, PAGE, BN, BOX)
-            mbarrier.wait(v_empty.index(stage), phase)
-            mbarrier.expect(v_ready.index(stage), V_BYTES)
-            _fetch(v_desc, v_ring, v_ready.index(stage), stage, pages, row, block, kv_head * DV, PAGE, BN, BOX)
-            step += 1
-
-
-@gluon_jit
-def _load_queries(
-    q: gl.tensor, buffer: gl.tensor, stride_token: gl.tensor, stride_head: gl.tensor, q_start: gl.tensor,
-    first_token: gl.tensor, q_len: gl.tensor, head0: gl.tensor, col: gl.constexpr, GROUP: gl.constexpr,
-    TOKENS: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr,
-) -> None:  # fmt: skip
-    """This warp group's rows of Q into its shared-memory buffer; rows without a query become zeros."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    d = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
-    token = first_token + r // GROUP
-    valid = (r < TOKENS * GROUP) & (token < q_len)
-    offset = (q_start + token).to(gl.int64) * stride_token + (head0 + r % GROUP) * stride_head
-    values = gl.load(q + offset[:, None] + (col + d)[None, :], mask=valid[:, None], other=0.0)
-    buffer.store(values)
-
-
-@gluon_jit
-def _scrub(buffer: gl.tensor, valid_keys: gl.tensor, BN: gl.constexpr, DV: gl.constexpr) -> None:
-    """Zero the value rows past the sequence's end: p is 0 there, but 0 times what memory held may be NaN."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
-    for part in gl.static_range(BN // 32):
-        rows = buffer.slice(part * 32, 32)
-        key = part * 32 + gl.arange(0, 32, layout=gl.SliceLayout(1, layout))
-        values = rows.load(layout)
-        rows.store(gl.where((key < valid_keys)[:, None], values, gl.zeros_like(values)))
-    fence_async_shared()
-
-
-@gluon_jit
-def _masked(
-    s: gl.tensor, block: gl.tensor, position: gl.tensor, kv_len: gl.tensor, window: gl.tensor, CAUSAL: gl.constexpr,
-    GROUP: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr,
-) -> gl.tensor:  # fmt: skip
-    """Scores with -inf where the row may not look; a block that every row sees whole is left untouched."""
-    first = block * BN
-    outside = (first + BN > kv_len) | (first <= position + TOKENS - 1 - window)
-    if CAUSAL:
-        outside = outside | (first + BN - 1 > position)
-    if outside:
-        layout: gl.constexpr = s.type.layout
-        key = first + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
-        place = position + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)) // GROUP
-        seen = (key < kv_len)[None, :] & (key[None, :] > (place - window)[:, None])
-        if CAUSAL:
-            seen = seen & (key[None, :] <= place[:, None])
-        s = gl.where(seen, s, float("-inf"))
-    return s
-
-
-@gluon_jit
-def _weights(s: gl.tensor, m: gl.tensor, scale: gl.tensor) -> gl.tensor:
-    """Scores to unnormalised weights under the new running maximum (an integer power of two)."""
-    m_new = gl.maximum(m, gl.ceil(gl.max(s, 1) * scale))
-    p = gl.exp2(gl.fma(s, scale, -m_new[:, None]))
-    return m_new, p, gl.sum(p, 1)
-
-
-@gluon_jit
-def _fold(total_m: gl.tensor, total_l: gl.tensor, total: gl.tensor, m: gl.tensor, l: gl.tensor, acc: gl.tensor) -> gl.tensor:
-    """Fold one chunk's state into the row's total."""
-    m_new = gl.maximum(total_m, m)
-    a = gl.exp2(total_m - m_new)
-    b = gl.exp2(m - m_new)
-    total_l = gl.fma(l, b, total_l * a)
-    rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    a = gl.convert_layout(a, rows)[:, None]
-    b = gl.convert_layout(b, rows)[:, None]
-    return m_new, total_l, gl.fma(acc, b, total * a)
-
-
-@gluon_jit
-def _fold_kept(
-    kept: gl.tensor, folded: gl.tensor, total_m: gl.tensor, total_l: gl.tensor, m: gl.tensor, l: gl.tensor, acc: gl.tensor
-) -> gl.tensor:
-    """`_fold` with the row's total in shared memory, which holds another item's until one chunk has been `folded`."""
-    total = kept.load(acc.type.layout)
-    total = gl.where(folded > 0, total, gl.zeros_like(total))
-    return _fold(total_m, total_l, total, m, l, acc)
 
 
 @gluon_jit
@@ -247,80 +44,6 @@ def _scores(
     if D_TAIL:
         s = warpgroup_mma(tail_buffer.index(ME), t_ring.index(stage).permute((1, 0)), s, is_async=True)
     return s
-
-
-@gluon_jit
-def _store_rows(
-    outs: gl.tensor, strides: gl.tensor, acc: gl.tensor, m: gl.tensor, l: gl.tensor, q_start: gl.tensor,
-    first_token: gl.tensor, q_len: gl.tensor, head0: gl.tensor, GROUP: gl.constexpr, TOKENS: gl.constexpr,
-    ROWS: gl.constexpr, DV: gl.constexpr, LSE: gl.constexpr,
-) -> None:  # fmt: skip
-    """Normalise and write this warp group's rows; a row that saw no key becomes zeros."""
-    out, lse = outs
-    _, _, stride_token, stride_head, stride_lse = strides
-    layout: gl.constexpr = acc.type.layout
-    rows: gl.constexpr = gl.SliceLayout(1, layout)
-    l_rows = gl.convert_layout(l, rows)
-    inverse = gl.where(l_rows > 0, 1.0 / l_rows, 0.0)
-    r = gl.arange(0, ROWS, layout=rows)
-    d = gl.arange(0, DV, layout=gl.SliceLayout(0, layout))
-    token = first_token + r // GROUP
-    valid = (r < TOKENS * GROUP) & (token < q_len)
-    head = head0 + r % GROUP
-    offset = (q_start + token).to(gl.int64) * stride_token + head * stride_head
-    values = (acc * inverse[:, None]).to(out.dtype.element_ty)
-    gl.store(out + offset[:, None] + d[None, :], values, mask=valid[:, None])
-    if LSE:
-        at = (q_start + token).to(gl.int64) * stride_lse + head
-        m_rows = gl.convert_layout(m, rows)
-        gl.store(lse + at, gl.where(l_rows > 0, m_rows + gl.log2(l_rows), float("-inf")), mask=valid)
-
-
-@gluon_jit
-def _store_partial(
-    partials: gl.tensor, acc: gl.tensor, m: gl.tensor, l: gl.tensor, slot: gl.tensor, ROWS: gl.constexpr,
-    ROWS_KEPT: gl.constexpr, DV: gl.constexpr,
-) -> None:  # fmt: skip
-    """Leave one chunk's state in memory for `attention_merge`."""
-    part_m, part_l, part_acc = partials
-    layout: gl.constexpr = acc.type.layout
-    rows: gl.constexpr = gl.SliceLayout(1, layout)
-    r = gl.arange(0, ROWS, layout=rows)
-    d = gl.arange(0, DV, layout=gl.SliceLayout(0, layout))
-    at = slot.to(gl.int64) * ROWS_KEPT + r
-    gl.store(part_m + at, gl.convert_layout(m, rows), mask=r < ROWS_KEPT)
-    gl.store(part_l + at, gl.convert_layout(l, rows), mask=r < ROWS_KEPT)
-    gl.store(part_acc + at[:, None] * DV + d[None, :], acc, mask=(r < ROWS_KEPT)[:, None])
-
-
-@gluon_jit
-def _merge_chunks(
-    outs: gl.tensor, partials: gl.tensor, strides: gl.tensor, slot: gl.tensor, chunks: gl.tensor,
-    first_chunk: gl.tensor, last_chunk: gl.tensor, q_start: gl.tensor, first_token: gl.tensor, q_len: gl.tensor,
-    head: gl.tensor, GROUP: gl.constexpr, TOKENS: gl.constexpr, ROWS_KEPT: gl.constexpr, DV: gl.constexpr,
-    LSE: gl.constexpr, MERGE_AHEAD: gl.constexpr,
-) -> None:  # fmt: skip
-    """Fold a tile's chunks [first_chunk, last_chunk) in ascending order and write its rows; several chunks' loads at a time."""
-    part_m, part_l, part_acc = partials
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // DV, DV // 4], [4, 1], [1, 0])
-    rows: gl.constexpr = gl.SliceLayout(1, layout)
-    r = gl.arange(0, ROWS_KEPT, layout=rows)
-    d = gl.arange(0, DV, layout=gl.SliceLayout(0, layout))
-    total_m = gl.full((ROWS_KEPT,), -1.0e30, gl.float32, rows)
-    total_l = gl.zeros((ROWS_KEPT,), gl.float32, rows)
-    total = gl.zeros((ROWS_KEPT, DV), gl.float32, layout)
-    for base in range(first_chunk, last_chunk, MERGE_AHEAD):
-        for ahead in gl.static_range(MERGE_AHEAD):
-            there = base + ahead < last_chunk
-            at = (slot.to(gl.int64) * chunks + base + ahead) * ROWS_KEPT + r
-            mask = there & (r < ROWS_KEPT)
-            m = gl.load(part_m + at, mask=mask, other=-1.0e30, cache_modifier=".cg")
-            l = gl.load(part_l + at, mask=mask, other=0.0, cache_modifier=".cg")
-            acc = gl.load(part_acc + at[:, None] * DV + d[None, :], mask=mask[:, None], other=0.0, cache_modifier=".cg")
-            total_m, total_l, total = _fold(total_m, total_l, total, m, l, acc)
-    _store_rows(
-        outs, strides, total, total_m, total_l, q_start, first_token, q_len, head * GROUP, GROUP, TOKENS, ROWS_KEPT, DV, LSE
-    )
 
 
 @gluon_jit
@@ -356,8 +79,8 @@ def _attend(
     s = warpgroup_mma_wait(num_outstanding=0, deps=(_scores(queries, rings, stage, ME, ROWS, BN, D_TAIL),))
     gl.thread_barrier()
     mbarrier.arrive(k_empty.index(stage), count=1)
-    s = _masked(s, lo, position, kv_len, window, CAUSAL, GROUP, TOKENS, ROWS, BN)
-    m, p, l = _weights(s, total_m, scale)
+    s = masked(s, lo, position, kv_len, window, CAUSAL, GROUP, TOKENS, ROWS, BN)
+    m, p, l = to_weights(s, total_m, scale)
     weights = gl.convert_layout(p.to(v_ring.dtype), p_layout)
     for block in range(lo + 1, hi):
         ahead = (step + 1) % STAGES
@@ -373,12 +96,12 @@ def _attend(
         s = warpgroup_mma_wait(num_outstanding=1, deps=(s_next,))
         gl.thread_barrier()
         mbarrier.arrive(k_empty.index(ahead), count=1)
-        s = _masked(s, block, position, kv_len, window, CAUSAL, GROUP, TOKENS, ROWS, BN)
+        s = masked(s, block, position, kv_len, window, CAUSAL, GROUP, TOKENS, ROWS, BN)
         m_old = m
         restart = block % (CHUNK // BN) == 0  # a split item never meets it: its chunk begins before the loop
         if not SPLIT:
             m_old = gl.where(restart, gl.full((ROWS,), -1.0e30, gl.float32, s_rows), m)
-        m_new, p, p_sum = _weights(s, m_old, scale)
+        m_new, p, p_sum = to_weights(s, m_old, scale)
         weights_next = gl.convert_layout(p.to(v_ring.dtype), p_layout)
         # This barrier has completed and cannot turn before `v_empty` below. Waiting for it again ends a basic block,
         # without which the assembler moves the wait for the values up, before the softmax that should hide it.
@@ -389,11 +112,11 @@ def _attend(
         if not SPLIT:
             if restart:
                 if STASH:
-                    total_m, total_l, value = _fold_kept(totals.index(ME), folded, total_m, total_l, m, l, acc)
+                    total_m, total_l, value = fold_kept(totals.index(ME), folded, total_m, total_l, m, l, acc)
                     totals.index(ME).store(value)
                     folded += 1
                 else:
-                    total_m, total_l, total = _fold(total_m, total_l, total, m, l, acc)
+                    total_m, total_l, total = fold(total_m, total_l, total, m, l, acc)
         alpha = gl.exp2(m_old - m_new)
         if not SPLIT:
             alpha = gl.where(restart, 0.0, alpha)  # a new chunk begins with nothing
@@ -408,15 +131,15 @@ def _attend(
         # All loads of this item have been seen, so the other group cannot mistake an older phase of a stage for its own.
         mbarrier.arrive(turns.index(1 - ME), count=1)
     if kv_len < hi * BN:
-        _scrub(v_ring.index(stage), kv_len - (hi - 1) * BN, BN, DV)
+        scrub(v_ring.index(stage), kv_len - (hi - 1) * BN, BN, DV)
         gl.thread_barrier()
     acc = warpgroup_mma_wait(num_outstanding=0, deps=(warpgroup_mma(weights, v_ring.index(stage), acc, is_async=True),))
     gl.thread_barrier()
     mbarrier.arrive(v_empty.index(stage), count=1)
     if STASH:
-        total_m, total_l, total = _fold_kept(totals.index(ME), folded, total_m, total_l, m, l, acc)
+        total_m, total_l, total = fold_kept(totals.index(ME), folded, total_m, total_l, m, l, acc)
     else:
-        total_m, total_l, total = _fold(total_m, total_l, total, m, l, acc)
+        total_m, total_l, total = fold(total_m, total_l, total, m, l, acc)
     return total_m, total_l, total, step + 1, paced
 
 
@@ -426,7 +149,7 @@ def _consume(
     turns: gl.tensor, totals: gl.tensor, counters: gl.tensor, lengths: gl.tensor, sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr,
     BN: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr,
-    ROWS_KEPT: gl.constexpr, LSE: gl.constexpr, TILE_TOKENS: gl.constexpr, STASH: gl.constexpr, HEADS_FIRST: gl.constexpr, MERGE_AHEAD: gl.constexpr, ME: gl.constexpr,
+    ROWS_KEPT: gl.constexpr, LSE: gl.constexpr, TILE_TOKENS: gl.constexpr, STASH: gl.constexpr, ME: gl.constexpr,
 ) -> None:  # fmt: skip
     """Consumer warp group ME: its 64 rows of every work item of this program, or every second item when an item has but 64.
 
@@ -443,8 +166,8 @@ def _consume(
     served = 0
     paced = 0
     for turn in range(gl.cdiv(items, gl.num_programs(0))):
-        item = _item_of(turn)
-        seq, head, first_token, chunk, q_start, q_len, kv_len, position, lo, hi = _span(
+        item = item_of(turn)
+        seq, head, first_token, chunk, q_start, q_len, kv_len, position, lo, hi = span(
             q_starts,
             kv_lens,
             item,
@@ -459,7 +182,6 @@ def _consume(
             TILE_TOKENS,
             CHUNK,
             BN,
-            HEADS_FIRST,
         )
         mine = first_token
         place = position
@@ -476,11 +198,11 @@ def _consume(
         if here:
             head0 = head * GROUP
             gl.thread_barrier()
-            _load_queries(
+            load_queries(
                 q, q_buffer.index(ME), q_stride_token, q_stride_head, q_start, mine, q_len, head0, 0, GROUP, TOKENS, ROWS, D
             )
             if D_TAIL:
-                _load_queries(
+                load_queries(
                     q, tail_buffer.index(ME), q_stride_token, q_stride_head, q_start, mine, q_len, head0, D, GROUP, TOKENS,
                     ROWS, D_TAIL,
                 )  # fmt: skip
@@ -495,7 +217,7 @@ def _consume(
             )  # fmt: skip
             if SPLIT:
                 slot = ((TILES - 1 - first_token // TILE_TOKENS) * SEQS + seq) * HEADS + head
-                _store_partial(partials, acc, m, l, slot * CHUNKS + chunk, ROWS, ROWS_KEPT, DV)
+                store_partial(partials, acc, m, l, slot * CHUNKS + chunk, ROWS, ROWS_KEPT, DV)
                 gl.thread_barrier()
                 if SPLIT == 1:
                     first_chunk = gl.maximum(position - window + 1, 0) // CHUNK
@@ -503,12 +225,12 @@ def _consume(
                     done = gl.atomic_add(counters + slot, 1, sem="acq_rel", scope="gpu")
                     if done == last_chunk - first_chunk - 1:
                         gl.store(counters + slot, 0)
-                        _merge_chunks(
+                        merge_chunks(
                             outs, partials, strides, slot, CHUNKS, first_chunk, last_chunk, q_start, mine, q_len, head,
-                            GROUP, TOKENS, ROWS_KEPT, DV, LSE, MERGE_AHEAD,
+                            GROUP, TOKENS, ROWS_KEPT, DV, LSE,
                         )  # fmt: skip
             else:
-                _store_rows(outs, strides, acc, m, l, q_start, mine, q_len, head0, GROUP, TOKENS, ROWS, DV, LSE)
+                store_rows(outs, strides, acc, m, l, q_start, mine, q_len, head0, GROUP, TOKENS, ROWS, DV, LSE)
 
 
 @gluon_jit
@@ -517,12 +239,12 @@ def _consume_first(
     turns: gl.tensor, totals: gl.tensor, counters: gl.tensor, lengths: gl.tensor, sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr,
     BN: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr,
-    ROWS_KEPT: gl.constexpr, LSE: gl.constexpr, TILE_TOKENS: gl.constexpr, STASH: gl.constexpr, HEADS_FIRST: gl.constexpr, MERGE_AHEAD: gl.constexpr,
+    ROWS_KEPT: gl.constexpr, LSE: gl.constexpr, TILE_TOKENS: gl.constexpr, STASH: gl.constexpr,
 ) -> None:  # fmt: skip
     """The first warp group's entry."""
     _consume(
         q, outs, partials, queries, rings, bars, turns, totals, counters, lengths, sizes, strides, scale, window, CAUSAL, SPLIT, GROUP, TOKENS, CHUNK,
-        BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH, HEADS_FIRST, MERGE_AHEAD, 0,
+        BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH, 0,
     )  # fmt: skip
 
 
@@ -532,12 +254,12 @@ def _consume_second(
     turns: gl.tensor, totals: gl.tensor, counters: gl.tensor, lengths: gl.tensor, sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr,
     BN: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr,
-    ROWS_KEPT: gl.constexpr, LSE: gl.constexpr, TILE_TOKENS: gl.constexpr, STASH: gl.constexpr, HEADS_FIRST: gl.constexpr, MERGE_AHEAD: gl.constexpr,
+    ROWS_KEPT: gl.constexpr, LSE: gl.constexpr, TILE_TOKENS: gl.constexpr, STASH: gl.constexpr,
 ) -> None:  # fmt: skip
     """The second warp group's entry."""
     _consume(
         q, outs, partials, queries, rings, bars, turns, totals, counters, lengths, sizes, strides, scale, window, CAUSAL, SPLIT, GROUP, TOKENS, CHUNK,
-        BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH, HEADS_FIRST, MERGE_AHEAD, 1,
+        BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH, 1,
     )  # fmt: skip
 
 
@@ -551,7 +273,7 @@ def attention_kernel(
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, GROUP: gl.constexpr, HEAD_TILES: gl.constexpr, TOKENS: gl.constexpr,
     CHUNK: gl.constexpr, BN: gl.constexpr, PAGE: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr,
     D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, ROWS_KEPT: gl.constexpr, LSE: gl.constexpr,
-    TILE_TOKENS: gl.constexpr, STASH: gl.constexpr, HEADS_FIRST: gl.constexpr, MERGE_AHEAD: gl.constexpr,
+    TILE_TOKENS: gl.constexpr, STASH: gl.constexpr,
 ) -> None:  # fmt: skip
     """Softmax attention of packed queries over packed or paged keys and values; see the module's text for the arithmetic."""
     dtype: gl.constexpr = k_desc.dtype
@@ -594,11 +316,11 @@ def attention_kernel(
     gl.warp_specialize(
         [
             (_consume_first, (q, outs, partials, queries, rings, bars, turns, totals, counters, lengths, sizes, strides, scale, window, CAUSAL, SPLIT,
-                              GROUP, TOKENS, CHUNK, BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH, HEADS_FIRST, MERGE_AHEAD)),
+                              GROUP, TOKENS, CHUNK, BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH)),
             (_consume_second, (q, outs, partials, queries, rings, bars, turns, totals, counters, lengths, sizes, strides, scale, window, CAUSAL, SPLIT,
-                               GROUP, TOKENS, CHUNK, BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH, HEADS_FIRST, MERGE_AHEAD)),
-            (_produce, (descs, rings, bars, lengths, sizes, table, table_stride, window, CAUSAL, SPLIT, TILE_TOKENS, CHUNK,
-                        BN, PAGE, BOX, STAGES, D, D_TAIL, DV, HEAD_TILES, HEADS_FIRST)),
+                               GROUP, TOKENS, CHUNK, BN, STAGES, D, D_TAIL, DV, ROWS_KEPT, LSE, TILE_TOKENS, STASH)),
+            (produce, (descs, rings, bars, lengths, sizes, table, table_stride, window, CAUSAL, SPLIT, TILE_TOKENS, CHUNK,
+                        BN, PAGE, BOX, STAGES, D, D_TAIL, DV, HEAD_TILES)),
         ],
         [4, 1],
         [240, 24],

@@ -99,13 +99,13 @@ def _launch_hopper(
     if tile.swap:
         a, b, m, n, stride_m, stride_n, a_km, b_kn = b, a, n, m, stride_n, stride_m, b_kn, a_km
     width = -(-n // tile.width) * tile.width if tile.swap else n  # see `gemm_kernel` on N
-    sizes = (int(tile.overlap == 2), m, width, n, problem.k, stride_m, stride_n)
+    sizes = (m, width, n, problem.k, stride_m, stride_n)
     if tile.engine == DIRECT:
         gemm_direct_kernel[(triton.cdiv(m, tile.height) * triton.cdiv(n, tile.width),)](
             descriptor(a, (tile.height, tile.depth)), descriptor(b, (tile.cols, tile.depth)), out, *sizes, GROUP=tile.group,
             STAGES=tile.stages, ROWS=tile.height, COLS=tile.cols, DEPTH=tile.depth, LEAVES=problem.leaves,
             COALESCE=tile.store == 2, WARPS=4 * tile.consumers, num_warps=4 * tile.consumers,
-            launch_pdl=tile.overlap > 0,
+            RELEASE=tile.overlap == 2, launch_pdl=tile.overlap > 0,
         )  # fmt: skip
         return
     a_desc = descriptor(a, (tile.depth, tile.rows) if a_km else (tile.rows, tile.depth))
@@ -125,7 +125,7 @@ def _launch_hopper(
         A_KM=a_km, B_KN=b_kn, GROUP=tile.group, CONSUMERS=tile.consumers, STAGES=tile.stages, ROWS=tile.rows, COLS=tile.cols,
         EXTRA=tile.extra, DEPTH=tile.depth, LEAVES=problem.leaves, STASH=tile.stashes(problem.leaves), STORE=tile.store,
         AHEAD=1 if problem.leaves or problem.k <= tile.depth else 2, DEFER=tile.defers,
-        num_warps=4, maxnreg=168, launch_pdl=tile.overlap > 0,
+        RELEASE=tile.overlap == 2, num_warps=4, maxnreg=168, launch_pdl=tile.overlap > 0,
     )  # fmt: skip
 
 

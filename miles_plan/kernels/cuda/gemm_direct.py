@@ -68,12 +68,12 @@ def _chain(
     return warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
 
 
-@gluon_jit(do_not_specialize=["release", "M", "n_end"])
+@gluon_jit(do_not_specialize=["M", "n_end"])
 def gemm_direct_kernel(
-    a_desc: gl.tensor, b_desc: gl.tensor, out: gl.tensor, release: gl.tensor, M: gl.tensor, N: gl.tensor, n_end: gl.tensor,
-    K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor,
+    a_desc: gl.tensor, b_desc: gl.tensor, out: gl.tensor, M: gl.tensor,
+    N: gl.tensor, n_end: gl.tensor, K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor,
     GROUP: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, DEPTH: gl.constexpr,
-    LEAVES: gl.constexpr, COALESCE: gl.constexpr, WARPS: gl.constexpr,
+    LEAVES: gl.constexpr, COALESCE: gl.constexpr, WARPS: gl.constexpr, RELEASE: gl.constexpr,
 ) -> None:  # fmt: skip
     """C[M, N] = A[M, K] B[N, K]^T, both operands row-major; arguments as `gemm_kernel`'s."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLS, 16])
@@ -89,7 +89,7 @@ def gemm_direct_kernel(
     tile_m, tile_n = tile_position(gl.program_id(0), gl.cdiv(M, ROWS), gl.cdiv(N, COLS), GROUP)
     row = tile_m * ROWS
     col = tile_n * COLS
-    if release:
+    if RELEASE:
         grid_release()
     grid_wait()
     steps = gl.cdiv(K, DEPTH)

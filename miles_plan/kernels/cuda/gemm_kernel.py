@@ -185,13 +185,14 @@ def _consume_second(
     )  # fmt: skip
 
 
-@gluon_jit(do_not_specialize=["release", "M", "n_end"])
+@gluon_jit(do_not_specialize=["M", "n_end"])
 def gemm_kernel(
     a_desc: gl.tensor, b_desc: gl.tensor, e_desc: gl.tensor, out: gl.tensor, out_e: gl.tensor, plan: gl.tensor,
-    release: gl.tensor, M: gl.tensor, N: gl.tensor, n_end: gl.tensor, K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor,
-    GROUPED: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr,
-    STAGES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, EXTRA: gl.constexpr, DEPTH: gl.constexpr,
-    LEAVES: gl.constexpr, STASH: gl.constexpr, STORE: gl.constexpr, AHEAD: gl.constexpr, DEFER: gl.constexpr,
+    M: gl.tensor, N: gl.tensor,
+    n_end: gl.tensor, K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor, GROUPED: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, GROUP: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, EXTRA: gl.constexpr,
+    DEPTH: gl.constexpr, LEAVES: gl.constexpr, STASH: gl.constexpr, STORE: gl.constexpr,
+    AHEAD: gl.constexpr, DEFER: gl.constexpr, RELEASE: gl.constexpr,
 ) -> None:  # fmt: skip
     """C[M, N] = A[M, K] B[N, K]^T; A may lie as [K, M] (A_KM) and B as [K, N] (B_KN). `n_end` is N again:
     N itself is rounded up to a whole tile where it counts tokens, because a compiler that knows N is 1 drops unused columns of the
@@ -222,7 +223,7 @@ def gemm_kernel(
         mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
     gl.thread_barrier()
-    if release:
+    if RELEASE:
         grid_release()
     grid_wait()
     rings = (a_ring, b_ring, e_ring)
