@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from miles_plan.backends.sglang_engine import engine_process
 from miles_plan.backends.sglang_engine.engine_process import KERNEL_HOOKS, KERNELS_SWITCH, engine_class, run_scheduler
+from miles_plan.backends.sglang_engine.server_arguments import OWN_KERNELS
 
 
 @pytest.fixture
@@ -60,3 +62,9 @@ def test_an_installed_plugin_is_not_called_twice(calls: list[str], monkeypatch: 
     monkeypatch.setattr(engine_process, "entry_points", lambda group: [installed])
     engine_class()
     assert calls == ["load_plugins"]
+
+
+def test_the_names_are_those_of_the_kernels_hooks() -> None:
+    hooks = import_module(KERNEL_HOOKS)
+    assert (hooks.NAME, hooks.SWITCH) == (OWN_KERNELS, KERNELS_SWITCH)
+    assert callable(hooks.plugin)
