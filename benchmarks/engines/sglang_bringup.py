@@ -63,9 +63,15 @@ class Bringup:
         rollout_engine.check = check  # a difference is reported here, not fatal
         rollout_engine.EngineLink = lambda *a, **k: EngineLink(*a, module="benchmarks.engines.timed_process", **k)
         before = self.used()
-        self.engine = SglangRolloutEngine(
-            SglangOptions(arguments=arguments, gpus=(self.gpu,), log=self.log, vocab_size=151936, max_positions=40960)
+        config = dict(self.plan.run.model.hf_config or {})
+        options = SglangOptions(
+            arguments=arguments,
+            gpus=(self.gpu,),
+            log=self.log,
+            vocab_size=config["vocab_size"],
+            max_positions=config["max_position_embeddings"],
         )
+        self.engine = SglangRolloutEngine(options)
         facts = self.engine.effective
         return {
             "arguments": arguments.as_mapping(),

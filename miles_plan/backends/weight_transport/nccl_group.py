@@ -12,8 +12,13 @@ from typing import Any
 TIMEOUT_S = 300.0
 
 
-def join_as_sender(address: str, port: int, *, world_size: int, name: str, timeout_s: float = TIMEOUT_S) -> Any:
-    """Rank 0 of the group: the trainer that sends. Returns when all ranks are there. RuntimeError when they are not in time."""
+def join_as_sender(
+    address: str, port: int, *, world_size: int, name: str, timeout_s: float = TIMEOUT_S, backend: str = "nccl"
+) -> Any:
+    """Rank 0 of the group: the trainer that sends. RuntimeError when the others do not come in time.
+
+    With NCCL it returns at once, and the ranks meet in the first broadcast.
+    """
     import torch.distributed.distributed_c10d as c10d
 
     core: Any = c10d  # what follows is not among its public names, so it has no types
@@ -24,7 +29,7 @@ def join_as_sender(address: str, port: int, *, world_size: int, name: str, timeo
         size,
         rank,
         [],
-        core.Backend("nccl"),
+        core.Backend(backend),
         core.PrefixStore(name, store),
         group_name=name,
         backend_options=None,
