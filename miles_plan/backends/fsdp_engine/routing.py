@@ -19,7 +19,8 @@ class ReplayedRouters:
 
     def __init__(self, routers: Sequence[Any]) -> None:
         """EngineError for a router whose gates are not known to be a softmax over experts."""
-        self.mismatches = self.compared = 0
+        self.compared = 0
+        self._mismatches: list[Tensor] = []  # on the device: counting waits for no layer
         self._targets: Tensor | None = None
         self._counting = False
         for column, router in enumerate(routers):
@@ -27,9 +28,15 @@ class ReplayedRouters:
                 raise EngineError(f"fsdp train engine: routing replay does not know the router {type(router).__name__}")
             router.forward = _Replay(self, router, column)
 
+    @property
+    def mismatches(self) -> int:
+        """Pairs where the router would have chosen others."""
+        return int(torch.stack(self._mismatches).sum()) if self._mismatches else 0
+
     def reset(self) -> None:
         """Forget the counts."""
-        self.mismatches = self.compared = 0
+        self.compared = 0
+        self._mismatches.clear()
 
     def begin(self, targets: Tensor | None) -> None:
         """A micro-batch begins: experts int64 [t, layers, k], or None to let the routers choose."""
@@ -54,7 +61,7 @@ class _Replay:
             return logits, gates, own
         experts = owner._targets[:, self._column]
         if owner._counting:
-            owner.mismatches += int((own.sort(dim=1).values != experts.sort(dim=1).values).any(dim=1).sum())
+            owner._mismatches.append((own.sort(dim=1).values != experts.sort(dim=1).values).any(dim=1).sum())
             owner.compared += len(experts)
         chosen = torch.softmax(logits, dim=-1, dtype=torch.float).gather(1, experts)
         if self._router.norm_topk_prob:

@@ -149,7 +149,7 @@ def _model(config: DecoderConfig, options: MegatronEngineOptions) -> ModelArgume
         num_query_groups=config.num_kv_heads,
         kv_channels=config.head_dim,
         ffn_hidden_size=config.intermediate_size,
-        padded_vocab_size=padded_vocab_size(config.vocab_size, options.layout.tp),
+        padded_vocab_size=padded_vocab_size(config.vocab_size, options.layout.tp, options.layers),
         max_sequence_length=config.max_positions,
         layernorm_epsilon=config.rms_norm_epsilon,
         qk_layernorm=config.query_key_norm,

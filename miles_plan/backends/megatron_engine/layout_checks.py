@@ -6,8 +6,11 @@ from collections.abc import Iterator
 
 from miles_plan.backends.megatron_engine.options import LayerSpec
 from miles_plan.backends.megatron_engine.ranks import chunk_layers
+from miles_plan.backends.megatron_engine.weight_map import VOCAB_MULTIPLE
 from miles_plan.backends.training.decoder_config import DecoderConfig
 from miles_plan.ir.layout import TrainLayout
+
+VOCAB_CHUNKS = 16  # of miles_plan.kernels.cuda.log_prob, which this check does not import: it loads torch
 
 
 def layout_problems(config: DecoderConfig, layout: TrainLayout, *, layers: LayerSpec = "transformer_engine") -> Iterator[str]:
@@ -17,6 +20,8 @@ def layout_problems(config: DecoderConfig, layout: TrainLayout, *, layers: Layer
         return
     yield from _divisions(config, layout)
     yield from _stages(config, layout)
+    if layers == "batch_invariant":
+        yield from _invariant(config, layout)
     if config.rope_scaling != 1.0:
         yield f"RoPE that scales cos and sin by {config.rope_scaling:.4g} (yarn); Megatron's rotary embedding does not"
     if config.output_bias:
@@ -25,6 +30,18 @@ def layout_problems(config: DecoderConfig, layout: TrainLayout, *, layers: Layer
         yield f"cp={layout.cp} with {layers} layers; context parallel attention is Transformer Engine's"
     if layout.sequence_parallel and layers == "local":
         yield "sequence_parallel with local layers; Megatron's torch norms do not take it"
+
+
+def _invariant(config: DecoderConfig, layout: TrainLayout) -> Iterator[str]:
+    """Log-probs are sums over sixteenths of the vocabulary, so that any tp adds in one order."""
+    if config.vocab_size % VOCAB_MULTIPLE:
+        yield f"a vocabulary of {config.vocab_size} for the same bits (allowed: multiples of {VOCAB_MULTIPLE})"
+    if VOCAB_CHUNKS % layout.tp:
+        yield f"tp={layout.tp} for the same bits (allowed: sizes that divide {VOCAB_CHUNKS})"
+    if layout.etp > 1 and config.moe_layers:
+        yield f"etp={layout.etp} for the same bits (allowed: 1)"
+    if config.qkv_bias:
+        yield "a bias on query, key and value for the same bits; our kernels have none"
 
 
 def _divisions(config: DecoderConfig, layout: TrainLayout) -> Iterator[str]:

@@ -25,8 +25,7 @@ class RoutingReplay:
     mismatches, compared: (token, layer) pairs since `reset`.
     """
 
-    mismatches: int = 0
-    compared: int = 0
+    _counts: list[Tensor] = field(default_factory=list)  # on the device: counting waits for no layer
     _routers: list[_ReplayedRouter] = field(default_factory=list)
     _running: bool = False
 
@@ -37,9 +36,19 @@ class RoutingReplay:
             router.router_replay = replayed
             self._routers.append(replayed)
 
+    @property
+    def mismatches(self) -> int:
+        """Pairs where the router would have chosen others."""
+        return int(torch.stack(self._counts).sum(dim=0)[0]) if self._counts else 0
+
+    @property
+    def compared(self) -> int:
+        """Pairs looked at."""
+        return int(torch.stack(self._counts).sum(dim=0)[1]) if self._counts else 0
+
     def reset(self) -> None:
         """Forget the counts and whatever was not recomputed."""
-        self.mismatches = self.compared = 0
+        self._counts.clear()
         for router in self._routers:
             router.waiting.clear()
 
@@ -79,6 +88,5 @@ class _ReplayedRouter:
             with torch.no_grad():
                 _, own = choose(scores, topk, num_groups=num_groups, group_topk=group_topk)
                 differs = (own.sort(dim=1).values != experts.sort(dim=1).values).any(dim=1)
-                self.owner.mismatches += int((differs & counted).sum())
-                self.owner.compared += int(counted.sum())
+                self.owner._counts.append(torch.stack([(differs & counted).sum(), counted.sum()]))
         return scores.gather(1, experts), experts

@@ -43,6 +43,7 @@ from miles_plan.backends.training.storage import free_storage, resident_bytes, r
 from miles_plan.backends.weight_transport.publisher import WeightPublisher
 from miles_plan.data.batch import SampleBatch
 from miles_plan.ir.options import LossOptions, OptimizerOptions
+from miles_plan.kernels.cuda.log_prob import log_prob
 
 _PARTS = ("weights", "gradients", "optimizer", "reference")
 Scored = Callable[[MicroBatch, Tensor, Tensor], Tensor]
@@ -415,7 +416,17 @@ class MegatronTrainEngine:
         first, stop = (min((self.place.tp + end) * share, model.config.vocab_size) for end in (0, 1))
         group = parallel_state.get_tensor_model_parallel_group()
         targets = packed.targets[part.fed.predicted]
-        scores = torch.stack(_apply(VocabParallelScores, logits[:, 0], targets, first, stop, temperature or 1.0, group))
+        log_probs, entropy = _apply(VocabParallelScores, logits[:, 0], targets, first, stop, temperature or 1.0, group)
+        if self.options.layers == "batch_invariant":
+            log_probs = log_prob(
+                logits[:, 0],
+                targets,
+                temperature=temperature or 1.0,
+                vocab_start=first,
+                vocab_size=model.config.vocab_size,
+                group=group if layout.tp > 1 else None,
+            )
+        scores = torch.stack([log_probs, entropy])
         if layout.cp == 1:
             return scores
         whole = scores.new_zeros(2, len(packed.targets)).index_copy(1, part.fed.predicted, scores)

@@ -74,9 +74,9 @@ class _Rank:
         return self.place.dp == 0 and self.place.cp == 0 and (split or self.place.tp == 0)
 
 
-def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """Rows of Megatron's embedding and output tables over all tp ranks."""
-    multiple = VOCAB_MULTIPLE * tp
+def padded_vocab_size(vocab_size: int, tp: int, layers: LayerSpec) -> int:
+    """Rows of Megatron's embedding and output tables over all tp ranks; our kernels want the vocabulary itself."""
+    multiple = tp if layers == "batch_invariant" else VOCAB_MULTIPLE * tp
     return -(-vocab_size // multiple) * multiple
 
 
@@ -115,7 +115,7 @@ def _chunk(what: _Rank, number: int, chunk: ModelChunk) -> Iterator[LocalParamet
 
 def _table(what: _Rank, number: int, name: str, full: str, *, copy: bool) -> LocalParameter:
     """A tp rank's rows of a vocabulary table. copy: the last stage's second table of tied embeddings."""
-    share = padded_vocab_size(what.config.vocab_size, what.layout.tp) // what.layout.tp
+    share = padded_vocab_size(what.config.vocab_size, what.layout.tp, what.layers) // what.layout.tp
     start = min(what.place.tp * share, what.config.vocab_size)
     stop = min((what.place.tp + 1) * share, what.config.vocab_size)
     pieces = (Piece(name=full, dim=0, start=start, stop=stop, offset=0),) if stop > start else ()

@@ -42,6 +42,10 @@ def install() -> None:
     for name in ("tensor", "zeros", "empty", "ones", "full"):
         setattr(anything, name, _on_cpu(getattr(torch, name)))
     anything.Tensor.cuda = lambda self, *_, **__: self
+    kind_of = torch.Tensor.type
+    anything.Tensor.type = lambda self, *to, **options: (
+        kind_of(self, *to, **options) if to or options else kind_of(self).replace("torch.", "torch.cuda.", 1)
+    )
     exchange = torch.distributed.all_to_all_single
     anything.distributed.all_to_all_single = lambda *given, **options: exchange(
         *given, **{name: each.tolist() if isinstance(each, torch.Tensor) else each for name, each in options.items()}
