@@ -25,8 +25,8 @@ from miles_plan.ir.tasks import Transport
 from miles_plan.passes.base import PassContext
 from miles_plan.passes.layout_space import ANY_SIZES, Sizes
 from miles_plan.passes.number_formats import COST_PRECISION
+from miles_plan.passes.pair_memory import SLEEPING_TRAINER_BYTES
 from miles_plan.passes.pair_prices import (
-    SLEEPING_TRAINER_BYTES,
     TRANSPORTS,
     open_transports,
     pair_prices,

@@ -26,6 +26,7 @@ GIB = 1 << 30
 HOST_SHARE = 0.90  # the rest is the operating system's, Ray's object store's and the page cache's
 PROCESS_BYTES, EMBEDDED_PROCESS_BYTES = 3 * GIB, 768 << 20  # of one rank on its host
 SAVE_STAGING_BYTES = 4 * GIB  # what a rank of a cluster engine copies to its host at a time while it writes a checkpoint
+SLEEPING_TRAINER_BYTES = 4.0 * GIB  # the most that a trainer whose states have left keeps on a GPU
 SAMPLE_TOKEN_BYTES = 16  # token id, log-probs, version
 
 
@@ -63,10 +64,20 @@ def pair_memory(
     weights = np.array([each.weight_bytes + each.outside_bytes for each in engines])[None]
     sleeping = ~(_embedded(ctx) & (headroom >= awake))  # SGLang sizes itself to all of a GPU
     headroom = headroom - np.where(sleeping, asleep, awake)
-    left = (rows.weight_bytes + rows.outside_bytes + bucket)[:, None]  # gradients and optimizer leave before the sync
+    left = (rows.weight_bytes + residues_bytes(ctx, rows) + bucket)[:, None]  # gradients and optimizer leave before the sync
     transitions = np.where(sleeping, left + weights, between + awake) <= capacity
     transitions = transitions & _hosts_fit(ctx, split, workload, rows, engines, sleeping)
     return PairMemory(fits=(headroom >= 0) & (transitions | training_only), headroom_bytes=headroom, sleeping=sleeping)
+
+
+def residues_bytes(ctx: PassContext, rows: PriceRows) -> Floats:
+    """What each row's trainer keeps on a GPU when its states have left: context, communicators, the allocator's own; [n].
+
+    Nothing, for the embedded engine: it has neither.
+    """
+    if ctx.job.train.engine == "torch":
+        return np.zeros(len(rows))
+    return np.clip(rows.peak_bytes - rows.static_bytes, 0.0, SLEEPING_TRAINER_BYTES)
 
 
 def _embedded(ctx: PassContext) -> bool:

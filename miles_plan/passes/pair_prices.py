@@ -15,7 +15,7 @@ from miles_plan.cost.weight_sync import offload_time
 from miles_plan.ir.layout import RolloutLayout, TrainLayout
 from miles_plan.ir.tasks import Transport
 from miles_plan.passes.base import PassContext
-from miles_plan.passes.pair_memory import pair_memory
+from miles_plan.passes.pair_memory import pair_memory, residues_bytes
 from miles_plan.passes.placements import Split
 from miles_plan.passes.rollout_choices import RolloutChoice
 from miles_plan.passes.staleness import staleness_of
@@ -26,7 +26,6 @@ from miles_plan.passes.workload import StepWorkload
 
 TRANSPORTS: tuple[Transport, ...] = get_args(Transport)
 EMBEDDED_MOVE_S = 0.005  # the driver's share of a move; the embedded engines copy to memory-mapped files
-SLEEPING_TRAINER_BYTES = 4.0 * (1 << 30)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,9 +50,9 @@ def train_part_s(ctx: PassContext, choice: TrainChoice) -> float:
 
 def residue_bytes(ctx: PassContext, split: Split, rows: PriceRows) -> float:
     """What any sleeping trainer of the split leaves on a GPU at most: engines are sized beside it, whichever trains."""
-    if split.kind == "disaggregate" or ctx.job.train.engine == "torch" or not len(rows):
+    if split.kind == "disaggregate" or not len(rows):
         return 0.0
-    return float(np.clip((rows.peak_bytes - rows.static_bytes).max(), 0.0, SLEEPING_TRAINER_BYTES))
+    return float(residues_bytes(ctx, rows).max())
 
 
 def open_transports(ctx: PassContext, split: Split) -> tuple[Transport, ...]:

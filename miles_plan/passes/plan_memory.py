@@ -260,7 +260,8 @@ def _gpu_phases(graph: TaskGraph, residents: Residents, role: str, *, both: bool
         bucket = (_term("sync bucket", role, residents.bucket_bytes),)
         weights = (_term("weights", "rollout", int(residents.rollout.weight_bytes + residents.rollout.outside_bytes)),)
         if both and sleeping:
-            yield _phase("sync", "weight_sync", (*_trainer_terms(residents, "sync"), *weights, *bucket), spread=0.04)
+            kept = (*_trainer_terms(residents, "sync"), *put_away)
+            yield _phase("sync", "weight_sync", (*kept, *weights, *bucket), spread=0.04)
         elif both:
             yield _phase("sync", "weight_sync", (*static, *awake, *bucket), spread=0.04)
         else:
@@ -302,10 +303,10 @@ BETWEEN_STEPS = (
 
 def _trainer_terms(residents: Residents, moment: str) -> tuple[MemoryTerm, ...]:
     """A trainer's parts on its fullest GPU: at the peak, in a forward pass (no gradients in flight), between steps ("static"),
-    or in a sync after its states have left."""
+    or its weights after its states have left ("sync"), beside which lies what a sleeping trainer keeps."""
     terms = (*residents.train.terms, *residents.train.outside_terms)
     if moment in ("static", "sync"):
-        left = ("gradients", "optimizer", "draft states") if moment == "sync" else ()
+        left = ("gradients", "optimizer", "draft states", "cuda context", "communicators") if moment == "sync" else ()
         terms = tuple(term for term in terms if term.name in BETWEEN_STEPS and term.name not in left)
     elif moment == "forward":
         terms = tuple(term for term in terms if term.name not in ("activations", "pipeline in flight", "backward"))

@@ -14,7 +14,8 @@ from miles_plan.ir.tasks import Transport
 from miles_plan.passes import joint_search
 from miles_plan.passes.base import PassContext
 from miles_plan.passes.joint_search import search_jointly
-from miles_plan.passes.pair_prices import SLEEPING_TRAINER_BYTES, open_transports, sync_s, train_part_s
+from miles_plan.passes.pair_memory import SLEEPING_TRAINER_BYTES
+from miles_plan.passes.pair_prices import open_transports, sync_s, train_part_s
 from miles_plan.passes.placements import Split, splits
 from miles_plan.passes.rollout_choices import RolloutChoice, search_rollout, size_engines
 from miles_plan.passes.staleness import staleness_of
