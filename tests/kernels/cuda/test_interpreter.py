@@ -71,6 +71,17 @@ rows, weights = torch.randn(30, 72).half(), torch.rand(6, 4)
 index = torch.randperm(30)[:24].int().view(6, 4).contiguous()
 index[2, 1] = -1
 assert torch.equal(moe_combine(rows, index, weights), moe_combine_reference(rows, index, weights))
+leaves = [rows.clone().requires_grad_(), weights.clone().requires_grad_()]
+moe_combine(leaves[0], index, leaves[1]).backward(g := torch.randn(6, 72).half())
+wide = [rows.double().requires_grad_(), weights.double().requires_grad_()]
+(wide[0][index.clamp(min=0).long()] * (wide[1] * (index >= 0))[..., None]).sum(1).backward(g.double())
+assert rel(leaves[0].grad, wide[0].grad) < 1e-3 and rel(leaves[1].grad, wide[1].grad) < 1e-5
+from miles_plan.kernels.cuda.router import _reference_gradient
+for scoring in ("softmax", "sigmoid"):
+    leaf = torch.randn(5, 24).requires_grad_()
+    found, ids = router(leaf, 4, scoring=scoring, scale=2.5)
+    found.backward(g := torch.randn(5, 4))
+    assert rel(leaf.grad, _reference_gradient(leaf.detach(), ids, g, Rule(4, scoring, scale=2.5))) < 1e-5
 logits = torch.randn(5, 32)
 logits[0, 3] = logits[0, 9]
 for options in ({}, {"scoring": "sigmoid", "bias": torch.randn(32) / 10, "groups": 8, "groups_kept": 3}):
@@ -132,10 +143,22 @@ q, k, norm = torch.randn(7, 10, 32).half(), torch.randn(7, 3, 32).half(), torch.
 cos, sin, at = torch.randn(50, 16), torch.randn(50, 16), torch.randint(0, 50, (7,))
 assert rel(rope(q, k, cos, sin, at, q_norm=norm, k_norm=norm)[0], rope_reference(q, cos, sin, at, norm, 1e-6)) < 1e-3
 assert rel(rope(q, k, cos, sin, at)[1], rope_reference(k, cos, sin, at, None, 1e-6)) < 1e-3
-x = torch.randn(5, 200).half()
-assert rel(swiglu(x), swiglu_reference(x)) < 1e-3
+q.requires_grad_()
+rope(q, k, cos, sin, at)[0].backward(g := torch.randn(7, 10, 32).half())
+assert rel(q.grad, rope_reference(g, cos, -sin, at, None, 1e-6)) < 1e-3
+x = torch.randn(5, 200).half().requires_grad_()
+assert rel(swiglu(x), swiglu_reference(x.detach())) < 1e-3
+swiglu(x).backward(g := torch.randn(5, 100).half())
+wide = x.detach().double().requires_grad_()
+(torch.nn.functional.silu(wide[:, :100]) * wide[:, 100:]).backward(g.double())
+assert rel(x.grad, wide.grad) < 1e-3
 weight, ids = torch.randn(20, 24).half(), torch.randint(0, 20, (3, 9))
 assert torch.equal(embedding(ids, weight[:12].contiguous()) + embedding(ids, weight[12:].contiguous(), 12), weight[ids])
+table = torch.randn(20, 24).half().requires_grad_()
+embedding(ids, table).backward(g := torch.randn(3, 9, 24).half())
+wide = table.detach().double().requires_grad_()
+torch.nn.functional.embedding(ids, wide).backward(g.double())
+assert rel(table.grad, wide.grad) < 1e-3
 logits = (torch.randn(6, 9000) * 2).half()
 seeds, positions = torch.randint(0, 2**62, (6,)), torch.randint(0, 2**40, (6,))
 for temperature in (0, 1.0, 0.7):
@@ -145,6 +168,11 @@ for vocab in (2048, 1000, 5000 * 16):
     x = (torch.randn(3, vocab) * 4).half().requires_grad_()
     t = torch.randint(0, vocab, (3,))
     y = lp.log_prob(x, t, temperature=0.7)
+    y.backward(g := torch.randn(3))
+    wide = x.detach().double().requires_grad_()
+    torch.log_softmax(wide / 0.7, -1).gather(1, t[:, None])[:, 0].backward(g.double())
+    assert rel(x.grad, wide.grad) < 2e-3
+    x.grad = None
     assert (y - torch.log_softmax(x.double() / 0.7, -1).gather(1, t[:, None])[:, 0]).abs().max() < 1e-5
     table = lp.log_softmax(x, temperature=0.7)
     assert torch.equal(table.detach().gather(1, t[:, None])[:, 0], y)
