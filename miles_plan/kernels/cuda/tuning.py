@@ -153,7 +153,7 @@ def predict_s(tile: GemmTile, problem: GemmProblem, multiprocessors: int) -> flo
     moved = itemsize * (problem.m * problem.k + touched * problem.n * problem.k)
     moved += problem.out_dtype.itemsize * problem.m * problem.n
     memory_s = moved / MEMORY_BYTES_PER_S
-    return START_S[tile.engine] + (busy_s**SHARPNESS + memory_s**SHARPNESS) ** (1 / SHARPNESS)
+    return START_S[tile.engine] + float((busy_s**SHARPNESS + memory_s**SHARPNESS) ** (1 / SHARPNESS))
 
 
 def _mma_cycles(tile: GemmTile, beside: int) -> float:
