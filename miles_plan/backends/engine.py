@@ -72,6 +72,31 @@ class WeightBucket:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BucketLayout:
+    """What one bucket of a stream of weights holds: full tensors under their Hugging Face names, at offsets inside the bucket.
+
+    Checksums are empty: a layout is known before there are bytes.
+    """
+
+    index: int
+    tensors: tuple[WeightTensor, ...]
+    last: bool
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes from the bucket's start to the end of its last tensor."""
+        return max((tensor.offset_bytes + tensor.size_bytes for tensor in self.tensors), default=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceBucket:
+    """One bucket in a device's memory. data: torch.uint8 [size_bytes], valid until its stream is asked for the next bucket."""
+
+    layout: BucketLayout
+    data: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryReport:
     """Bytes an engine holds, by part, on its device and parked on the host."""
 
@@ -161,6 +186,19 @@ class TrainEngine(Protocol):
 
     def close(self) -> None:
         """Leave process groups and free everything."""
+        ...
+
+
+@runtime_checkable
+class DeviceWeightSource(Protocol):
+    """A trainer whose weights can be taken from its device's memory, bucket by bucket, without a copy on the host."""
+
+    def weight_layout(self, *, bucket_bytes: int) -> tuple[BucketLayout, ...]:
+        """All buckets, in the order in which they are streamed; a pure function, the same on every rank."""
+        ...
+
+    def stream_weights(self, version: int, *, bucket_bytes: int) -> Iterator[DeviceBucket]:
+        """The buckets of `weight_layout`, whole on every rank; collective, so every rank goes through all of them."""
         ...
 
 

@@ -50,19 +50,25 @@ def carry_out(work: Callable[[], Result], root: Path) -> None:
 def show_result(result: Result) -> None:
     """The figures of a run that reached its end, and where everything lies."""
     from miles_plan.report.html import write_run_report
+    from miles_plan.report.measured import table, write_measured
     from miles_plan.report.perfetto import write_trace
 
     root = result.directory.root
     report, trace = write_run_report(root), root / "trace.json"
     write_trace(root, trace)
+    measured, found = write_measured(root)
     summary: Mapping[str, Any] = result.summary
     out = console()
     out.print(f"\n{result.name}: {summary['steps']} steps in {summary['wall_s']:.1f} s", markup=False)
     for name, text in _figures(summary):
         out.print(f"  {name:<22} {text}", markup=False)
     out.print()
+    if found.memory:
+        for line in (*table(found), ""):
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
     places = {"report": report, "metrics": result.directory.metrics, "checkpoints": result.directory.checkpoints}
     places |= {"policy": result.directory.final, "trace (Perfetto)": trace, "summary": result.directory.summary}
+    places["planned, measured"] = measured
     for name, path in places.items():
         out.print(f"  {name:<22} {path}", markup=False, soft_wrap=True)
 

@@ -84,10 +84,10 @@ PAGES: tuple[Page, ...] = (
     Page(
         code="MP430",
         title="an engine that the executor cannot drive",
-        what="The plan puts a group on an engine for which this executor has no driver.",
-        why="The executor drives the embedded `torch` engines; other engines are reached through launchers.",
-        example="train: {engine: megatron}",
-        fix="Use `engine: torch`. Plans for cluster engines can be compiled and reviewed, not yet executed.",
+        what="The plan puts a group on an engine for which this executor has no driver on that side.",
+        why="The executor drives `torch`, `megatron` and `fsdp2` as trainers, `torch` and `sglang` as rollout engines.",
+        example="a plan file whose train group is on another engine",
+        fix="Set `train.engine` or `rollout.engine` to one that the message names.",
     ),
     Page(
         code="MP431",
@@ -100,10 +100,10 @@ PAGES: tuple[Page, ...] = (
     Page(
         code="MP432",
         title="a number format that the engines lack",
-        what="The plan trains or samples in a format that the embedded engines do not compute in.",
-        why="They compute in fp32 and bf16; quantised formats need the kernels of the cluster engines.",
+        what="The plan trains or samples in a format, or keeps keys and values in one, that the engine does not compute in.",
+        why="The embedded engines compute in fp32 and bf16; SGLang takes what its arguments can name.",
         example="precision: {train: fp8_blockwise}",
-        fix="Set `precision.train` and `precision.rollout` to `fp32` or `bf16`.",
+        fix="Set the field that the message names to a format that it lists.",
     ),
     Page(
         code="MP433",
@@ -139,11 +139,13 @@ PAGES: tuple[Page, ...] = (
     ),
     Page(
         code="MP437",
-        title="a model configuration that cannot be read",
-        what="`config.json` of the model's checkpoint is missing or is not JSON.",
-        why="The engines are built from it.",
-        example="model: {checkpoint: models/missing}",
-        fix="Give a folder with config.json and safetensors files.",
+        title="a model folder that cannot be used",
+        what="`config.json` of the model's checkpoint is missing or is not JSON; or its weights are missing, torn, or of other "
+        "shapes than the configuration's.",
+        why="The engines are built from the configuration, and would fail, or worse, serve nonsense, minutes later.",
+        example="error[MP437]: the checkpoint does not match its configuration: model.layers.{}.mlp.up_proj.weight is [3072, "
+        "1024] in the files, config.json makes it [6144, 1024]",
+        fix="Give a folder with the config.json and the safetensors files that belong together.",
     ),
     Page(
         code="MP438",
@@ -178,12 +180,28 @@ PAGES: tuple[Page, ...] = (
         fix="Check the entry point `package.module:function`; modules are looked up in the working directory too.",
     ),
     Page(
+        code="MP442",
+        title="a layout that the engine cannot do",
+        what="The plan spreads an engine over its GPUs in a way that it has no code for, or that weights cannot be sent to.",
+        why="It would fail while it starts, or at the first sync.",
+        example="rollout: {engine: sglang, layout: {pp: 2}}",
+        fix="Use the sizes that the message names.",
+    ),
+    Page(
         code="MP443",
         title="file of figures that cannot be read",
         what="A file given to `validate` is missing, is not UTF-8, or has a line that is not one JSON object.",
         why="An accuracy figure over half a file would be a wrong figure.",
         example="miles-plan validate rows.json      # one JSON list instead of one object a line",
         fix="Give files of JSON lines; the message names the line.",
+    ),
+    Page(
+        code="MP444",
+        title="a trainer that this plan cannot have here",
+        what="The plan asks something of Megatron-core or FSDP2 that it cannot do, or its packages are missing.",
+        why="It would fail while it starts, after minutes, with a message of its own.",
+        example="error[MP444]: @train trains with Megatron-core: megatron-core is not installed",
+        fix="Change what the message names; `miles-plan doctor` says what is installed and what fits together.",
     ),
     Page(
         code="MP450",

@@ -10,7 +10,7 @@ that of brute force (tests/passes/test_joint_search.py).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -259,7 +259,7 @@ class _Search:
 
     def _beaten(self, split: Split, step_s: Floats, levels: NDArray[np.intp]) -> NDArray[np.bool_]:
         """Which prices the front beats. The fastest of them bounds what else the split could do."""
-        beaten = beaten_by(self.front, step_s, step_s * split.num_gpus / 3600.0, levels)
+        beaten = beaten_by(self.front, split.num_gpus, step_s, levels)
         if beaten.any():
             self.bounds[split] = min(self.bounds.get(split, np.inf), float(step_s[beaten].min()))
         return beaten
@@ -376,12 +376,18 @@ def sleeping_trainer_bytes(ctx: PassContext, choice: TrainChoice) -> float:
     return max(0.0, min(choice.peak_bytes - choice.static_bytes, SLEEPING_TRAINER_BYTES))
 
 
-def beaten_by(points: Iterable[JointChoice], step_s: Floats, gpu_hours: Floats, levels: NDArray[np.intp]) -> NDArray[np.bool_]:
-    """Which of n prices a point found is at least as good as in step time, GPU-hours and level of headroom."""
-    beaten = np.zeros(len(step_s), dtype=bool)
-    for point in points:
-        beaten |= (point.step_s <= step_s) & (point.gpu_hours <= gpu_hours) & (point.headroom_level >= levels)
-    return beaten
+def beaten_by(points: Sequence[JointChoice], num_gpus: int, step_s: Floats, levels: NDArray[np.intp]) -> NDArray[np.bool_]:
+    """Which of n prices on `num_gpus` some point is at least as good as in step time, GPU-hours and level of headroom.
+
+    On one number of GPUs a point beats whatever takes longer than it does and costs more: a threshold in step time.
+    """
+    if not points:
+        return np.zeros(len(step_s), dtype=bool)
+    thresholds = np.array([max(point.step_s, point.gpu_hours * 3600.0 / num_gpus) for point in points])
+    order = np.argsort(thresholds, kind="stable")
+    most = np.maximum.accumulate(np.array([point.headroom_level for point in points])[order])
+    slower_than = np.searchsorted(thresholds[order], step_s, side="right")
+    return np.asarray((slower_than > 0) & (levels <= most[np.maximum(slower_than, 1) - 1]))
 
 
 def train_floor_s(ctx: PassContext, cluster: Cluster, num_gpus: int, workload: StepWorkload) -> float:

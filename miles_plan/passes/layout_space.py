@@ -104,6 +104,8 @@ def train_layouts(model: ModelArchitecture, room: Room) -> list[TrainLayout]:
         if room.num_gpus % (tp * pp * cp):
             continue
         dp = room.num_gpus // (tp * pp * cp)
+        if dp > room.sequences:
+            continue
         for ep, etp in _expert_sizes(model, ranks=tp * cp * dp, tp=tp):
             for vpp in _interleavings(model, pp):
                 layout = TrainLayout(
@@ -117,7 +119,8 @@ def train_layouts(model: ModelArchitecture, room: Room) -> list[TrainLayout]:
                     sequence_parallel=tp > 1 and room.engine == "megatron",
                     stage_layers=even_stages(model.num_layers, pp) if vpp == 1 else (),
                 )
-                if not any(train_obstacles(layout, model, room)):
+                # Megatron-core runs whatever divides, as these sizes do by how they are made; others have rules of their own.
+                if room.engine == "megatron" or not any(train_obstacles(layout, model, room)):
                     found.append(layout)
     return found
 
@@ -192,7 +195,8 @@ def _expert_sizes(model: ModelArchitecture, *, ranks: int, tp: int) -> list[tupl
     moe = model.moe
     if moe is None:
         return [(1, 1)]
-    return [(ep, etp) for etp in sorted({1, tp}) for ep in _divisors(moe.experts) if ranks % (ep * etp) == 0]
+    tensor = [etp for etp in sorted({1, tp}) if moe.size % etp == 0]
+    return [(ep, etp) for etp in tensor for ep in _divisors(moe.experts) if ranks % (ep * etp) == 0]
 
 
 def _interleavings(model: ModelArchitecture, pp: int) -> list[int]:

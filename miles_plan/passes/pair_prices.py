@@ -88,12 +88,13 @@ def worth_pairing(
         classes.setdefault(tuple(price_class(ctx, transport, layout) for transport in transports), len(classes))
         for layout in table.layouts
     ]
-    beside = np.packbits(np.concatenate([memory.fits, memory.sleeping], axis=1), axis=1)
-    _, within = np.unique(
-        np.column_stack([np.array(of_layout, dtype=np.intp)[rows.layout], beside]), axis=0, return_inverse=True
-    )
+    within = np.array(of_layout, dtype=np.intp)[rows.layout]
+    beside = np.concatenate([memory.fits, memory.sleeping], axis=1)
+    if not (beside == beside[:1]).all():
+        together = np.column_stack([within, np.packbits(beside, axis=1)])
+        within = np.unique(together, axis=0, return_inverse=True)[1].ravel()
     some = np.flatnonzero(memory.fits.any(axis=1))
-    return some[front_rows(seconds[some], rows.peak_bytes[some], within=within.ravel()[some])]
+    return some[front_rows(seconds[some], rows.peak_bytes[some], within=within[some])]
 
 
 def pair_prices(

@@ -18,6 +18,7 @@ from miles_plan.passes.staleness import staleness_of
 from miles_plan.spec.execution import SplitPlacement
 
 PlacementKind = Literal["colocate", "disaggregate"]
+MAX_HALVINGS = 2  # a colocated job is also priced on a half and on a quarter of the GPUs
 MAX_SPLITS = 16  # ways to divide one run of GPUs that are priced; nodes are kept whole where there are several
 
 
@@ -129,13 +130,13 @@ def splits(ctx: PassContext) -> Iterator[Split]:
 
 
 def _together(ctx: PassContext, run: Run) -> Iterator[Split]:
-    """All of the run, then halves of it: fewer GPUs may be cheaper. Processes of the host's own cores cost nothing idle."""
+    """All of the run, a half and a quarter of it: fewer GPUs may be cheaper. The host's own cores cost nothing idle."""
     asked = ctx.job.placement
     if asked != "colocate" and (asked != "auto" or staleness_of(ctx)[1] > 0):
         return
     count = run.cluster.num_gpus
     rented = run.cluster.groups[0].gpu.vendor != "cpu"
-    while True:
+    for _ in range(MAX_HALVINGS + 1):
         side = Side(run=run, count=count)
         yield Split(kind="colocate", train=side, rollout=side, idle_gpus=ctx.cluster.num_gpus - count)
         if not rented or count % 2 or (count // 2) % run.unit:

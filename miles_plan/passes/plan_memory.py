@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from miles_plan.catalog.gpus import Cluster
 from miles_plan.cost.rollout_memory import RolloutMemory, rollout_memory
 from miles_plan.cost.train_memory import MemoryBreakdown, train_memory
 from miles_plan.diagnostics import Diagnostic
@@ -36,6 +37,7 @@ from miles_plan.ir.tasks import (
 from miles_plan.passes.base import Outcome, Pass, PassContext
 from miles_plan.passes.joint_search import sleeping_trainer_bytes
 from miles_plan.passes.pair_memory import EMBEDDED_PROCESS_BYTES, HOST_SHARE, PROCESS_BYTES, SAVE_STAGING_BYTES
+from miles_plan.passes.placements import cluster_of_span
 from miles_plan.passes.rollout_choices import embedded_memory, rollout_memory_options
 from miles_plan.passes.train_choices import MARGIN_FRACTION, chosen_train, memory_options, usable_bytes
 from miles_plan.passes.workload import StepWorkload, step_workload
@@ -54,7 +56,7 @@ class PlanMemory(Pass):
     def run(self, graph: TaskGraph, ctx: PassContext) -> Outcome:
         """Size the residents, decide whether engines sleep, and check each phase against its capacity."""
         residents = _residents(graph, ctx)
-        sleeping = residents.must_take_turns(usable_bytes(ctx.cluster.groups[0]))
+        sleeping = residents.must_take_turns(min(usable_bytes(each) for each in _nodes(ctx, graph.group("train")).groups))
         if sleeping:
             graph = _with_offloads(graph, residents)
         timelines = tuple(_timelines(graph, ctx, residents, sleeping))
@@ -106,7 +108,7 @@ def _residents(graph: TaskGraph, ctx: PassContext) -> Residents:
     microbatches = max(1, round(per_rank / (step.tokens_per_gpu * layout.cp)))
     options = memory_options(ctx, workload, choice, microbatches=microbatches)
     saved = options.optimizer.bytes_per_param + options.element_bytes
-    profile = ctx.cluster.groups[0].gpu.profile
+    profile = _nodes(ctx, group).groups[0].gpu.profile
     train = train_memory(ctx.model, layout, options, profile)
     teacher = train_memory(ctx.teacher, layout, replace(options, forward_only=True, reference="none")) if ctx.teacher else None
     sized = replace(choice, peak_bytes=train.device_bytes.mid, static_bytes=train.static_bytes)
@@ -135,7 +137,7 @@ def _rollout_memory(
 ) -> RolloutMemory | None:
     if group is None or group.rollout_layout is None:
         return None
-    gpu = min((each.gpu for each in ctx.cluster.groups), key=lambda each: each.usable_bytes)
+    gpu = min((each.gpu for each in _nodes(ctx, group).groups), key=lambda each: each.usable_bytes)
     options = rollout_memory_options(ctx, gpu, group.rollout_layout, workload, resident_bytes=float(resident_bytes))
     memory = rollout_memory(ctx.model, group.rollout_layout, options, gpu)
     if ctx.job.rollout.engine == "torch":
@@ -151,7 +153,12 @@ def _samples_bytes(graph: TaskGraph, workload: StepWorkload) -> int:
 
 def _ranks_per_node(ctx: PassContext, group: DeviceGroup) -> int:
     count = group.gpus.count if group.gpus else 0
-    return min(count, ctx.cluster.gpus_per_node)
+    return min(count, _nodes(ctx, group).gpus_per_node)
+
+
+def _nodes(ctx: PassContext, group: DeviceGroup) -> Cluster:
+    """The nodes that a group's GPUs are in: in a cluster of several kinds each side has its own."""
+    return cluster_of_span(ctx.cluster, group.gpus) if group.gpus else ctx.cluster
 
 
 def _with_offloads(graph: TaskGraph, residents: Residents) -> TaskGraph:
@@ -208,13 +215,14 @@ def _with_sizes(graph: TaskGraph, residents: Residents) -> TaskGraph:
 
 def _timelines(graph: TaskGraph, ctx: PassContext, residents: Residents, sleeping: bool) -> Iterator[MemoryTimeline]:
     """One timeline a group of GPUs and one for its hosts; colocated groups share theirs."""
-    capacity = min(usable_bytes(group) for group in ctx.cluster.groups)
-    margin = int(ctx.cluster.groups[0].gpu.usable_bytes * MARGIN_FRACTION)
-    host_bytes = min(group.node_memory_bytes for group in ctx.cluster.groups)
-    host_capacity = int(host_bytes * HOST_SHARE)
     for group in graph.groups:
         if group.gpus is None or (residents.colocated and group.role == "rollout"):
             continue
+        nodes = _nodes(ctx, group).groups
+        capacity = min(usable_bytes(each) for each in nodes)
+        margin = int(nodes[0].gpu.usable_bytes * MARGIN_FRACTION)
+        host_bytes = min(each.node_memory_bytes for each in nodes)
+        host_capacity = int(host_bytes * HOST_SHARE)
         both = residents.colocated
         phases = tuple(_gpu_phases(graph, residents, group.role, both=both, sleeping=sleeping))
         yield MemoryTimeline(place="gpu", gpus=group.gpus, capacity_bytes=capacity, margin_bytes=margin, phases=phases)

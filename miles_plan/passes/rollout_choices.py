@@ -176,22 +176,23 @@ class SizedEngines:
     def floor_s(self) -> float:
         """No simulation of these engines takes less: the longest response alone, or an engine's share at its largest batch.
 
-        A step of a larger batch or a fuller cache takes longer, and a token costs least in the largest batch.
+        A token costs least in the largest batch, and caches hold on average what half-grown responses do, long ones longer.
         """
         share = max(1, round(self.work.requests / self.layout.engines))
         batch = float(min(share, self.max_running))
-        tokens = float(self.work.responses.sample(share).sum())
-        return FLOOR_SHARE * max(self.longest_response_s(), self._step_s(batch) / batch * tokens)
+        lengths = self.work.responses.sample(share)
+        grown = float(np.square(lengths).sum() / lengths.sum()) / 2.0
+        return FLOOR_SHARE * max(self.longest_response_s(), self._step_s(batch, grown) / batch * float(lengths.sum()))
 
     def longest_response_s(self) -> float:
         """Seconds of the longest response of the step if nothing else ran."""
         count = self.work.requests
         responses = self.work.responses
         longest = float(responses.quantile((count - 0.3175) / (count + 0.365))) if count > 1 else responses.mean_tokens
-        return self._step_s(1.0) * longest
+        return self._step_s(1.0, longest / 2.0) * longest
 
-    def _step_s(self, batch: float) -> float:
-        """Seconds a token of each of `batch` requests takes, their prompts alone in the cache."""
+    def _step_s(self, batch: float, grown_tokens: float) -> float:
+        """Seconds a token of each of `batch` requests takes, their prompts and `grown_tokens` of each in the cache."""
         engine = DecodeModel(
             model=self.ctx.model,
             layout=self.layout,
@@ -201,8 +202,8 @@ class SizedEngines:
             kv_bytes=self.work.kv_bytes,
             speculation=self.work.speculation,
         )
-        seconds = engine.step_seconds(np.array([batch]), np.array([batch * self.work.prompt_tokens]))
-        return float(seconds[0]) / self.work.speculation.accept_length
+        cached = batch * (self.work.prompt_tokens + grown_tokens)
+        return float(engine.step_seconds(np.array([batch]), np.array([cached]))[0]) / self.work.speculation.accept_length
 
 
 @lru_cache(maxsize=1024)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,10 +59,13 @@ class PriceJob:
 class PriceRows:
     """Rows as columns of shape [n]; `layout` and `recompute` are positions in the table's layouts and in RECOMPUTE_ORDER.
 
+    `point` numbers a layout with its budget among those that are priced together.
+
     Bytes are of the fullest rank: at the peak of a step, allocated between steps, the same without gradients and
     optimizer, outside the allocator (context and communicators), and on the host.
     """
 
+    point: NDArray[np.intp]
     layout: NDArray[np.intp]
     recompute: NDArray[np.intp]
     tokens_per_gpu: NDArray[np.intp]
@@ -164,6 +168,7 @@ def size_layouts(layouts: Sequence[TrainLayout], job: PriceJob) -> SizedLayouts:
             groups.append((group, held.take(fits)))
         if not fits.all():
             too_large.append((group, held.take(~fits)))
+    shared.clear()
     nearest = _joined(smallest)
     least = np.argsort(nearest.peak_bytes, kind="stable")[:1]
     return SizedLayouts(
@@ -175,7 +180,7 @@ def size_layouts(layouts: Sequence[TrainLayout], job: PriceJob) -> SizedLayouts:
 
 
 def _no_rows() -> PriceRows:
-    kinds = {"layout": np.intp, "recompute": np.intp, "tokens_per_gpu": np.intp, "offload": np.bool_}
+    kinds = {"point": np.intp, "layout": np.intp, "recompute": np.intp, "tokens_per_gpu": np.intp, "offload": np.bool_}
     return PriceRows(**{each.name: np.zeros(0, dtype=kinds.get(each.name, np.float64)) for each in fields(PriceRows)})
 
 
@@ -183,7 +188,7 @@ def _joined(parts: Sequence[PriceRows]) -> PriceRows:
     return PriceRows(**{each.name: np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(PriceRows)})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class _Group:
     """Layouts that share their pipeline: `columns` of them, and their positions among all."""
 
@@ -195,7 +200,7 @@ class _Group:
 
     def held(self) -> PriceRows:
         """Bytes of every layout under every option; times are still 0."""
-        at, tokens = self._points()
+        at, tokens = self.points
         flight = self._in_flight(at, tokens)
         first = self._terms(PROBE_TOKENS, self.job.recomputes[0], self.job.offloads[0])
         outside = sum_terms({name: first[name] for name in OUTSIDE - {"fragmentation"} if name in first}) + self._nothing()
@@ -208,6 +213,7 @@ class _Group:
                 stage = np.argmax(total, axis=1)
                 parts.append(
                     PriceRows(
+                        point=np.arange(len(at)),
                         layout=at,
                         recompute=np.full(len(at), RECOMPUTE_ORDER.index(recompute), dtype=np.intp),
                         tokens_per_gpu=tokens,
@@ -224,7 +230,8 @@ class _Group:
         rows = _joined(parts)
         return replace(rows, layout=self.positions[rows.layout])
 
-    def _points(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    @cached_property
+    def points(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """Every layout of the group with each of its budgets: positions in the group, tokens."""
         sizes = self.columns.cp.astype(np.intp)
         budgets = {int(cp): self.job.budgets(int(cp)) for cp in np.unique(sizes)}
@@ -305,23 +312,23 @@ class _Group:
 
     def updated(self, rows: PriceRows) -> PriceRows:
         """The rows with the seconds of the update; offloading changes the optimizer's term alone."""
-        at, tokens, point = self._distinct(rows)
         step = np.zeros(len(rows))
         for number in np.unique(rows.recompute):
             of_it = rows.recompute == number
-            needed, where = np.unique(point[of_it], return_inverse=True)
-            terms = self._seconds(at[needed], tokens[needed], self.job.time(RECOMPUTE_ORDER[number], False))
+            at, tokens, where = self._distinct(rows.take(of_it))
+            terms = self._seconds(at, tokens, self.job.time(RECOMPUTE_ORDER[number], False))
             step[of_it] = sum_terms(terms)[where] - np.where(rows.offload[of_it], terms["optimizer"][where], 0.0)
         if rows.offload.any():
-            step[rows.offload] += self._offloaded_s(at[point][rows.offload])
+            step[rows.offload] += self._offloaded_s(self.points[0][rows.point[rows.offload]])
         return replace(rows, step_s=step)
 
     def _distinct(self, rows: PriceRows) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
-        """Distinct layouts with budgets: positions in the group, tokens, and which of them each row is."""
-        inside = np.searchsorted(self.positions, rows.layout)
-        key = inside * (int(rows.tokens_per_gpu.max()) + 1) + rows.tokens_per_gpu
-        _, first, point = np.unique(key, return_index=True, return_inverse=True)
-        return inside[first], rows.tokens_per_gpu[first], point
+        """The rows' distinct points: positions of their layouts in the group, tokens, and which of them each row is."""
+        at, tokens = self.points
+        used = np.zeros(len(at), dtype=bool)
+        used[rows.point] = True
+        number = np.cumsum(used) - 1
+        return at[used], tokens[used], number[rows.point]
 
     def _seconds(
         self, at: NDArray[np.intp], tokens: NDArray[np.intp], options: TrainTimeOptions, *, forward_only: bool = False

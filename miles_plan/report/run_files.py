@@ -26,7 +26,10 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class TaskRun:
-    """One measured run of a task, in seconds since the run began. attempt counts from 0."""
+    """One measured run of a task, in seconds since the run began. attempt counts from 0.
+
+    peak_bytes: the most that a GPU of its group held meanwhile, whoever held it; 0 where nothing was measured.
+    """
 
     task: str
     loop: str
@@ -35,6 +38,7 @@ class TaskRun:
     start_s: float
     end_s: float
     attempt: int
+    peak_bytes: int = 0
 
     @property
     def took_s(self) -> float:
@@ -132,7 +136,7 @@ def _is_event(row: Any) -> bool:
 
 
 def _task_run(row: Row) -> TaskRun:
-    attempt = row.get("attempt", 0)
+    attempt, peak_bytes = row.get("attempt", 0), row.get("peak_bytes", 0)
     return TaskRun(
         task=row["task"],
         loop=row["loop"],
@@ -141,6 +145,7 @@ def _task_run(row: Row) -> TaskRun:
         start_s=float(row["start_s"]),
         end_s=float(row["end_s"]),
         attempt=attempt if isinstance(attempt, int) else 0,
+        peak_bytes=peak_bytes if isinstance(peak_bytes, int) else 0,
     )
 
 

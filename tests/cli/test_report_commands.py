@@ -49,7 +49,8 @@ def test_report_of_a_plan_lies_beside_it(plan_file: Path, capsys: pytest.Capture
 
 def test_report_of_a_run_lies_in_it(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report(run_dir)
-    assert capsys.readouterr().out == f"{run_dir / 'report.html'}\n{run_dir / 'trace.json'}\n"
+    written = (run_dir / name for name in ("report.html", "trace.json", "measured.json"))
+    assert capsys.readouterr().out == "".join(f"{path}\n" for path in written)
     assert json.loads((run_dir / "trace.json").read_text(encoding="utf-8"))["otherData"]["plan"] == "quickstart"
 
 

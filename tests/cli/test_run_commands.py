@@ -67,7 +67,7 @@ def test_a_bad_spec_is_refused_with_its_places(tmp_path: Path) -> None:
 def test_what_the_executor_cannot_run_is_refused_before_anything_starts(tmp_path: Path) -> None:
     done = miles_plan("run", "specs/grpo_qwen3_30b_a3b.yaml", "--run-dir", str(tmp_path / "run"))
     assert done.returncode == 1
-    assert "MP430" in done.stderr
+    assert "MP433" in done.stderr
     assert not (tmp_path / "run" / "run.json").exists()
 
 

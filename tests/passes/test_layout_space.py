@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -65,3 +68,19 @@ def test_a_layout_nobody_fixed_is_refused_with_all_its_reasons() -> None:
     layout = RolloutLayout(engines=3, tp=5, ep=5)
     reasons = list(rollout_obstacles(layout, find_model("qwen3-8b"), room(8)))
     assert len(reasons) == 4
+
+
+@given(st.sampled_from(MODELS), st.sampled_from([1, 2, 6, 8, 16, 48]), st.sampled_from([1, 7, 512]))
+@settings(max_examples=25, deadline=None)
+def test_every_size_that_divides_is_found(name: str, num_gpus: int, sequences: int) -> None:
+    model = find_model(name)
+    here = replace(room(num_gpus), sequences=sequences)
+    found = {(each.tp, each.pp, each.cp, each.ep, each.etp) for each in train_layouts(model, here)}
+    experts = model.moe.experts if model.moe else 1
+    for tp, pp, cp, ep in itertools.product((1, 2, 4, 8), (1, 2, 3, 4, 6, 8), (1, 2, 4, 8), (1, 2, 4, 8, 16)):
+        if num_gpus % (tp * pp * cp) or experts % ep:
+            continue
+        dp = num_gpus // (tp * pp * cp)
+        stages = even_stages(model.num_layers, pp)
+        layout = TrainLayout(dp=dp, tp=tp, pp=pp, cp=cp, ep=ep, sequence_parallel=tp > 1, stage_layers=stages)
+        assert ((tp, pp, cp, ep, 1) in found) == (not list(train_obstacles(layout, model, here))), layout

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from miles_plan.backends.executor.device_memory import visible_gpus, watched
+
 T = TypeVar("T")
 
 HOST_THREADS = 4  # a slow reward must not hold up the advantages of the iteration before it
@@ -22,39 +24,48 @@ HOST_THREADS = 4  # a slow reward must not hold up the advantages of the iterati
 
 @dataclass(frozen=True, slots=True)
 class Timed(Generic[T]):
-    """What a function returned, and the seconds it took in its process."""
+    """What a function returned, the seconds it took in its process, and the most that its GPU held meanwhile (0: no GPU)."""
 
     report: T
     seconds: float
+    peak_bytes: int = 0
 
 
 class Actor:
     """What runs inside a worker process."""
 
-    def __init__(self, name: str, threads: int) -> None:
-        """`threads`: how many compute threads this process uses, the same at every start of the run."""
+    def __init__(self, name: str, threads: int, on_gpu: bool = False) -> None:
+        """threads: compute threads of this process, the same at every start of the run; on_gpu: its GPU's memory is watched."""
         self.name = name
         self.slots: dict[str, Any] = {}
         os.environ["OMP_NUM_THREADS"] = str(threads)  # torch is imported later, and reads it then
         self.threads = threads
+        self.gpu = next(iter(visible_gpus()), None) if on_gpu else None
 
     def make(self, slot: str, factory: Callable[..., Any], *arguments: Any) -> Timed[int]:
         """Put what `factory` returns into a slot; reports the process id."""
         began = time.perf_counter()
-        self.slots[slot] = factory(*arguments)
-        return Timed(os.getpid(), time.perf_counter() - began)
+        with watched(self.gpu) as peak:
+            self.slots[slot] = factory(*arguments)
+        return Timed(os.getpid(), time.perf_counter() - began, peak.used_bytes)
 
     def apply(self, slot: str, function: Callable[..., Any], *arguments: Any) -> Timed[Any]:
         """Call `function` with the slot's object first."""
         began = time.perf_counter()
-        report = function(self.slots[slot], *arguments)
-        return Timed(report, time.perf_counter() - began)
+        with watched(self.gpu) as peak:
+            report = function(self.slots[slot], *arguments)
+        return Timed(report, time.perf_counter() - began, peak.used_bytes)
+
+    def apply_pair(self, slot: str, other: str, function: Callable[..., Any], *arguments: Any) -> Timed[Any]:
+        """Call `function` with the objects of two slots first; None for the second where this process does not hold it."""
+        return self.apply(slot, function, self.slots.get(other), *arguments)
 
     def produce(self, slot: str, function: Callable[..., tuple[Any, ...]], *arguments: Any) -> tuple[Any, ...]:
         """Like `apply` for a function that returns a report and then large values, which stay in the object store."""
         began = time.perf_counter()
-        report, *values = function(self.slots[slot], *arguments)
-        return Timed(report, time.perf_counter() - began), *values
+        with watched(self.gpu) as peak:
+            report, *values = function(self.slots[slot], *arguments)
+        return Timed(report, time.perf_counter() - began, peak.used_bytes), *values
 
     def close(self) -> None:
         """Close what the slots hold."""
@@ -75,12 +86,22 @@ class Actor:
 class Calls:
     """The same call on several actors: references to their reports and, where asked, to the values they produced.
 
-    slot: what was called, `host` or a group's name.
+    slot: what was called, `host` or a group's name; owners: of calls on several slots, whose each report is.
     """
 
     slot: str
     reports: tuple[Any, ...]
     values: tuple[Any, ...] = ()
+    owners: tuple[str, ...] = ()
+
+    def owner(self, index: int) -> str:
+        """The slot that a report comes from."""
+        return self.owners[index] if self.owners else self.slot
+
+    def beside(self, other: Calls) -> Calls:
+        """Both at once, as one wait: this one's reports first."""
+        owners = tuple(each.owner(index) for each in (self, other) for index in range(len(each.reports)))
+        return Calls(self.slot, (*self.reports, *other.reports), (*self.values, *other.values), owners)
 
 
 class Members:
@@ -105,6 +126,11 @@ class Members:
     def call(self, function: Callable[..., Any], *arguments: Any) -> Calls:
         """`function(engine, *arguments)` on every rank; references among the arguments are followed."""
         return Calls(self.slot, tuple(actor.apply.remote(self.slot, function, *arguments) for actor in self.actors))
+
+    def call_with(self, other: str, function: Callable[..., Any], *arguments: Any) -> Calls:
+        """`function(engine, other_engine, *arguments)` on every rank, with what its process holds of the other slot."""
+        made = (actor.apply_pair.remote(self.slot, other, function, *arguments) for actor in self.actors)
+        return Calls(self.slot, tuple(made))
 
     def call_each(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Calls:
         """`function(engine, *arguments[rank])` on every rank."""
@@ -149,7 +175,7 @@ def start_actor(name: str, *, threads: int, resources: dict[str, float], placeme
         scheduling_strategy=strategy,
         max_concurrency=HOST_THREADS if placement is None else 1,
         max_restarts=0,
-    ).remote(name, threads)
+    ).remote(name, threads, bool(resources.get("GPU")))
 
 
 def _with_control(actor: type[Actor]) -> type[Actor]:

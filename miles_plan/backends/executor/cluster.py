@@ -8,6 +8,7 @@ import math
 import os
 import secrets
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -38,6 +39,9 @@ RAY_ENVIRONMENT = {
     # step of the quickstart took 20 times as long (10.5 s instead of 0.2 s to generate).
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "0",
+    # SGLang starts its ranks so; a trainer that sends them weights must agree with them on how NCCL shares memory.
+    "NCCL_CUMEM_ENABLE": "0",
+    "NCCL_NVLS_ENABLE": "0",
 }
 
 
@@ -238,6 +242,12 @@ def _token_file(folder: Path) -> Path:
     with os.fdopen(descriptor, "w", encoding="ascii") as file:
         file.write(token)
     return path
+
+
+def free_port() -> int:
+    """A TCP port on the loopback device that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def _short_temporary() -> str | None:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from miles_plan.backends.executor.actors import Calls, Members, start_actor
-from miles_plan.backends.executor.cluster import Session, bundle
+from miles_plan.backends.executor.cluster import Session, bundle, free_port
+from miles_plan.backends.executor.dataflow import tasks_of
 from miles_plan.backends.executor.engine_factories import FACTORIES, Places
 from miles_plan.backends.executor.host import open_host
 from miles_plan.backends.executor.initial_model import finish_initial_model
 from miles_plan.backends.executor.operations.operation import Wait, Waiting
+from miles_plan.backends.executor.operations.residency import offload_rank, onload_rank
 from miles_plan.ir.graph import TaskGraph
 from miles_plan.ir.group import DeviceGroup, GpuSpan
 from miles_plan.ir.plan import Plan
+from miles_plan.ir.tasks import Offload
 
 HOST = "host"
 
@@ -53,6 +56,7 @@ class Crew:
     model_folder: Path
     model_process: int | None
     data_folder: Path
+    logs_folder: Path
     threads: int
     config: Mapping[str, Any]
     gpus: dict[int, Any] = field(default_factory=dict)
@@ -119,11 +123,31 @@ class Crew:
         return self.host.make(open_host, lambda _: (self.plan, self.data_folder, self.config))
 
     def _build_engines(self, groups: Sequence[str], version: int) -> Waiting[None]:
+        """One group after another.
+
+        Where groups take turns on GPUs, each makes room before the next comes: an engine sizes itself by the memory that it
+        finds free. At the end the trainer is awake, which is how the first iteration wants it.
+        """
         self.generation += 1
         for group in self.groups:
             if group.name in groups:
                 pids = yield Wait(f"engines of @{group.name}", self._build_group(group.group, version))
                 self.pids |= dict(zip(self.members[group.name].places, pids, strict=True))
+                yield from self._move(group, offload_rank)
+        for group in self.groups:
+            if group.name in groups and group.group.role == "train":
+                yield from self._move(group, onload_rank)
+
+    def _move(self, group: PlacedGroup, function: Callable[..., Any]) -> Waiting[None]:
+        """Put away, or take back, what a group puts away in every iteration; embedded engines share a GPU from the start."""
+        parts = tuple(
+            dict.fromkeys(
+                part for task in tasks_of(self.plan.graph, Offload) if task.group == group.name for part in task.parts
+            )
+        )
+        if parts and group.group.engine != "torch":
+            verb = "put away" if function is offload_rank else "take back"
+            yield Wait(f"@{group.name}: {verb} {', '.join(parts)}", self.members[group.name].call(function, parts))
 
     def _build_group(self, group: DeviceGroup, version: int) -> Calls:
         temporary = Path(self.session.belongings.temporary)
@@ -131,6 +155,8 @@ class Crew:
             model=Path(self.plan.run.model.checkpoint or self.model_folder),
             parked=temporary / f"parked-{self.generation}",
             rendezvous=temporary / f"rendezvous-{self.generation}",
+            logs=self.logs_folder,
+            port=free_port() if group.role == "train" and group.engine != "torch" else 0,
         )
         places.rendezvous.mkdir(mode=0o700, exist_ok=True)
         extra = (version,) if group.role == "train" else ()

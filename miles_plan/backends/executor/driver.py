@@ -18,7 +18,10 @@ PEERS_WAIT_S = 5.0  # how long the other ranks get to come back after one has fa
 
 @dataclass
 class Running:
-    """An operation under way. deadline_at and since are of `time.monotonic`, started_at is of `time.time`."""
+    """An operation under way. deadline_at and since are of `time.monotonic`, started_at is of `time.time`.
+
+    peak_bytes: the most that a GPU of its processes held, of all that is on it; 0 where none was watched.
+    """
 
     name: str
     operation: Generator[Wait, list[Any], Any]
@@ -34,15 +37,16 @@ class Running:
     reports: list[Any] = field(default_factory=list)
     slowest_s: float = 0.0
     busy_s: float = 0.0
+    peak_bytes: int = 0
 
     @property
     def age_s(self) -> float:
         """Seconds since what it waits for was asked."""
         return time.monotonic() - self.since
 
-    def failed(self, cause: Cause, message: str) -> Failure:
-        """How it failed, with what it was waiting for."""
-        slot, subject = (self.wait.calls.slot, self.wait.subject) if self.wait else ("", self.name)
+    def failed(self, cause: Cause, message: str, place: int = 0) -> Failure:
+        """How it failed, with what it was waiting for; place: whose report it was, where one failed."""
+        slot, subject = (self.wait.calls.owner(place), self.wait.subject) if self.wait else ("", self.name)
         return Failure(cause=cause, slot=slot, subject=subject, message=message, age_s=self.age_s if self.wait else 0.0)
 
 
@@ -95,9 +99,10 @@ class Driver:
         try:
             timed = ray.get(ref)
         except Exception as error:
-            return self._end(running, failure=self._failure_of_call(running, error), error=error)
+            return self._end(running, failure=self._failure_of_call(running, error, place), error=error)
         running.reports[place] = timed.report
         running.slowest_s = max(running.slowest_s, timed.seconds)
+        running.peak_bytes = max(running.peak_bytes, timed.peak_bytes)
         if running.pending:
             return None
         running.busy_s += running.slowest_s
@@ -121,14 +126,14 @@ class Driver:
                 return None
             reports = []
 
-    def _failure_of_call(self, running: Running, error: BaseException) -> Failure:
+    def _failure_of_call(self, running: Running, error: BaseException, place: int) -> Failure:
         """One rank failed: whether its process lives, and whether the others have come back too."""
         from ray.exceptions import RayActorError
 
         cause: Cause = "died" if isinstance(error, RayActorError) else "raised"
         if cause == "raised" and not self._peers_came_back(running):
             cause = "died"
-        return running.failed(cause, _text(error))
+        return running.failed(cause, _text(error), place)
 
     def _peers_came_back(self, running: Running) -> bool:
         import ray

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from miles_plan.backends.engine import RolloutEngine, TrainEngine
 from miles_plan.backends.executor.dataflow import tasks_of
 from miles_plan.backends.executor.engines import RolloutRank, TrainRank
 from miles_plan.ir.graph import TaskGraph
@@ -22,15 +23,32 @@ DEFAULT_MICRO_BATCH_TOKENS = 8192
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """Folders that engines need: the initial model, and where offloaded parts and rendezvous files go."""
+    """What engines need of the machine: the initial model, folders for offloaded parts, rendezvous files and engines' output,
+    and a free port on the loopback device where the trainer's ranks meet."""
 
     model: Path
     parked: Path
     rendezvous: Path
+    logs: Path
+    port: int = 0
 
 
 def make_train_rank(plan: Plan, group: DeviceGroup, places: Places, rank: int, threads: int, version: int) -> TrainRank:
-    """One rank of the embedded trainer, in the process that calls this. Collective over the group."""
+    """One rank of a trainer, in the process that calls this. Collective over the group."""
+    return TrainRank(TRAINERS[group.engine](plan, group, places, rank, threads), rank, version)
+
+
+def make_rollout_rank(plan: Plan, group: DeviceGroup, places: Places, rank: int, threads: int) -> RolloutRank:
+    """One rank of a rollout engine, in the process that calls this. Collective over the engine's ranks."""
+    layout = group.rollout_layout
+    assert layout is not None, "a rollout group has a rollout layout"
+    index, rank_in_engine = divmod(rank, layout.gpus_per_engine)
+    engine = ROLLOUT_ENGINES[group.engine](plan, group, places, rank, threads)
+    return RolloutRank(engine, index, layout.engines, rank_in_engine)
+
+
+def torch_trainer(plan: Plan, group: DeviceGroup, places: Places, rank: int, threads: int) -> TrainEngine:
+    """The embedded trainer."""
     import torch
 
     from miles_plan.backends.torch_engine.options import TrainEngineOptions
@@ -51,12 +69,36 @@ def make_train_rank(plan: Plan, group: DeviceGroup, places: Places, rank: int, t
         device=_device(plan),
         seed=plan.run.seed,
     )
-    engine = TorchTrainEngine(options, rank=rank, rendezvous=_rendezvous(places, group, group.train_layout.world_size))
-    return TrainRank(engine, rank, version)
+    return TorchTrainEngine(options, rank=rank, rendezvous=_rendezvous(places, group, group.train_layout.world_size))
 
 
-def make_rollout_rank(plan: Plan, group: DeviceGroup, places: Places, rank: int, threads: int) -> RolloutRank:
-    """One rank of an embedded rollout engine, in the process that calls this. Collective over the engine's ranks."""
+def megatron_trainer(plan: Plan, group: DeviceGroup, places: Places, rank: int, threads: int) -> TrainEngine:
+    """Megatron-core."""
+    from miles_plan.backends.megatron_engine.factory import make_engine
+
+    return make_engine(plan, group, **_trainer_arguments(places, group, rank, threads))
+
+
+def fsdp_trainer(plan: Plan, group: DeviceGroup, places: Places, rank: int, threads: int) -> TrainEngine:
+    """PyTorch FSDP2 around the transformers implementation."""
+    from miles_plan.backends.fsdp_engine.factory import make_engine
+
+    return make_engine(plan, group, **_trainer_arguments(places, group, rank, threads))
+
+
+def _trainer_arguments(places: Places, group: DeviceGroup, rank: int, threads: int) -> dict[str, Any]:
+    return {
+        "model_directory": places.model,
+        "host_directory": places.parked / group.name,
+        "rank": rank,
+        "master_address": "127.0.0.1",
+        "master_port": places.port,
+        "threads": threads,
+    }
+
+
+def torch_rollout_engine(plan: Plan, group: DeviceGroup, places: Places, rank: int, threads: int) -> RolloutEngine:
+    """The embedded rollout engine."""
     import torch
 
     from miles_plan.backends.torch_engine.options import RolloutEngineOptions
@@ -81,11 +123,24 @@ def make_rollout_rank(plan: Plan, group: DeviceGroup, places: Places, rank: int,
         **given,
     )
     rendezvous = _rendezvous(places, group, layout.gpus_per_engine, engine=index)
-    return RolloutRank(
-        TorchRolloutEngine(options, rank=rank_in_engine, rendezvous=rendezvous), index, layout.engines, rank_in_engine
+    return TorchRolloutEngine(options, rank=rank_in_engine, rendezvous=rendezvous)
+
+
+def sglang_engine(plan: Plan, group: DeviceGroup, places: Places, rank: int, threads: int) -> Any:
+    """SGLang: the first rank of an engine starts it on the GPUs of all of them."""
+    from miles_plan.backends.sglang_engine.factory import make_engine
+
+    return make_engine(
+        plan, group, model_directory=places.model, rank=rank, rendezvous=places.rendezvous, log_directory=places.logs
     )
 
 
+TRAINERS: dict[str, Callable[..., TrainEngine]] = {
+    "torch": torch_trainer,
+    "megatron": megatron_trainer,
+    "fsdp2": fsdp_trainer,
+}
+ROLLOUT_ENGINES: dict[str, Callable[..., Any]] = {"torch": torch_rollout_engine, "sglang": sglang_engine}
 FACTORIES: dict[str, Callable[..., Any]] = {"train": make_train_rank, "rollout": make_rollout_rank}
 
 

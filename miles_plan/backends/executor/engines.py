@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import Any
 
 from miles_plan.backends.engine import EngineError, RolloutEngine, TrainEngine
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass
@@ -18,6 +15,7 @@ class TrainRank:
     engine: TrainEngine
     rank: int
     version: int = 0
+    senders: dict[str, Any] = field(default_factory=dict)  # process groups to rollout engines, by name
 
     def at(self, version: int) -> TrainEngine:
         """The engine, sure to hold that version. EngineError if the driver and this rank disagree."""

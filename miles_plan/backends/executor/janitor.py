@@ -23,7 +23,7 @@ from typing import IO
 
 MARKER = "MILES_PLAN_SESSION"
 SHARED_MEMORY = Path("/dev/shm")
-SEGMENT_PREFIX = "miles-plan-weights-"  # of `torch_engine.weight_exchange`, which this process does not import: it loads torch
+SEGMENT_PREFIX = "miles-plan-weights-"  # of `weight_transport.shared_memory`, which is not imported here: it loads torch
 DISMISSED = b"done\n"
 
 

@@ -93,11 +93,22 @@ def _loopback() -> Check:
         return Check("loopback", "problem", str(error.strerror), "Ray listens on 127.0.0.1 only and needs it")
 
 
-def _gpus() -> Check:
+def gpu_names() -> list[str]:
+    """Name and memory of every NVIDIA GPU, as its driver's tool prints them; empty where there is none."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return Check("GPUs", "ok", "none; specs with cluster.gpu: cpu run here")
+        return []
     query = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-    names = [line.strip() for line in answer.stdout.splitlines() if line.strip()]
-    return Check("GPUs", "ok" if names else "warning", "; ".join(names) or answer.stderr.strip()[:100])
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.strip() for line in answer.stdout.splitlines() if line.strip()] if answer.returncode == 0 else []
+
+
+def _gpus() -> Check:
+    if shutil.which("nvidia-smi") is None:
+        return Check("GPUs", "ok", "none; specs with cluster.gpu: cpu run here")
+    names = gpu_names()
+    found = "; ".join(names) or "nvidia-smi is there and shows none"
+    return Check("GPUs", "ok" if names else "warning", found, "the driver does not answer, or this container has no GPU")

@@ -8,10 +8,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from miles_plan.backends.executor.checkpoint_files import mismatches
 from miles_plan.backends.executor.data_sources import Rows, source_file
+from miles_plan.backends.executor.device_memory import visible_gpus
 from miles_plan.backends.executor.host import code_path, model_config, open_tokenizer
 from miles_plan.backends.executor.run_directory import RunDirectory
 from miles_plan.backends.executor.unsupported import unsupported
+from miles_plan.catalog.hf_config import architecture_from_hf_config
 from miles_plan.data.demonstrations import check_demonstrations
 from miles_plan.data.problem import DataError
 from miles_plan.data.prompts import check_prompts
@@ -20,12 +23,15 @@ from miles_plan.ir.plan import Plan
 from miles_plan.ir.tasks import Evaluate, Prompts, Reward
 from miles_plan.rewards.registry import RewardError, locate
 
+LISTED_MISMATCHES = 5
+
 
 def preflight(plan: Plan, directory: RunDirectory) -> list[Diagnostic]:
     """Everything that would stop the run early, all at once. Data that a generator makes is made here."""
     found = unsupported(plan)
     if not found:
-        found = [*_environment(plan), *_model(plan), *_tokenizer(plan), *_data(plan, directory.data), *_rewards(plan)]
+        found = [*_environment(plan), *_gpus(plan), *_model(plan), *_tokenizer(plan)]
+        found += [*_data(plan, directory.data), *_rewards(plan)]
     return found
 
 
@@ -45,14 +51,32 @@ def _environment(plan: Plan) -> Iterator[Diagnostic]:
         try:
             installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            yield error(
-                "MP423", f"the plan needs {name} {wanted}, which is not installed", help="pip install 'miles-plan[run]'"
-            )
+            yield error("MP423", f"the plan needs {name} {wanted}, which is not installed", help=_get(name, wanted))
             continue
         if not satisfies(installed, wanted):
             yield error(
                 "MP424", f"the plan needs {name} {wanted}, {installed} is installed", help=f"pip install '{name}{_pin(wanted)}'"
             )
+
+
+def _get(name: str, wanted: str) -> str:
+    """How to get a package in the release that the plan wants."""
+    exact = f"pip install '{name}{_pin(wanted)}'"
+    return "pip install 'miles-plan[run]'" if wanted.startswith(">=") else f"{exact}; `miles-plan doctor` lists what fits it"
+
+
+def _gpus(plan: Plan) -> Iterator[Diagnostic]:
+    """Whether there are as many GPUs as the plan uses; which kind they are, Ray says when it starts."""
+    if plan.cluster.gpu == "cpu":
+        return
+    needed = max((group.gpus.end for group in plan.graph.groups if group.gpus is not None), default=0)
+    if (found := len(visible_gpus())) < needed:
+        yield error(
+            "MP422",
+            f"the plan uses {needed} GPUs ({plan.cluster.gpu}), this machine shows {found}",
+            field="cluster.gpus_per_node",
+            help="compile the spec again for the machine that is there; CUDA_VISIBLE_DEVICES can hide GPUs",
+        )
 
 
 def satisfies(installed: str, wanted: str) -> bool:
@@ -74,10 +98,21 @@ def _pin(wanted: str) -> str:
 
 
 def _model(plan: Plan) -> Iterator[Diagnostic]:
+    checkpoint = plan.run.model.checkpoint
     try:
-        model_config(plan)
+        config = model_config(plan)
     except (OSError, ValueError) as problem:
         yield error("MP437", f"the model's configuration cannot be read: {problem}", field="model.checkpoint")
+        return
+    if checkpoint is not None:
+        architecture = architecture_from_hf_config(dict(config), plan.run.model.name)
+        for mismatch in list(mismatches(architecture, Path(checkpoint)))[:LISTED_MISMATCHES]:
+            yield error(
+                "MP437",
+                f"the checkpoint does not match its configuration: {mismatch}",
+                field="model.checkpoint",
+                help="use the config.json that belongs to the weights",
+            )
 
 
 def _tokenizer(plan: Plan) -> Iterator[Diagnostic]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from miles_plan.backends.engine import EngineError
 from miles_plan.backends.executor.crew import Crew, component_of
-from miles_plan.backends.executor.operations.operation import Context, Wait, Waiting, places
-from miles_plan.backends.executor.operations.publish import publish
-from miles_plan.backends.executor.operations.weight_sync import take_weights
+from miles_plan.backends.executor.operations.deliver import deliver
+from miles_plan.backends.executor.operations.operation import Context, Waiting
 from miles_plan.ir.graph import TaskGraph
 from miles_plan.ir.tasks import WeightSync
 
@@ -26,14 +26,10 @@ def rebuild(context: Context, crew: Crew, group: str) -> Waiting[None]:
     yield from crew.replace_engines(component_of(context.flow.graph, group))
     if isinstance(context.task, WeightSync) or version is None:
         return  # the task brings its own
-    publication = context.state.published.get(version)
-    if publication is None:
-        if context.state.trainer_version != version:
-            raise RollbackNeededError
-        publication = yield from publish(context, version)
-    members = crew.members[group]
-    calls = members.call(take_weights, version, publication.buckets)
-    acknowledged = yield Wait(f"{places(members)}: take weights version {version}", calls)
-    if any(each != version for each in acknowledged):
+    if version not in context.state.published and context.state.trainer_version != version:
         raise RollbackNeededError
+    try:
+        yield from deliver(context, crew.members[group], version)
+    except EngineError as error:
+        raise RollbackNeededError from error
     context.state.served[group] = version

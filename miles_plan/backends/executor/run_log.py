@@ -151,6 +151,7 @@ class RunLog:
                 end_s=max(start_s, time.time() - self.epoch),
                 busy_s=running.busy_s,
                 attempt=running.attempt,
+                peak_bytes=running.peak_bytes,
             )
         )
 

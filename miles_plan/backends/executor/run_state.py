@@ -22,6 +22,14 @@ class Publication:
     total_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A process group in which a trainer sends weights. actors: who is in it; made anew, they must meet again."""
+
+    actors: Any
+    name: str
+
+
 @dataclass
 class RunState:
     """Mutable, and only the driver's loop changes it.
@@ -29,7 +37,7 @@ class RunState:
     trainer_version: of the policy as the trainer holds it; published: weights waiting to be taken, by version; weights_made:
     the version each training step and sync left behind, by instance; served: what the rollout engines acknowledged, by group,
     None while they have nothing to serve; cursors: rows drawn when a Prompts task's iteration was over, by instance; saved: the
-    cut of the newest checkpoint.
+    cut of the newest checkpoint; links: process groups with the trainer, by rollout group.
     """
 
     trainer_version: Version = 0
@@ -39,6 +47,7 @@ class RunState:
     cursors: dict[Instance, int] = field(default_factory=dict)
     saved: dict[str, int] | None = None
     restarts: int = 0
+    links: dict[str, Link] = field(default_factory=dict)
 
     def cursor_before(self, prompts: str, iteration: int) -> int:
         """Rows that a Prompts task drew in all iterations before this one."""

@@ -11,7 +11,10 @@ from miles_plan.backends.executor.durable_files import naming
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskRun:
-    """One attempt. Seconds since the run first started; busy_s: of the slowest process that worked on it, waiting left out."""
+    """One attempt. Seconds since the run first started; busy_s: of the slowest process that worked on it, waiting left out.
+
+    peak_bytes: the most that a GPU of its processes held meanwhile, whoever held it; 0 on CPUs.
+    """
 
     task: str
     loop: str
@@ -21,6 +24,7 @@ class TaskRun:
     end_s: float
     busy_s: float
     attempt: int
+    peak_bytes: int = 0
 
 
 class TimelineFile:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from miles_plan.backends.torch_engine.config import DecoderConfig
 from miles_plan.backends.torch_engine.experts import Routing, experts_layer
 from miles_plan.backends.torch_engine.mesh import Mesh
 from miles_plan.backends.torch_engine.parallel import enter_tensor_parallel
 from miles_plan.backends.torch_engine.prepared import PreparedWeights
 from miles_plan.backends.torch_engine.weights import Shard, Weights, vocab_range
+from miles_plan.backends.training.decoder_config import DecoderConfig
 from miles_plan.kernels.attention import (
     PackedSequences,
     PreparedKeyValue,

@@ -18,11 +18,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from miles_plan.backends.torch_engine.config import DecoderConfig
 from miles_plan.backends.torch_engine.decoder import Decoder, PagedBatch
 from miles_plan.backends.torch_engine.mesh import open_mesh
 from miles_plan.backends.torch_engine.prepared import PreparedWeights
 from miles_plan.backends.torch_engine.weights import Parameter, Shard, Weights, parameters
+from miles_plan.backends.training.decoder_config import DecoderConfig
 from miles_plan.ir.layout import TrainLayout
 from miles_plan.kernels.attention import PackedSequences, PreparedKeyValue
 from miles_plan.kernels.matmul import matmul

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miles_plan.backends.torch_engine.config import DecoderConfig
 from miles_plan.backends.torch_engine.decoder import Decoder
 from miles_plan.backends.torch_engine.draft import PREFIX, Draft, states_before
 from miles_plan.backends.torch_engine.mesh import Mesh
 from miles_plan.backends.torch_engine.optimizer import ShardedAdamW
-from miles_plan.backends.torch_engine.packed_samples import PackedSamples
 from miles_plan.backends.torch_engine.parameter_buffers import BufferedParameter, ParameterBuffer
 from miles_plan.backends.torch_engine.prepared import PreparedWeights
 from miles_plan.backends.torch_engine.weights import Weights
+from miles_plan.backends.training.decoder_config import DecoderConfig
+from miles_plan.backends.training.packed_samples import PackedSamples
 from miles_plan.data.batch import SampleBatch
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from miles_plan.backends.torch_engine.config import DecoderConfig
 from miles_plan.backends.torch_engine.parallel import enter_tensor_parallel, exchange_rows
 from miles_plan.backends.torch_engine.prepared import PreparedWeights
 from miles_plan.backends.torch_engine.weights import Weights
+from miles_plan.backends.training.decoder_config import DecoderConfig
 from miles_plan.kernels.collectives import RankGroup
 from miles_plan.kernels.grouped_matmul import grouped_matmul
 from miles_plan.kernels.matmul import matmul

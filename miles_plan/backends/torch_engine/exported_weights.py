@@ -7,10 +7,6 @@ rank, in the first replica. All functions are collective: every rank of the trai
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -21,11 +17,11 @@ from torch import Tensor
 
 from miles_plan.backends.engine import EngineError, WeightBucket
 from miles_plan.backends.torch_engine.agreement import raise_together
-from miles_plan.backends.torch_engine.config import DecoderConfig
 from miles_plan.backends.torch_engine.mesh import Mesh, stage_layers
-from miles_plan.backends.torch_engine.shard_files import write_model, write_text
-from miles_plan.backends.torch_engine.weight_exchange import SharedMemoryWriter, plan_buckets
 from miles_plan.backends.torch_engine.weights import Shard, Weights, full_names, gather_full_tensors, parameters
+from miles_plan.backends.training.decoder_config import DecoderConfig
+from miles_plan.backends.training.exported_checkpoint import digest, digest_of_model, make_aside, write_aside
+from miles_plan.backends.weight_transport.shared_memory import SharedMemoryWriter, plan_buckets
 from miles_plan.ir.layout import TrainLayout
 
 
@@ -89,17 +85,13 @@ class ExportedWeights:
     def sha256(self) -> str:
         """SHA-256 over all tensors by name, the same for every layout: of each name, dtype, shape and bytes, in model order."""
         names = full_names(self.config)
-        digests = {name: _digest(tensor) for name, tensor in self.own_tensors() if self.mesh.tp.rank == 0}
+        digests = {name: digest(tensor) for name, tensor in self.own_tensors() if self.mesh.tp.rank == 0}
         table = torch.zeros(len(names), hashlib.sha256().digest_size, dtype=torch.int32)
         for row, name in enumerate(names):
             if name in digests:
                 table[row] = torch.tensor(list(digests[name]), dtype=torch.int32)
         table = self.mesh.world.all_reduce_sum(table)  # every digest has one owner
-        total = hashlib.sha256()
-        for row, (name, shape) in enumerate(names.items()):
-            total.update(f"{name} {self.dtype} {list(shape)}\n".encode())
-            total.update(bytes(table[row].tolist()))
-        return total.hexdigest()
+        return digest_of_model(names, self.dtype, {name: bytes(table[row].tolist()) for row, name in enumerate(names)})
 
     def write_checkpoint(self, directory: Path, source: Path) -> list[str]:
         """A checkpoint that transformers loads: these weights, with config and tokenizer files from `source`.
@@ -110,30 +102,17 @@ class ExportedWeights:
         aside, error = None, None
         if self.mesh.world.rank == 0:
             try:
-                aside = _make_aside(directory)
+                aside = make_aside(directory)
             except EngineError as caught:
                 error = caught
         raise_together(error, self.mesh.world, f"writing the checkpoint {directory}")
         if aside is not None:
-            return self._write_aside(aside, directory, source)
+            dtype = str(self.dtype).removeprefix("torch.")
+            return write_aside(aside, directory, source, self._all_tensors(), dtype)
         for _, tensor in self.own_tensors():
             if self.mesh.tp.rank == 0:
                 self.mesh.world.send(tensor.cpu(), 0)
         return []
-
-    def _write_aside(self, aside: Path, directory: Path, source: Path) -> list[str]:
-        tensors = self._all_tensors()
-        try:
-            files = write_model(aside, tensors)
-            files += _copy_companions(source, aside, str(self.dtype).removeprefix("torch."))
-            os.rename(aside, directory)
-        except OSError as error:
-            raise EngineError(f"cannot write the checkpoint {directory}: {error}") from error
-        finally:
-            for _ in tensors:  # what was not written: the ranks that send it must not wait for ever
-                pass
-            shutil.rmtree(aside, ignore_errors=True)
-        return files
 
     def _all_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Rank 0 sees every tensor in model order, its own and those that their owners send."""
@@ -144,31 +123,3 @@ class ExportedWeights:
                 yield next(own)
             else:
                 yield name, self.mesh.world.receive(torch.empty(shape, dtype=self.dtype), owners[name])
-
-
-def _digest(tensor: Tensor) -> bytes:
-    copied = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # a storage seen by NumPy cannot be offloaded
-    return hashlib.sha256(copied.view(torch.uint8).numpy().data).digest()
-
-
-def _make_aside(directory: Path) -> Path:
-    if directory.exists():
-        raise EngineError(f"cannot write the checkpoint {directory}: it exists already")
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
-    except OSError as error:
-        raise EngineError(f"cannot write the checkpoint {directory}: {error}") from error
-
-
-def _copy_companions(source: Path, target: Path, dtype: str) -> list[str]:
-    """config.json with the dtype of these weights, and whatever else lies beside the source's weights (tokenizer, template)."""
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    write_text(target / "config.json", json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
-    copied = ["config.json"]
-    for file in sorted(source.iterdir()):
-        weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth") or file.name.endswith(".index.json")
-        if file.is_file() and not weights and file.name != "config.json" and not file.name.startswith("."):
-            shutil.copyfile(file, target / file.name)
-            copied.append(file.name)
-    return copied

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from miles_plan.backends.torch_engine.config import DecoderConfig
+from miles_plan.backends.training.decoder_config import DecoderConfig
 from miles_plan.ir.layout import RolloutLayout, TrainLayout
 from miles_plan.kernels.collectives import RankGroup, open_group
 

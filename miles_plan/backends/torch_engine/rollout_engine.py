@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from miles_plan.backends.engine import EngineError, MemoryReport, Part, Request, WeightBucket
-from miles_plan.backends.torch_engine.config import read_config
 from miles_plan.backends.torch_engine.decoder import Decoder, StageOutput
 from miles_plan.backends.torch_engine.draft_decoder import DraftDecoder, accepted
 from miles_plan.backends.torch_engine.feeds import Feed, first_rows, next_tokens, paged_batch
@@ -22,9 +21,10 @@ from miles_plan.backends.torch_engine.mesh import check_rollout_layout, open_mes
 from miles_plan.backends.torch_engine.options import RolloutEngineOptions
 from miles_plan.backends.torch_engine.prepared import PreparedWeights
 from miles_plan.backends.torch_engine.scheduler import FedSequence, Prompt, Sample, Scheduler, Step
-from miles_plan.backends.torch_engine.storage import free_storage, resident_bytes, restore_storage
-from miles_plan.backends.torch_engine.weight_exchange import read_bucket
 from miles_plan.backends.torch_engine.weights import Shard, load_weights, parameters, pieces_by_name, place
+from miles_plan.backends.training.decoder_config import read_config
+from miles_plan.backends.training.storage import free_storage, resident_bytes, restore_storage
+from miles_plan.backends.weight_transport.shared_memory import read_bucket
 from miles_plan.data.batch import Array, SampleBatch
 from miles_plan.ir.layout import TrainLayout
 from miles_plan.ir.options import SamplingOptions

@@ -13,24 +13,24 @@ from torch import Tensor
 
 from miles_plan.backends.engine import EngineError, MemoryReport, Part, RankLogProbs, WeightBucket, WhichModel
 from miles_plan.backends.torch_engine.agreement import raise_together
-from miles_plan.backends.torch_engine.batch_loss import BatchLoss, missing_columns
-from miles_plan.backends.torch_engine.config import DecoderConfig, read_config
 from miles_plan.backends.torch_engine.decoder import Decoder
 from miles_plan.backends.torch_engine.draft_trainer import DraftTrainer, drafted_rows, num_drafted
 from miles_plan.backends.torch_engine.exported_weights import ExportedWeights
-from miles_plan.backends.torch_engine.host_store import HostStore
 from miles_plan.backends.torch_engine.mesh import Mesh, check_train_layout, open_mesh
-from miles_plan.backends.torch_engine.micro_batches import micro_batches_of_rank
 from miles_plan.backends.torch_engine.optimizer import ShardedAdamW
 from miles_plan.backends.torch_engine.options import TrainEngineOptions
-from miles_plan.backends.torch_engine.packed_samples import PackedSamples, batch_problems, pack_samples
 from miles_plan.backends.torch_engine.parameter_buffers import BufferedParameter, ParameterBuffer
 from miles_plan.backends.torch_engine.pipeline import StageLinks, run_forward, run_forward_backward
 from miles_plan.backends.torch_engine.prepared import PreparedWeights
-from miles_plan.backends.torch_engine.shard_files import read_tensors, write_tensors
-from miles_plan.backends.torch_engine.storage import free_storage, resident_bytes, restore_storage
-from miles_plan.backends.torch_engine.weight_exchange import SharedMemoryWriter
 from miles_plan.backends.torch_engine.weights import Parameter, Shard, Weights, load_weights, parameters, shard_of_rank
+from miles_plan.backends.training.batch_loss import BatchLoss, missing_columns
+from miles_plan.backends.training.decoder_config import DecoderConfig, read_config
+from miles_plan.backends.training.host_store import HostStore
+from miles_plan.backends.training.micro_batches import micro_batches_of_rank
+from miles_plan.backends.training.packed_samples import PackedSamples, batch_problems, pack_samples
+from miles_plan.backends.training.shard_files import read_tensors, write_tensors
+from miles_plan.backends.training.storage import free_storage, resident_bytes, restore_storage
+from miles_plan.backends.weight_transport.shared_memory import SharedMemoryWriter
 from miles_plan.data.batch import SampleBatch
 from miles_plan.ir.options import LossOptions, OptimizerOptions
 

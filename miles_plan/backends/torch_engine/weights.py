@@ -7,7 +7,6 @@ and weight exchange speak Hugging Face's names and full shapes. `parameters` is 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -19,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles_plan.backends.torch_engine.config import DecoderConfig
 from miles_plan.backends.torch_engine.mesh import Mesh, stage_layers
+from miles_plan.backends.training.checkpoint_reader import open_tensors
+from miles_plan.backends.training.decoder_config import DecoderConfig
 from miles_plan.ir.layout import TrainLayout
 
 Weights = dict[str, Tensor]
@@ -142,18 +142,12 @@ def load_weights(directory: Path, config: DecoderConfig, shard: Shard, *, dtype:
 
     ValueError names a tensor that is missing or has another shape; FileNotFoundError names a missing file.
     """
-    from safetensors import safe_open
-
     found = parameters(config, shard)
     weights = empty_weights(found, dtype, device)
     owned = pieces_by_name(found)
-    files = _files_by_tensor(directory)
-    if missing := sorted(set(owned) - set(files)):
-        raise ValueError(f"{directory} lacks {len(missing)} tensors that the model needs, such as '{missing[0]}'")
-    for file in sorted({files[name] for name in owned}):
-        with safe_open(directory / file, framework="pt") as opened:
-            for name in (name for name in owned if files[name] == file):
-                _load_piece(opened.get_slice(name), *owned[name], weights, directory / file)
+    shapes = {name: piece.full_shape for name, (_, piece) in owned.items()}
+    for name, source in open_tensors(directory, shapes):
+        _load_piece(source, *owned[name], weights)
     return weights
 
 
@@ -185,7 +179,7 @@ def initialise_checkpoint(config: Mapping[str, Any], directory: Path, seed: int)
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from miles_plan.backends.torch_engine.config import decoder_config
+    from miles_plan.backends.training.decoder_config import decoder_config
 
     fields = dict(config)
     kind = fields.pop("model_type", None)
@@ -330,23 +324,6 @@ def _gather(local: Tensor, shapes: Sequence[tuple[int, ...]], mesh: Mesh, sharde
     return [part[:size].view(shape) for part, size, shape in zip(parts, sizes, shapes, strict=True)]
 
 
-def _files_by_tensor(directory: Path) -> dict[str, str]:
-    from safetensors import safe_open
-
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        return dict(json.loads(index.read_text())["weight_map"])
-    single = directory / "model.safetensors"
-    if not single.is_file():
-        raise FileNotFoundError(f"neither model.safetensors nor its index in {directory}")
-    with safe_open(single, framework="pt") as opened:
-        return dict.fromkeys(opened.keys(), single.name)
-
-
-def _load_piece(source: Any, parameter: Parameter, piece: Piece, weights: Weights, file: Path) -> None:
-    if tuple(source.get_shape()) != piece.full_shape:
-        raise ValueError(
-            f"{file}: '{piece.name}' has shape {source.get_shape()}, config.json asks for {list(piece.full_shape)}"
-        )
+def _load_piece(source: Any, parameter: Parameter, piece: Piece, weights: Weights) -> None:
     own = slice(piece.start, piece.stop)
     _view(weights[parameter.name], piece).copy_(source[own] if piece.dim == 0 else source[:, own])

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from miles_plan.backends.engine import RolloutEngine, TrainEngine
+from miles_plan.backends.fsdp_engine.options import FsdpEngineOptions
+from miles_plan.backends.fsdp_engine.train_engine import FsdpTrainEngine
+from miles_plan.backends.megatron_engine.options import MegatronEngineOptions
+from miles_plan.backends.megatron_engine.train_engine import MegatronTrainEngine
+from miles_plan.backends.sglang_engine.generation import Routed
+from miles_plan.backends.sglang_engine.rollout_engine import SglangOptions, SglangRolloutEngine
+from miles_plan.backends.sglang_engine.server_arguments import ServerArguments
 from miles_plan.backends.torch_engine.options import RolloutEngineOptions, TrainEngineOptions
 from miles_plan.backends.torch_engine.rollout_engine import TorchRolloutEngine
 from miles_plan.backends.torch_engine.train_engine import TorchTrainEngine
 from miles_plan.backends.torch_engine.weights import initialise_checkpoint
+from tests.backends.megatron_engine import cuda_stand_ins
 
 SIZES: dict[str, Any] = {
     "vocab_size": 41,
@@ -83,8 +93,84 @@ def _torch_rollout(directory: Path) -> RolloutEngine:
     )
 
 
+def _megatron_trainer(directory: Path, host: Path) -> TrainEngine:
+    return MegatronTrainEngine(
+        MegatronEngineOptions(
+            model_directory=directory,
+            host_directory=host,
+            keep_reference=True,
+            micro_batch_tokens=50,
+            dtype="float32",
+            device="cpu",
+        )
+    )
+
+
+def _fsdp_trainer(directory: Path, host: Path) -> TrainEngine:
+    return FsdpTrainEngine(
+        FsdpEngineOptions(
+            model_directory=directory,
+            host_directory=host,
+            keep_reference=True,
+            micro_batch_tokens=50,
+            dtype="float32",
+            device="cpu",
+        )
+    )
+
+
+def _sglang_rollout(directory: Path) -> RolloutEngine:
+    moe = directory.name == "moe"
+    arguments = ServerArguments(
+        model_path=str(directory),
+        dtype="bfloat16",
+        quantization=None,
+        kv_cache_dtype="auto",
+        tp_size=1,
+        pp_size=1,
+        ep_size=1,
+        dp_size=1,
+        enable_dp_attention=False,
+        mem_fraction_static=0.05,
+        max_total_tokens=4096,
+        max_running_requests=16,
+        chunked_prefill_size=8192,
+        max_prefill_tokens=8192,
+        page_size=16,
+        disable_radix_cache=False,
+        attention_backend="triton",
+        sampling_backend="pytorch",
+        cuda_graph_max_bs_decode=16,
+        disable_prefill_cuda_graph=True,
+        enable_deterministic_inference=True,
+        enable_return_routed_experts=moe,
+        enable_memory_saver=True,
+        random_seed=0,
+    )
+    routed = Routed(layers=(0, 1), num_layers=2, num_experts=8, topk=2) if moe else None
+    return SglangRolloutEngine(
+        SglangOptions(
+            arguments=arguments,
+            gpus=("0",),
+            log=directory.parent / "sglang.log",
+            vocab_size=SIZES["vocab_size"],
+            max_positions=SIZES["max_position_embeddings"],
+            routed=routed,
+        )
+    )
+
+
+def need_sglang() -> None:
+    """Skip the test where SGLang or a GPU for it is missing."""
+    if find_spec("sglang") is None or not torch.cuda.is_available():
+        pytest.skip("needs SGLang and a GPU")
+
+
 KINDS: dict[str, dict[str, Any]] = {
     "torch": {"make_trainer": _torch_trainer, "make_rollout": _torch_rollout, "exact": True},
+    "fsdp": {"make_trainer": _fsdp_trainer, "make_rollout": _torch_rollout, "exact": False},
+    "megatron": {"make_trainer": _megatron_trainer, "make_rollout": _torch_rollout, "exact": False},
+    "sglang": {"make_trainer": _torch_trainer, "make_rollout": _sglang_rollout, "exact": False},
 }
 
 
@@ -100,6 +186,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=[(kind, model) for kind in KINDS for model in MODELS], ids="-".join)
 def engines(request: pytest.FixtureRequest, checkpoints: Path, tmp_path: Path) -> Iterator[Engines]:
     kind, model = request.param
+    if kind == "megatron":
+        cuda_stand_ins.need_megatron()
+    elif kind == "sglang":
+        need_sglang()
     made = Engines(model=model, directory=checkpoints / model, scratch=tmp_path, **KINDS[kind])
     yield made
     made.close()

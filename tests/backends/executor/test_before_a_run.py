@@ -14,8 +14,9 @@ from miles_plan.backends.executor.failures import RunError
 from miles_plan.backends.executor.preflight import preflight, satisfies
 from miles_plan.backends.executor.run_directory import RunDirectory
 from miles_plan.backends.executor.unsupported import unsupported
+from miles_plan.backends.torch_engine.weights import initialise_checkpoint
 from miles_plan.ir.group import DeviceGroup
-from miles_plan.ir.layout import TrainLayout
+from miles_plan.ir.layout import RolloutLayout, TrainLayout
 from miles_plan.ir.plan import ClusterSummary, DataSource, ModelSource, Plan, TokenizerSource
 from miles_plan.ir.tasks import Speculation
 from tests.backends.executor.tiny_plans import MOE, tiny_plan
@@ -41,7 +42,8 @@ SPECULATION = Speculation(method="mtp", steps=3, topk=1, draft_tokens=4, accept_
 H200 = ClusterSummary(gpu="h200", nodes=2, gpus_per_node=1, gpu_memory_bytes=1, host_memory_bytes=1)
 
 UNSUPPORTED = {
-    "megatron": (lambda plan: with_group(plan, "train", engine="megatron"), "MP430"),
+    "megatron": (lambda plan: with_group(plan, "train", engine="megatron"), "MP444"),
+    "an engine on the wrong side": (lambda plan: with_group(plan, "train", engine="sglang"), "MP430"),
     "two trainers": (
         lambda plan: replace(
             plan,
@@ -92,6 +94,48 @@ def test_what_can_run_is_not() -> None:
     assert unsupported(tiny_plan(colocated=False, distance=3)) == []
 
 
+def test_a_checkpoint_of_another_model_is_refused(directory: RunDirectory, tmp_path: Path) -> None:
+    initialise_checkpoint(MOE, tmp_path / "model", 0)
+    other = {**MOE, "moe_intermediate_size": 2 * MOE["moe_intermediate_size"]}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(other))
+    plan = tiny_plan(warm=0, model=ModelSource(name="m", checkpoint=str(tmp_path / "model")))
+    findings = preflight(plan, directory)
+    assert {finding.code for finding in findings} == {"MP437"}
+    assert "mlp.experts" in findings[0].message
+
+
+def test_gpus_that_are_not_there_are_missed_before_ray_starts(directory: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    plan = replace(tiny_plan(colocated=False, warm=0), cluster=replace(H200, nodes=1, gpus_per_node=2))
+    (finding,) = preflight(plan, directory)
+    assert finding.code == "MP422"
+    assert "uses 2 GPUs (h200), this machine shows 1" in finding.message
+
+
+SGLANG = {
+    "pipeline stages": ({"pp": 2}, {}, "MP442"),
+    "speculation": ({}, {"speculation": SPECULATION}, "MP436"),
+}
+
+
+@pytest.mark.parametrize("case", SGLANG)
+def test_what_sglang_cannot_do_is_refused_by_name(case: str) -> None:
+    sizes, task, code = SGLANG[case]
+    plan = with_group(tiny_plan(), "rollout", engine="sglang", rollout_layout=RolloutLayout(**sizes))
+    assert code in [finding.code for finding in unsupported(with_task(plan, "rollout", **task))]
+
+
+def test_sglang_beside_the_embedded_trainer_can_run() -> None:
+    assert unsupported(with_group(tiny_plan(), "rollout", engine="sglang")) == []
+
+
+def test_only_the_newest_weights_go_from_gpu_to_gpu() -> None:
+    plan = with_group(tiny_plan(colocated=False, distance=2), "rollout", engine="sglang")
+    findings = unsupported(with_task(plan, "sync", transport="nccl_broadcast"))
+    assert any("only the newest can be sent" in finding.message for finding in findings)
+    assert any("the embedded trainer has no other" in finding.message for finding in findings)
+
+
 def test_every_bad_line_of_a_data_file_is_a_finding_with_its_place(directory: RunDirectory, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "1+1="}\nnot json\n')
@@ -131,8 +175,7 @@ def test_a_reward_that_is_not_there_is_a_finding(directory: RunDirectory) -> Non
 
 
 def test_a_checkpoint_folder_is_enough_of_a_model(directory: RunDirectory, tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(MOE))
+    initialise_checkpoint(MOE, tmp_path / "model", 0)
     plan = tiny_plan(warm=0, model=ModelSource(name="m", checkpoint=str(tmp_path / "model")))
     assert preflight(plan, directory) == []
 

@@ -84,7 +84,7 @@ def test_a_killed_driver_leaves_nothing(belongings: Belongings) -> None:
 
 WRITER = """
 import torch
-from miles_plan.backends.torch_engine.weight_exchange import BucketPlan, SharedMemoryWriter
+from miles_plan.backends.weight_transport.shared_memory import BucketPlan, SharedMemoryWriter
 writer = SharedMemoryWriter()
 bucket = writer.write(1, BucketPlan(0, 0, ("w",), True), [("w", torch.ones(4))])
 print(bucket.handle, flush=True)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from miles_plan.backends.torch_engine import decoder as decoder_module
-from miles_plan.backends.torch_engine.config import read_config
 from miles_plan.backends.torch_engine.decoder import Decoder
 from miles_plan.backends.torch_engine.mesh import check_train_layout, open_mesh
 from miles_plan.backends.torch_engine.prepared import PreparedWeights
@@ -20,6 +19,7 @@ from miles_plan.backends.torch_engine.weights import (
     load_weights,
     shard_of_rank,
 )
+from miles_plan.backends.training.decoder_config import read_config
 from miles_plan.ir.layout import TrainLayout
 from miles_plan.kernels.attention import pack_sequences
 

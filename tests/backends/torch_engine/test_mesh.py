@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miles_plan.backends.torch_engine.config import read_config
 from miles_plan.backends.torch_engine.mesh import (
     check_rollout_layout,
     check_train_layout,
@@ -18,6 +17,7 @@ from miles_plan.backends.torch_engine.mesh import (
     open_mesh,
     stage_layers,
 )
+from miles_plan.backends.training.decoder_config import read_config
 from miles_plan.ir.layout import RolloutLayout, TrainLayout
 
 

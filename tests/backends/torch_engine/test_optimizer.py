@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from miles_plan.backends.torch_engine.mesh import open_mesh
-from miles_plan.backends.torch_engine.optimizer import ShardedAdamW, learning_rate
+from miles_plan.backends.torch_engine.optimizer import ShardedAdamW
 from miles_plan.backends.torch_engine.parameter_buffers import BufferedParameter, ParameterBuffer
+from miles_plan.backends.training.learning_rate import learning_rate
 from miles_plan.ir.layout import TrainLayout
 from miles_plan.ir.options import OptimizerOptions
 from miles_plan.kernels.collectives import RankGroup, single_rank

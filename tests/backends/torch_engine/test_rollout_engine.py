@@ -14,13 +14,11 @@ import pytest
 import torch
 
 from miles_plan.backends.engine import EngineError, Request, RolloutEngine
-from miles_plan.backends.torch_engine.config import read_config
 from miles_plan.backends.torch_engine.decoder import Decoder
 from miles_plan.backends.torch_engine.mesh import open_mesh
 from miles_plan.backends.torch_engine.options import RolloutEngineOptions
 from miles_plan.backends.torch_engine.prepared import PreparedWeights
 from miles_plan.backends.torch_engine.rollout_engine import TorchRolloutEngine
-from miles_plan.backends.torch_engine.weight_exchange import SharedMemoryWriter, plan_buckets
 from miles_plan.backends.torch_engine.weights import (
     full_names,
     gather_full_tensors,
@@ -28,6 +26,8 @@ from miles_plan.backends.torch_engine.weights import (
     load_weights,
     shard_of_rank,
 )
+from miles_plan.backends.training.decoder_config import read_config
+from miles_plan.backends.weight_transport.shared_memory import SharedMemoryWriter, plan_buckets
 from miles_plan.data.batch import SampleBatch
 from miles_plan.ir.layout import RolloutLayout, TrainLayout
 from miles_plan.ir.options import SamplingOptions

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from miles_plan.backends.engine import EngineError, Request, TrainEngine
-from miles_plan.backends.torch_engine import shard_files
 from miles_plan.backends.torch_engine.options import RolloutEngineOptions, TrainEngineOptions
 from miles_plan.backends.torch_engine.rollout_engine import TorchRolloutEngine
 from miles_plan.backends.torch_engine.train_engine import TorchTrainEngine
+from miles_plan.backends.training import shard_files
 from miles_plan.data.batch import Array, SampleBatch, ragged_rows
 from miles_plan.ir.layout import RolloutLayout, TrainLayout
 from miles_plan.ir.options import LossOptions, OptimizerOptions, SamplingOptions

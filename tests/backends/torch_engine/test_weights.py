@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from miles_plan.backends.torch_engine.config import read_config
 from miles_plan.backends.torch_engine.mesh import stage_layers
 from miles_plan.backends.torch_engine.weights import (
     Shard,
@@ -22,6 +21,7 @@ from miles_plan.backends.torch_engine.weights import (
     place,
     vocab_range,
 )
+from miles_plan.backends.training.decoder_config import read_config
 from miles_plan.ir.layout import TrainLayout
 
 FAMILIES = ["llama_biased_llama3_rope", "qwen2", "qwen3_tied", "qwen3_moe_mixed"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from miles_plan.backends.engine import MemoryReport
@@ -20,8 +21,18 @@ def offload_rank(rank: TrainRank | RolloutRank, parts: tuple[Any, ...]) -> Memor
 
 
 def onload_rank(rank: TrainRank | RolloutRank, parts: tuple[Any, ...]) -> MemoryReport:
-    """Bring parts back."""
-    return rank.engine.onload(parts) if isinstance(rank, TrainRank) else rank.engine.wake(parts)
+    """Bring parts back. What a trainer's allocator keeps for its next step makes room for a rollout engine beside it."""
+    if isinstance(rank, TrainRank):
+        return rank.engine.onload(parts)
+    give_back_cached_memory()
+    return rank.engine.wake(parts)
+
+
+def give_back_cached_memory() -> None:
+    """Free what torch holds on this process's GPU for tensors to come; nothing where it has not used one."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def residency(context: Context) -> Operation:

@@ -24,15 +24,15 @@ DRAFT_COUNTS = ("verifications", "verified_tokens", "guesses", "right_guesses") 
 
 def generate_share(
     rank: RolloutRank, drawn: DrawnPrompts, sampling: SamplingOptions, version: int
-) -> tuple[dict[str, int], SampleBatch | None]:
+) -> tuple[dict[str, float], SampleBatch | None]:
     """This engine's share of the prompts. Every rank of an engine generates; the first one hands the samples on."""
     requests = share_of_engine(drawn.requests, rank.index, rank.engines)
     engine = rank.serving(version)
     before = engine.health()
     batch = engine.generate(requests, sampling, min_version=version) if requests else None
     after = engine.health()
-    report = {"tokens": 0 if batch is None else int(batch.response_length.sum())}
-    report |= {name: after.get(name, 0) - before.get(name, 0) for name in DRAFT_COUNTS}
+    report: dict[str, float] = {"tokens": 0 if batch is None else int(batch.response_length.sum())}
+    report |= {name: after.get(name, 0) - before.get(name, 0) for name in (*DRAFT_COUNTS, "generating_s")}
     return report, batch if rank.rank == 0 else None
 
 
@@ -79,12 +79,14 @@ def sampled(
         (report,) = yield Wait("host: accept samples", accepted)
         if not report["problems"]:
             report["figures"] |= draft_figures(made)
+            if slowest_s := max(each["generating_s"] for each in made):
+                report["figures"]["generating_s"] = slowest_s
             return accepted.values[0], report
         context.event("warning", f"{places(engines)}: samples refused", problems=report["problems"], attempt=attempt)
     raise EngineError(f"{places(engines)} returned samples that cannot be used, twice: " + "; ".join(report["problems"]))
 
 
-def draft_figures(reports: Sequence[Mapping[str, int]]) -> dict[str, float]:
+def draft_figures(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """How good the draft was, over all ranks; nothing where it proposed nothing.
 
     accept_length: tokens that one verification gave; accept_rate: share of right ones among the guesses put to the test.

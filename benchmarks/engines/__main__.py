@@ -1,0 +1,121 @@
+"""The real engines, one case after another, each under its own time limit, one result file a case.
+
+    python -m benchmarks.engines OUT_FOLDER [case ...] [--run-dir FOLDER] [--list]
+
+A case that fails or runs out of time leaves its log and what was gathered so far; the others go on. The exit code says whether
+all went well. Cases that need more GPUs than there are, are left out by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.engines.end_to_end import gather
+from miles_plan.backends.executor.device_memory import visible_gpus
+
+NO_SAVES = ("checkpoint.every_steps=1000",)
+SHORT = ("warm_start.steps=40", "algorithm.steps=8", *NO_SAVES)
+EXACT_ENVIRONMENT = {"NCCL_ALGO": "Ring", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A spec with settings. limit_s covers the start of the engines (about 75 s with kernels compiled before) and the run."""
+
+    spec: str
+    settings: tuple[str, ...]
+    limit_s: float
+    gpus: int = 1
+    exact: bool = False
+
+
+CASES = {
+    "colocated": Case("gpu_grpo_0_6b_colocated", SHORT, 150),
+    "learns": Case("gpu_grpo_0_6b_colocated", ("warm_start.steps=400", "algorithm.steps=60", *NO_SAVES), 300),
+    "disaggregated": Case("gpu_grpo_0_6b_disaggregated", SHORT, 150, gpus=2),
+    "fsdp2": Case("gpu_grpo_0_6b_fsdp2", SHORT, 150),
+    "larger": Case("gpu_grpo_1_7b_colocated", SHORT, 200),
+    "moe": Case("gpu_grpo_moe_replay", SHORT, 240),
+    "exact": Case("gpu_grpo_0_6b_exact", SHORT, 240, exact=True),
+}
+BRINGUP = "bringup"
+
+
+def run_case(name: str, case: Case, out: Path, folder: Path) -> bool:
+    """One run; returns whether it ended well within its limit."""
+    run_dir = folder / name
+    shutil.rmtree(run_dir, ignore_errors=True)
+    settings = [part for each in case.settings for part in ("--set", each)]
+    command = [sys.executable, "-m", "miles_plan", "run", f"specs/{case.spec}.yaml", "--run-dir", str(run_dir), *settings]
+    environment = {**os.environ, **(EXACT_ENVIRONMENT if case.exact else {})}
+    done = _within(command, case.limit_s, out / f"{name}.log", environment)
+    if (run_dir / "plan.json").exists():
+        result = json.dumps(gather(run_dir, list(case.settings)), indent=1)
+        (out / f"engines_{name}.json").write_text(result + "\n", encoding="utf-8")
+        if (run_dir / "logs").is_dir():
+            shutil.make_archive(str(out / f"{name}_logs"), "xztar", run_dir / "logs")
+    return done
+
+
+def bring_up(out: Path, folder: Path) -> bool:
+    """One engine alone: speed against SGLang's own loop, sleep, death."""
+    plan = folder / "bringup-plan.json"
+    compiling = [sys.executable, "-m", "miles_plan", "compile", "specs/gpu_grpo_0_6b_colocated.yaml", "-o", str(plan)]
+    subprocess.run(compiling, check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "benchmarks.engines.sglang_bringup", str(plan), str(out / "engines_sglang_bringup.json")]
+    command += ["--model", str(folder / "model"), "--log", str(out / "bringup_sglang.log")]
+    return _within(command, 200.0, out / "bringup.log", dict(os.environ))
+
+
+def _within(command: list[str], limit_s: float, log: Path, environment: dict[str, str]) -> bool:
+    """Run a command; past its limit it is asked to end, which for a run means to save and leave, and then made to."""
+    began = time.perf_counter()
+    with log.open("wb") as sink:
+        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=environment)
+        for wait_s, then in ((limit_s, signal.SIGINT), (20.0, signal.SIGINT), (10.0, signal.SIGKILL)):
+            try:
+                process.wait(wait_s)
+                break
+            except subprocess.TimeoutExpired:
+                process.send_signal(then)
+        code = process.wait()
+    print(f"{log.stem:<16} exit {code:>4}  {time.perf_counter() - began:6.1f} s", flush=True)
+    return code == 0
+
+
+def main() -> int:
+    """All cases that were asked for, in order."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("cases", nargs="*", metavar="case", help=f"of {', '.join((BRINGUP, *CASES))}; by default all")
+    parser.add_argument("--run-dir", type=Path, help="where runs are written; a folder in memory makes checkpoints quick")
+    args = parser.parse_args()
+    names = args.cases or [BRINGUP, *CASES]
+    if unknown := [name for name in names if name not in (BRINGUP, *CASES)]:
+        parser.error(f"no case {', '.join(unknown)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    folder = args.run_dir or Path(tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    gpus, good = len(visible_gpus()), True
+    for name in names:
+        if name == BRINGUP:
+            good &= bring_up(args.out, folder)
+        elif CASES[name].gpus > gpus:
+            print(f"{name:<16} left out: needs {CASES[name].gpus} GPUs, {gpus} here", flush=True)
+        else:
+            good &= run_case(name, CASES[name], args.out, folder)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What every trainer shares, whatever runs its model: batches, micro-batches, losses, offloading, checkpoint files."""

@@ -1,0 +1,57 @@
+"""Planned against measured: what a run's timeline says beside its plan."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from miles_plan.ir.plan import Plan
+from miles_plan.report.measured import measured, table, write_measured
+from miles_plan.report.run_files import read_run
+from tests.report.sample_run import RunWriter
+
+
+@pytest.fixture
+def run(tmp_path: Path, disaggregated_plan: Plan) -> Path:
+    """A run whose GPUs held 1 % more than planned in every phase."""
+    writer = RunWriter(disaggregated_plan)
+    folder = writer.write(tmp_path / "run", rl_iterations=3)
+    lines = [line for line in disaggregated_plan.graph.memory if line.place == "gpu"]
+    planned = {phase.task: phase.total_bytes for line in lines for phase in line.phases}
+    for row in writer.timeline:
+        row["peak_bytes"] = int(planned.get(row["task"], 0) * 1.01)
+    (folder / "timeline.jsonl").write_text("".join(json.dumps(row) + "\n" for row in writer.timeline), encoding="utf-8")
+    return folder
+
+
+def test_every_phase_whose_task_ran_is_compared(run: Path) -> None:
+    found = measured(read_run(run))
+    assert found.memory
+    assert all(row.error == pytest.approx(0.01, abs=1e-6) for row in found.memory)
+
+
+def test_the_first_run_of_a_task_is_not_in_its_median(run: Path) -> None:
+    record = read_run(run)
+    slow = [replace(each, end_s=each.end_s + 100.0) if each.iteration == 0 else each for each in record.runs]
+    began = {each.task for each in slow if each.iteration == 0}
+    rows = [row for row in measured(replace(record, runs=tuple(slow))).times if row.task in began and row.runs > 1]
+    assert rows
+    assert all(row.first_s > 100.0 for row in rows)
+    assert all(row.median_s < 100.0 for row in rows)
+
+
+def test_what_was_not_measured_is_not_compared(run: Path) -> None:
+    record = read_run(run)
+    without = replace(record, runs=tuple(replace(each, peak_bytes=0) for each in record.runs))
+    assert measured(without).memory == ()
+    assert not any("memory" in line for line in table(measured(without)))
+
+
+def test_the_file_holds_what_the_table_shows(run: Path) -> None:
+    path, found = write_measured(run)
+    data = json.loads(path.read_text(encoding="utf-8"))
+    assert [row["phase"] for row in data["memory"]] == [row.phase for row in found.memory]
+    assert len(table(found)) == len(found.memory) + len(found.times) + 2
