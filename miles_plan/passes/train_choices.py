@@ -236,14 +236,13 @@ class _Options:
 
 
 def budget_candidates(workload: StepWorkload, cp: int) -> list[int]:
-    """Micro-batch budgets worth pricing: powers of two from the longest sequence's share up to the whole step on one GPU.
+    """Micro-batch budgets worth pricing: the longest sequence's share, doubled until one holds a whole step on one GPU.
 
     A budget below the longest sequence only fails when that sequence comes.
     """
     floor = max(SMALLEST_BUDGET_TOKENS, -(-workload.longest_tokens // cp))
-    ceiling = min(max(LARGEST_BUDGET_TOKENS, floor), max(floor, int(workload.total_tokens)))
     budgets = [floor]
-    while budgets[-1] * 2 <= ceiling:
+    while budgets[-1] < workload.total_tokens and budgets[-1] * 2 <= LARGEST_BUDGET_TOKENS:
         budgets.append(budgets[-1] * 2)
     return budgets
 

@@ -6,6 +6,8 @@ import base64
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -64,34 +66,36 @@ def responses(outputs: Sequence[Mapping[str, Any]], routed: Routed | None) -> Re
     EngineError for an aborted request, for token ids and log-probs that do not belong together, for log-probs that are not
     finite, and for routing of another shape than the model's.
     """
-    tokens: list[Array] = []
-    log_probs: list[Array] = []
-    routing: list[Array] = []
-    stopped = []
     for index, output in enumerate(outputs):
-        meta = output["meta_info"]
-        reason = meta.get("finish_reason") or {}
-        if reason.get("type") not in ("stop", "length"):
-            raise EngineError(f"sglang: request {index} was not finished: {reason.get('message') or reason}")
-        ids = np.asarray(output["output_ids"], dtype=np.int32)
-        scored = meta["output_token_logprobs"]
-        if not np.array_equal(np.fromiter((entry[1] for entry in scored), dtype=np.int32, count=len(scored)), ids):
-            raise EngineError(f"sglang: request {index}: {len(scored)} log-probs that are not those of its {len(ids)} tokens")
-        tokens.append(ids)
-        log_probs.append(np.fromiter((entry[0] for entry in scored), dtype=np.float32, count=len(scored)))
-        stopped.append(reason["type"] == "stop")
-        if routed is not None:
-            routing.append(_experts(meta, routed, index, int(meta["prompt_tokens"]) + len(ids) - 1))
-    flat = np.concatenate(log_probs) if log_probs else np.zeros(0, dtype=np.float32)
-    if not np.isfinite(flat).all():
+        _check_finished(index, output)
+    lengths = np.array([len(output["output_ids"]) for output in outputs], dtype=np.int32)
+    total = int(lengths.sum())
+    tokens = np.fromiter(chain.from_iterable(output["output_ids"] for output in outputs), dtype=np.int32, count=total)
+    # all at once: a NumPy call a sample would cost more than the tokens of a short response
+    scored = list(chain.from_iterable(output["meta_info"]["output_token_logprobs"] for output in outputs))
+    if not np.array_equal(np.fromiter(map(itemgetter(1), scored), dtype=np.int32, count=total), tokens):
+        raise EngineError("sglang: log-probs that are not those of the tokens they came with")
+    log_probs = np.fromiter(map(itemgetter(0), scored), dtype=np.float32, count=total)
+    if not np.isfinite(log_probs).all():
         raise EngineError("sglang: a log-prob is not finite; check the weights")
-    return Responses(
-        tokens=np.concatenate(tokens) if tokens else np.zeros(0, dtype=np.int32),
-        log_probs=flat,
-        lengths=np.array([len(each) for each in tokens], dtype=np.int32),
-        stopped=np.array(stopped, dtype=bool),
-        routing=np.concatenate(routing) if routing else None,
-    )
+    routing = None
+    if routed is not None:
+        fed = [int(output["meta_info"]["prompt_tokens"]) + len(output["output_ids"]) - 1 for output in outputs]
+        parts = [_experts(output["meta_info"], routed, at, fed[at]) for at, output in enumerate(outputs)]
+        routing = np.concatenate(parts) if parts else None
+    stopped = np.array([output["meta_info"]["finish_reason"]["type"] == "stop" for output in outputs], dtype=bool)
+    return Responses(tokens=tokens, log_probs=log_probs, lengths=lengths, stopped=stopped, routing=routing)
+
+
+def _check_finished(index: int, output: Mapping[str, Any]) -> None:
+    """EngineError for a request that was aborted, or whose log-probs are not as many as its tokens."""
+    meta = output["meta_info"]
+    reason = meta.get("finish_reason") or {}
+    if reason.get("type") not in ("stop", "length"):
+        raise EngineError(f"sglang: request {index} was not finished: {reason.get('message') or reason}")
+    if len(meta["output_token_logprobs"]) != len(output["output_ids"]):
+        counts = f"{len(meta['output_token_logprobs'])} log-probs that are not those of its {len(output['output_ids'])} tokens"
+        raise EngineError(f"sglang: request {index}: {counts}")
 
 
 def _experts(meta: Mapping[str, Any], routed: Routed, index: int, rows: int) -> Array:

@@ -87,7 +87,7 @@ def test_samples_hold_what_was_asked_and_answered(shapes: list[tuple[int, list[i
         (lambda made: made["meta_info"].update(finish_reason={"type": "abort", "message": "Aborted"}), "Aborted"),
         (lambda made: made["meta_info"].update(finish_reason=None), "not finished"),
         (lambda made: made["meta_info"]["output_token_logprobs"].pop(), "1 log-probs that are not those of its 2 tokens"),
-        (lambda made: made.update(output_ids=[7, 9]), "not those"),
+        (lambda made: made.update(output_ids=[7, 9]), "not those of the tokens"),
         (lambda made: made["meta_info"].update(output_token_logprobs=[(float("nan"), 7, None), (-1.0, 8, None)]), "not finite"),
         (lambda made: made["meta_info"].pop("routed_experts"), "without its experts"),
         (lambda made: made["meta_info"].update(routed_experts=base64.b64encode(bytes(4)).decode()), "1 expert ids, not 3"),

@@ -1,6 +1,6 @@
 """What `engine_process` calls of SGLang, without a GPU: the process, its socket and its end are real, the model is a counter.
 
-Generated tokens are the prompt's last token plus 1, 2, ...; their log-probs are minus the value of the one parameter.
+Generated tokens are the prompt's last token plus 1, 2, ..., modulo 12; their log-probs are minus the one parameter's value.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class _Model(torch.nn.Module):
     def load_weights(self, weights: Any) -> None:
         parameters = dict(self.named_parameters())
         for name, tensor in weights:
-            parameters[name].copy_(tensor)
+            if name in parameters:
+                parameters[name].copy_(tensor)
 
 
 class _TokenizerManager:
@@ -79,7 +80,7 @@ class Engine:
         outputs = []
         score = -float(self.model.norm.weight[0])
         for prompt, sampling in zip(input_ids, sampling_params, strict=True):
-            tokens = [prompt[-1] + 1 + at for at in range(sampling["max_new_tokens"])]
+            tokens = [(prompt[-1] + 1 + at) % 12 for at in range(sampling["max_new_tokens"])]
             reason = {"type": "abort", "message": "Aborted"} if self.aborted else {"type": "length"}
             meta = {"prompt_tokens": len(prompt), "finish_reason": reason}
             meta["output_token_logprobs"] = [(score, token, None) for token in tokens]
