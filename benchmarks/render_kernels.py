@@ -68,18 +68,21 @@ def bits(results: dict[str, Any] | None) -> str:
         f"{results['gpu']}, torch {results['torch_version']}, Triton {results['triton_version']}, {results['date']}, "
         f"{results['seconds']:.0f} s: {sum(op['draws'] for op in ops):,} comparisons, "
         f"{sum(op['differing_elements'] for op in ops):,} differing elements.",
+        *(["", results["note"]] if "note" in results else []),
         "",
         "| op | comparisons (differing elements) by dtype |",
         "|---|---|",
     ]
     for name in dict.fromkeys(op["op"] for op in ops):
-        cells = [
-            f"{op['dtype']} {op['error'] or format(op['draws'], ',') + ' (' + str(op['differing_elements']) + ')'}"
-            for op in ops
-            if op["op"] == name
-        ]
+        cells = [f"{op['dtype']} {_outcome(op)}" for op in ops if op["op"] == name]
         lines.append(f"| {name} | {', '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _outcome(op: dict[str, Any]) -> str:
+    """Comparisons and differing elements, and how it failed if it did."""
+    compared = f"{op['draws']:,} ({op['differing_elements']:,})"
+    return compared if not op["error"] else f"{compared}, then failed"
 
 
 def rendered(page: str, results: Path = RESULTS) -> str:

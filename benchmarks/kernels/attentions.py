@@ -98,14 +98,32 @@ def baselines(batch: Batch) -> dict[str, list[Call]]:
 
 
 def _flash_attention_3(batch: Batch) -> list[Call] | None:
-    try:
-        from flash_attn_interface import flash_attn_func
-    except ImportError:
-        return None
+    """FlashAttention-3 of its own package or of sgl-kernel, with its own choice of splits; None where neither runs."""
+    for calls in (_flash_attention_3_calls, _sgl_kernel_calls):
+        try:
+            found = calls(batch)
+            found[0]()
+        except (ImportError, RuntimeError, NotImplementedError):
+            continue
+        return found
+    return None
+
+
+def _flash_attention_3_calls(batch: Batch) -> list[Call]:
+    from flash_attn_interface import flash_attn_func
+
     shape = (batch.batch, -1)
     q = batch.q.view(*shape, batch.heads, batch.d)
     pairs = [tuple(x.view(*shape, batch.kv_heads, batch.d) for x in kv) for kv in batch.kv]
     return [lambda k=k, v=v: flash_attn_func(q, k, v, causal=True) for k, v in pairs]
+
+
+def _sgl_kernel_calls(batch: Batch) -> list[Call]:
+    from sgl_kernel.flash_attn import flash_attn_varlen_func
+
+    k_starts = torch.arange(batch.batch + 1, device=DEVICE, dtype=torch.int32) * batch.kv_len
+    sizes = (batch.q_starts, k_starts, batch.q_len, batch.kv_len)
+    return [lambda k=k, v=v: flash_attn_varlen_func(batch.q, k, v, *sizes, causal=True, num_splits=0) for k, v in batch.kv]
 
 
 def measure_attention(shape: Shape) -> Record:

@@ -28,8 +28,8 @@ RATIOS: tuple[tuple[str, Rule, float, float | None], ...] = (
     ("matmul chain, M >= 1024", _matmul("chain", 1024, 1 << 30), 1.03, 0.90),
     ("matmul tree", _matmul("tree", 1, 1 << 30), 0.95, 0.85),
     ("grouped_matmul against the better of torch and DeepGEMM", lambda r: r.shape.op == "grouped_matmul", 1.05, None),
-    ("attention prefill against the best of torch", _attention(False), 0.90, 0.90),
-    ("attention decode against the best of torch", _attention(True), 1.00, 1.00),
+    ("attention prefill against the best of torch and FlashAttention-3", _attention(False), 0.90, 0.90),
+    ("attention decode against the best of torch and FlashAttention-3", _attention(True), 1.00, 1.00),
     (
         "rms_norm, 4,096 rows and more, against a copy of the same size",
         lambda r: r.shape.op == "rms_norm" and r.shape["rows"] >= 4096,

@@ -38,32 +38,24 @@ from .swiglu import swiglu
 CAUSAL_MASKS = ("causal", "padding_causal")
 
 
+# What these layers cover: a TransformerConfig's fields and the one value of each. A field that a release lacks is not asked for.
+COVERED: dict[str, Any] = {
+    "add_bias_linear": False, "add_qkv_bias": False, "normalization": "RMSNorm", "gated_linear_unit": True,
+    "activation_func": torch.nn.functional.silu, "activation_func_clamp_value": None, "glu_linear_offset": 0.0,
+    "attention_dropout": 0.0, "hidden_dropout": 0.0, "softmax_type": "vanilla", "apply_query_key_layer_scaling": False,
+    "window_attn_skip_freq": None, "qk_clip": False, "context_parallel_size": 1, "fp8": None,
+    "gradient_accumulation_fusion": False, "defer_embedding_wgrad_compute": False, "moe_expert_capacity_factor": None,
+    "moe_apply_probs_on_input": False,
+}  # fmt: skip
+
+
 def check_config(config: Any) -> None:
     """Raise ValueError for what a TransformerConfig asks and these layers do not do; the message names the field."""
-    wrong = {
-        "add_bias_linear": bool(config.add_bias_linear),
-        "add_qkv_bias": bool(getattr(config, "add_qkv_bias", False)),
-        "gradient_accumulation_fusion": bool(config.gradient_accumulation_fusion),
-        "attention_dropout": config.attention_dropout != 0,
-        "hidden_dropout": config.hidden_dropout != 0,
-        "context_parallel_size": config.context_parallel_size != 1,
-        "gated_linear_unit": not config.gated_linear_unit,
-        "activation_func": config.activation_func is not torch.nn.functional.silu,
-        "normalization": config.normalization != "RMSNorm",
-        "fp8": config.fp8 is not None,
-        "defer_embedding_wgrad_compute": bool(config.defer_embedding_wgrad_compute),
-        "moe_expert_capacity_factor": config.moe_expert_capacity_factor is not None,
-    }
-    allowed = {
-        "attention_dropout": "0.0", "hidden_dropout": "0.0", "context_parallel_size": "1", "gated_linear_unit": "True",
-        "activation_func": "torch.nn.functional.silu", "normalization": "'RMSNorm'", "fp8": "None",
-        "moe_expert_capacity_factor": "None",
-    }  # fmt: skip
-    for name, bad in wrong.items():
-        if bad:
-            raise ValueError(
-                f"config.{name} is {getattr(config, name)!r}; allowed with these kernels: {allowed.get(name, 'False')}"
-            )
+    for name, covered in COVERED.items():
+        value = getattr(config, name, covered)
+        if value != covered:
+            allowed = getattr(covered, "__name__", repr(covered))
+            raise ValueError(f"config.{name} is {value!r}; allowed with these kernels: {allowed}")
 
 
 class ColumnParallelLinear(MegatronColumnParallelLinear):

@@ -3,7 +3,8 @@
 Such a kernel is brought onto multiprocessors as they fall free, sets itself up, and then waits, before it touches memory, until
 everything before it has ended and can be seen. So nothing is reordered; what disappears is the idle time between two kernels,
 a microsecond or two, which a decode step pays hundreds of times. A kernel releases its successor as soon as it runs itself:
-the successor cannot take a multiprocessor before every thread block of this one has one.
+the successor cannot take a multiprocessor before every thread block of this one has one. (Matrix kernels may leave that to their
+end, or do without all this, as the tuner finds: a successor that starts beside a small grid crowds some multiprocessors.)
 
 Every thread block must wait, also one with no work: a kernel counts as ended when its blocks have, and the next one relies on
 that to know that the kernels before have ended too.

@@ -2,13 +2,15 @@
 
 Kernel files read `from .toolchain import gl, gluon_jit, jit, tl`. Without Triton the decorators hand back an object that
 raises `RuntimeError` when launched, so the planner's machines, documentation builds and type checkers can import everything.
-Gluon, which the Hopper kernels are written in, is part of Triton from 3.6 on.
+Gluon, which the Hopper kernels are written in, is part of Triton from 3.6 on and still changes: with a release that is not known
+here they count as missing, and the portable kernels run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, overload
 
 
@@ -20,7 +22,9 @@ class _MissingKernel:
         self.__doc__ = function.__doc__
 
     def __getitem__(self, grid: object) -> Callable[..., Any]:
-        raise RuntimeError(f"kernel {self.__name__!r} needs triton 3.6 or newer, which is not installed")
+        raise RuntimeError(
+            f"kernel {self.__name__!r} needs triton 3.6 or newer (3.6 or 3.7 if it is Gluon's), which is not installed"
+        )
 
 
 def _missing(function: Callable[..., Any] | None = None, /, **_: object) -> Any:
@@ -41,10 +45,26 @@ _gluon: Any = _module("triton.experimental.gluon")
 _hopper: Any = _module("triton.experimental.gluon.language.nvidia.hopper")
 _host: Any = _module("triton.experimental.gluon.nvidia.hopper")
 
-HAVE_TRITON: bool = triton is not None and tl is not None
-HAVE_GLUON: bool = HAVE_TRITON and None not in (_gluon, _hopper, _host)
+GLUON_RELEASES = ((3, 6), (3, 7))  # 3.8 and later have other names and other arguments
 
-gl: Any = _gluon.language if HAVE_GLUON else None
+
+def _known_release() -> bool:
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) in GLUON_RELEASES
+
+
+def _language() -> ModuleType:
+    """Gluon's language by its names in Triton 3.6, as a module of our own, so that Triton's stays as it is."""
+    language = ModuleType("gluon_language")
+    language.__dict__.update(vars(_gluon.language))
+    if not hasattr(language, "thread_barrier"):
+        language.thread_barrier = language.barrier  # type: ignore[attr-defined]  # its name from 3.7 on
+    return language
+
+
+HAVE_TRITON: bool = triton is not None and tl is not None
+HAVE_GLUON: bool = HAVE_TRITON and None not in (_gluon, _hopper, _host) and _known_release()
+
+gl: Any = _language() if HAVE_GLUON else None
 tma: Any = _hopper.tma if HAVE_GLUON else None
 mbarrier: Any = _hopper.mbarrier if HAVE_GLUON else None
 warpgroup_mma: Any = _hopper.warpgroup_mma if HAVE_GLUON else None

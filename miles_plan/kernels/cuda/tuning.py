@@ -28,14 +28,19 @@ MOST_STAGES = 12
 FINALISTS = 3  # tiles whose launch is tuned too
 LONG_S = 2e-4  # of products that take this long the launch does not matter
 
-# Rates of an H200 at its usual clock, for `predict` only.
-CLOCK_HZ = 1.7e9
-L2_BYTES_PER_CYCLE = 60.0  # into one multiprocessor
-MEMORY_BYTES_PER_S = 4.2e12
-FIXED_S = 2.5e-6
-TILE_OVERHEAD_CYCLES = 900.0
-
 RING, DIRECT, SKINNY = 0, 1, 2  # `gemm_kernel`, `gemm_direct_kernel`, `gemm_skinny_kernel`
+
+# For `predict_s` only: an H200's rates, and what fits 2,200 measured times of 270 products on one. Over them the tile predicted
+# fastest took 1.4 % more than the fastest (geometric mean; 1.44 times at worst).
+CLOCK_HZ = 1.7e9
+MEMORY_BYTES_PER_S = 4.2e12
+L2_BYTES_PER_CYCLE = 64.0  # into one multiprocessor
+BYTES_IN_FLIGHT = 58_000  # a ring that holds less shows the latency
+START_S = {RING: 4.3e-6, DIRECT: 2.5e-6, SKINNY: 2.3e-6}
+TILE_CYCLES = {RING: 1_200.0, DIRECT: 2_400.0, SKINNY: 1_100.0}  # to begin and end a tile
+STEP_CYCLES = {RING: 27.0, DIRECT: 60.0}  # to pass a stage on
+SKINNY_CYCLES_PER_TOKEN = 6.5  # of one k16 step in one warp, whatever its few rows
+SHARPNESS = 4.0  # how little the lesser of work and memory adds to the greater
 
 
 @dataclass(frozen=True, order=True)
@@ -135,23 +140,29 @@ def predict_s(tile: GemmTile, problem: GemmProblem, multiprocessors: int) -> flo
     itemsize = problem.dtype.itemsize
     beside = tile.per_multiprocessor(itemsize, problem.out_dtype.itemsize, problem.leaves)
     beside = min(beside, -(-tiles // multiprocessors))
-    waves = float(-(-tiles // (multiprocessors * beside)))
-    mma_cycles = problem.k / 16 * _mma_cycles(tile) * beside
-    load_cycles = problem.k * (tile.height + tile.width) * itemsize / L2_BYTES_PER_CYCLE * beside
+    waves = -(-tiles // (multiprocessors * beside))
     # A ring must hold about a microsecond of the port's bandwidth, or latency shows.
     in_flight = (tile.stages - 1) * (tile.height + tile.width) * tile.depth * itemsize * beside
-    starved = max(1.0, 70_000 / in_flight)
-    busy_s = waves * (max(mma_cycles, load_cycles * starved) + TILE_OVERHEAD_CYCLES) / CLOCK_HZ
+    load_cycles = problem.k * (tile.height + tile.width) * itemsize * beside / L2_BYTES_PER_CYCLE
+    load_cycles *= max(1.0, BYTES_IN_FLIGHT / in_flight)
+    wave_cycles = max(_mma_cycles(tile, beside) * problem.k / 16, load_cycles)
+    wave_cycles += STEP_CYCLES.get(tile.engine, 0.0) * problem.k / tile.depth
+    wave_cycles += TILE_CYCLES[tile.engine] / (beside if tile.engine == DIRECT else 1)  # neighbours work meanwhile
+    busy_s = waves * wave_cycles / CLOCK_HZ
     touched = min(problem.experts, problem.m) if problem.experts else 1
     moved = itemsize * (problem.m * problem.k + touched * problem.n * problem.k)
     moved += problem.out_dtype.itemsize * problem.m * problem.n
-    return FIXED_S + max(busy_s, moved / MEMORY_BYTES_PER_S)
+    memory_s = moved / MEMORY_BYTES_PER_S
+    return START_S[tile.engine] + float((busy_s**SHARPNESS + memory_s**SHARPNESS) ** (1 / SHARPNESS))
 
 
-def _mma_cycles(tile: GemmTile) -> float:
-    """Matrix-unit cycles of one k16 step of a tile; narrow parts wait for shared memory instead."""
+def _mma_cycles(tile: GemmTile, beside: int) -> float:
+    """Cycles of one k16 step of `beside` tiles. On the matrix unit narrow parts wait for shared memory; a skinny tile's few warps
+    wait for their own registers to be filled."""
+    if tile.engine == SKINNY:
+        return SKINNY_CYCLES_PER_TOKEN * tile.cols / tile.consumers * max(1.0, beside * tile.consumers / 4)
     parts = [part for part in (tile.cols, tile.extra) if part]
-    return sum(max(part / 2, (64 + part) * 32 / 128) for part in parts) * max(tile.height, 16) / 64
+    return beside * sum(max(part / 2, (64 + part) * 32 / 128) for part in parts) * max(tile.height, 16) / 64
 
 
 def _skinny_tiles(problem: GemmProblem) -> Iterable[GemmTile]:
@@ -222,8 +233,13 @@ def candidates(problem: GemmProblem, multiprocessors: int = 132) -> list[GemmTil
 
 
 def _usual_overlap(tile: GemmTile, problem: GemmProblem, multiprocessors: int) -> int:
-    """A grid that fills the device may start early; a smaller one would crowd the multiprocessors that happen to be idle."""
-    return 2 if tile.engine == RING and tile_count(tile, problem) >= multiprocessors else 0
+    """What was fastest most often: a grid that fills the device, or leaves half of it idle, may let the next one start early; one
+    in between would crowd the multiprocessors that happen to be idle."""
+    tiles = tile_count(tile, problem)
+    if tile.engine == RING:
+        return 2 if tiles >= multiprocessors else 1
+    crowds = multiprocessors < 2 * tiles <= 4 * multiprocessors
+    return (0 if tile.engine == SKINNY else 1) if crowds else 2
 
 
 def tile_count(tile: GemmTile, problem: GemmProblem) -> int:

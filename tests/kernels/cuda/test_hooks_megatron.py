@@ -301,7 +301,13 @@ def test_the_spec_that_was_passed_in_stays_as_it_was(megatron: None) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("hidden_dropout", 0.1), ("add_bias_linear", True), ("context_parallel_size", 2), ("normalization", "LayerNorm")],
+    [
+        ("hidden_dropout", 0.1),
+        ("add_bias_linear", True),
+        ("context_parallel_size", 2),
+        ("normalization", "LayerNorm"),
+        ("qk_clip", True),
+    ],
 )
 def test_a_config_that_is_not_covered_is_named(megatron: None, field: str, value: object) -> None:
     from miles_plan.kernels.cuda.megatron_layers import check_config

@@ -1,30 +1,40 @@
-"""Every launch passes what its kernel takes: arguments are bound on a CPU, nothing runs. A slip here costs a run on a GPU."""
+"""Every launch passes what its kernel takes, and the kernels compile for Hopper: on a CPU, where nothing runs.
+
+A slip here costs a run on a GPU.
+"""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import miles_plan.kernels.cuda as package
+from miles_plan.kernels.cuda.toolchain import HAVE_GLUON
+from miles_plan.kernels.cuda.tuning import SHARED_MEMORY_BYTES
 
 OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl", "launch_cooperative_grid"}
-STAND_INS: dict[str, Any] = {
-    "runs_triton": lambda _: True, "multiprocessors": lambda _: 132, "descriptor": lambda *_: SimpleNamespace(),
-    "_descriptor": lambda *_: SimpleNamespace(), "overlaps": lambda _: False,
-}  # fmt: skip
+STAND_INS: dict[str, Any] = {"runs_triton": lambda _: True, "multiprocessors": lambda _: 132}
+
+
+class Launched(set[str]):
+    """Names of the kernels that were launched, and the first launch of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: dict[str, tuple[Any, tuple[object, ...], dict[str, object]]] = {}
 
 
 class Recorder:
     """A kernel that checks its arguments as Python binds them, and remembers that it was launched."""
 
-    def __init__(self, name: str, parameters: list[str], launched: set[str]) -> None:
-        self.name, self.parameters, self.launched = name, parameters, launched
+    def __init__(self, kernel: Any, name: str, launched: Launched) -> None:
+        self.kernel, self.name, self.launched = kernel, name, launched
+        self.parameters: list[str] = list(kernel.arg_names)
 
     def __getitem__(self, grid: object) -> Callable[..., None]:
         def launch(*given: object, **keywords: object) -> None:
@@ -38,25 +48,28 @@ class Recorder:
                 f"{self.name} gets {sorted(named)} after {len(given)} positional ones"
             )
             self.launched.add(self.name)
+            self.launched.first.setdefault(self.name, (self.kernel, given, keywords))
 
         return launch
 
 
 @pytest.fixture(params=["hopper", "any"])
-def launched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Names of the kernels that were launched, as on a Hopper GPU or on another one."""
+def launched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Launched:
+    """What is launched on a Hopper GPU or on another one."""
     jit = pytest.importorskip("triton.runtime.jit", reason="Triton, which knows its kernels' parameters, is not installed")
-    found: set[str] = set()
+    if request.param == "hopper" and not HAVE_GLUON:
+        pytest.skip("this release of Triton has another Gluon")
+    found = Launched()
     names = [info.name for info in pkgutil.iter_modules(package.__path__)]
     foreign = ("megatron_layers", "sglang_backends")  # subclasses of other packages' classes
     modules = [importlib.import_module(f"{package.__name__}.{name}") for name in names if name not in foreign]
     for module in modules:
         for name, value in list(vars(module).items()):
-            if isinstance(value, jit.JITFunction):
-                monkeypatch.setattr(module, name, Recorder(name, list(value.arg_names), found))
+            if isinstance(value, jit.JITFunction) and name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Recorder(value, name, found))
             elif name in STAND_INS:
                 monkeypatch.setattr(module, name, STAND_INS[name])
-            elif name == "runs_gluon":
+            elif name in ("runs_gluon", "overlaps"):
                 monkeypatch.setattr(module, name, lambda _: request.param == "hopper")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
     return found
@@ -70,7 +83,7 @@ def backward(*outputs: torch.Tensor) -> None:
     torch.autograd.backward(outputs, [torch.zeros_like(out) for out in outputs])
 
 
-def test_matrix_products(launched: set[str]) -> None:
+def test_matrix_products(launched: Launched) -> None:
     from miles_plan.kernels.cuda.gemm import gemm
     from miles_plan.kernels.cuda.grouped_matmul import grouped_matmul
     from miles_plan.kernels.cuda.matmul import matmul, tree_partial
@@ -88,7 +101,7 @@ def test_matrix_products(launched: set[str]) -> None:
     assert {"plan_kernel", "weight_gradient_kernel"} <= launched
 
 
-def test_fp8_products(launched: set[str]) -> None:
+def test_fp8_products(launched: Launched) -> None:
     from miles_plan.kernels.cuda.fp8_matmul import fp8_grouped_matmul, fp8_matmul, quantize_rows
 
     weight = torch.zeros(2, 256, 256).to(torch.float8_e4m3fn)
@@ -101,7 +114,7 @@ def test_fp8_products(launched: set[str]) -> None:
     assert {"fp8_kernel", "fp8_portable_kernel"} & launched
 
 
-def test_attention(launched: set[str]) -> None:
+def test_attention(launched: Launched) -> None:
     from miles_plan.kernels.cuda.attention import attention, attention_with_lse
 
     def ints(*values: int) -> torch.Tensor:
@@ -127,7 +140,7 @@ def test_attention(launched: set[str]) -> None:
     assert "attention_merge_kernel" in launched
 
 
-def test_rows(launched: set[str]) -> None:
+def test_rows(launched: Launched) -> None:
     from miles_plan.kernels.cuda.embedding import embedding
     from miles_plan.kernels.cuda.expert_rows import expert_order, expert_rows
     from miles_plan.kernels.cuda.log_prob import combine_log_prob, log_prob, log_softmax
@@ -164,3 +177,29 @@ def test_rows(launched: set[str]) -> None:
         "combine_gradient_kernel", "sample_kernel", "partial_kernel", "chosen_kernel", "shift_kernel", "gradient_kernel",
         "table_gradient_kernel",
     } <= launched  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_launch_of_each_kernel_compiles_for_hopper(launched: Launched) -> None:
+    test_matrix_products(launched)
+    test_fp8_products(launched)
+    test_attention(launched)
+    test_rows(launched)
+    for kernel, given, keywords in launched.first.values():
+        assert shared_bytes(kernel, given, keywords) <= SHARED_MEMORY_BYTES, kernel
+
+
+def shared_bytes(kernel: Any, given: tuple[object, ...], keywords: dict[str, object]) -> int:
+    """Compile a launch as Triton would on an H200, and return the shared memory it asks for."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile, make_backend
+    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.runtime.jit import create_function_from_signature
+
+    hopper = GPUTarget("cuda", 90, 32)
+    backend = make_backend(hopper)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*given, **keywords)
+    options, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
+    return int(compile(source, target=hopper, options=options.__dict__).metadata.shared)
