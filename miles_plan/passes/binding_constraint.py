@@ -52,16 +52,14 @@ def binding_constraint(ctx: PassContext, workload: StepWorkload, choice: JointCh
 def _beyond_trainer_memory(ctx: PassContext, choice: JointChoice, sized: SizedLayouts) -> Faster | None:
     """The trainer nearest to fitting that would make the chosen step faster; None if none is, or none is near."""
     wanted_s = choice.train_s - WORTH_NAMING * choice.step_s
-    table = overflowing_trainers(ctx, sized, wanted_s)
+    capacity = min(usable_bytes(group) for group in choice.split.train.cluster.groups)
+    table = overflowing_trainers(ctx, sized, wanted_s, (1.0 + NEAR) * capacity)
     seconds = table.rows.step_s + passes_per_step(ctx) * table.rows.log_prob_s
     table_rows = table.rows.take(seconds < wanted_s)
     if not len(table_rows):
         return None
     at = int(np.argmin(table_rows.peak_bytes))
-    capacity = min(usable_bytes(group) for group in choice.split.train.cluster.groups)
     missing_bytes = float(table_rows.peak_bytes[at]) - capacity
-    if missing_bytes > NEAR * capacity:
-        return None
     train_s = float(table_rows.step_s[at] + passes_per_step(ctx) * table_rows.log_prob_s[at])
     return Faster(
         step_s=choice.step_s - choice.train_s + train_s,

@@ -185,10 +185,11 @@ def smallest_of(layouts: Sequence[TrainLayout], smallest: PriceRows) -> TrainCho
     return _choice(layouts, smallest, 0) if len(smallest) else None
 
 
-def overflowing_trainers(ctx: PassContext, sized: SizedLayouts, under_s: float) -> PriceTable:
-    """What does not fit and might train, log-prob passes included, in less than `under_s`: a bound leaves the rest out."""
+def overflowing_trainers(ctx: PassContext, sized: SizedLayouts, under_s: float, at_most_bytes: float) -> PriceTable:
+    """What does not fit, by no more than `at_most_bytes` say, and might train, log-prob passes included, in under `under_s`."""
     passes = PASSES_OF_UPDATE + passes_per_step(ctx)
-    return sized.passed_too_large(lambda rows: passes * rows.log_prob_s < under_s).updated()
+    worth = sized.passed_too_large(lambda rows: (passes * rows.log_prob_s < under_s) & (rows.peak_bytes <= at_most_bytes))
+    return worth.updated()
 
 
 def passes_per_step(ctx: PassContext) -> float:
