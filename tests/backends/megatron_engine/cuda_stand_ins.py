@@ -28,9 +28,11 @@ def need_megatron() -> None:
 
 
 def install() -> None:
-    """Replace functions of torch.cuda in this process. Only for a torch without CUDA."""
-    assert not torch.cuda.is_available(), "stand-ins beside a real GPU"
+    """Replace functions of torch.cuda in this process, once. Only for a torch without CUDA."""
     cuda: Any = torch.cuda
+    if cuda.Stream is _Stream:
+        return
+    assert not torch.cuda.is_available(), "stand-ins beside a real GPU"
     cuda.current_device = lambda: torch.device("cpu")
     cuda.Stream = cuda.Event = _Stream
     cuda.current_stream = cuda.default_stream = lambda *_: _Stream()
@@ -46,6 +48,10 @@ def install() -> None:
     anything.Tensor.type = lambda self, *to, **options: (
         kind_of(self, *to, **options) if to or options else kind_of(self).replace("torch.", "torch.cuda.", 1)
     )
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    states: Any = CudaRNGStatesTracker
+    states.fork = lambda *_: contextlib.nullcontext()  # there is no dropout to draw for
     exchange = torch.distributed.all_to_all_single
     anything.distributed.all_to_all_single = lambda *given, **options: exchange(
         *given, **{name: each.tolist() if isinstance(each, torch.Tensor) else each for name, each in options.items()}

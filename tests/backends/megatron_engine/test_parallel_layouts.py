@@ -20,12 +20,14 @@ CASES = [
     ("dense", TrainLayout(tp=2)),
     ("dense", TrainLayout(dp=2)),
     ("dense", TrainLayout(pp=2)),
+    ("dense", TrainLayout(pp=2, vpp=2)),
     ("dense", TrainLayout(pp=2, stage_layers=(3, 1))),
     ("tied", TrainLayout(tp=2, pp=2)),
     ("biased", TrainLayout(tp=2)),
     ("moe", TrainLayout(dp=2, ep=2)),
     ("moe", TrainLayout(dp=2, ep=2, pp=2)),
     ("moe_mixed", TrainLayout(pp=2)),
+    ("moe_mixed", TrainLayout(pp=2, vpp=2)),
 ]
 
 
