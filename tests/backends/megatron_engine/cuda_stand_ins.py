@@ -48,10 +48,12 @@ def install() -> None:
     anything.Tensor.type = lambda self, *to, **options: (
         kind_of(self, *to, **options) if to or options else kind_of(self).replace("torch.", "torch.cuda.", 1)
     )
-    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+    from megatron.core.tensor_parallel import random
 
-    states: Any = CudaRNGStatesTracker
-    states.fork = lambda *_: contextlib.nullcontext()  # there is no dropout to draw for
+    generators: Any = random  # there is no dropout to draw for, so states are kept and never set
+    generators.CudaRNGStatesTracker.fork = lambda *_: contextlib.nullcontext()
+    generators._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    generators._set_cuda_rng_state = lambda *_, **__: None
     exchange = torch.distributed.all_to_all_single
     anything.distributed.all_to_all_single = lambda *given, **options: exchange(
         *given, **{name: each.tolist() if isinstance(each, torch.Tensor) else each for name, each in options.items()}
