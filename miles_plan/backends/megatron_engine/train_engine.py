@@ -71,7 +71,7 @@ class MegatronTrainEngine:
     def __init__(self, options: MegatronEngineOptions, *, rank: int = 0, rendezvous: str | None = None) -> None:
         from miles_plan.backends.megatron_engine import model
 
-        require_megatron(transformer_engine=options.layers == "transformer_engine")
+        require_megatron(transformer_engine=options.layers == "transformer_engine", deterministic=options.deterministic)
         self.options = options
         self.config = read_config(options.model_directory)
         self.arguments = _checked_arguments(self.config, options)

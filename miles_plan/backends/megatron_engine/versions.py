@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 from collections.abc import Iterator
 
 from miles_plan.backends.engine import EngineError
@@ -33,9 +34,11 @@ def version_problems(*, transformer_engine: bool = False) -> Iterator[str]:
             yield f"{package} {found} is installed; known to work: {known}"
 
 
-def require_megatron(*, transformer_engine: bool) -> None:
-    """EngineError where a package that the engine cannot do without is missing, with the release to install."""
+def require_megatron(*, transformer_engine: bool, deterministic: bool = False) -> None:
+    """EngineError where something that the engine cannot do without is missing, with what to install or to set."""
     for package in ("megatron-core", *(("transformer-engine",) if transformer_engine else ())):
         if installed(package) is None:
             known = " or ".join(KNOWN_TO_WORK[package])
             raise EngineError(f"megatron train engine: {package} is not installed; known to work: {package} {known}")
+    if transformer_engine and deterministic and os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO") != "0":
+        raise EngineError("megatron train engine: deterministic needs NVTE_ALLOW_NONDETERMINISTIC_ALGO=0 in the environment")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 
-from miles_plan.backends.engine import EngineError, TrainEngine
+from miles_plan.backends.engine import DeviceWeightSource, EngineError, TrainEngine
 from miles_plan.data.batch import Array, SampleBatch, ragged_rows
 from miles_plan.ir.options import LossOptions, OptimizerOptions
 
@@ -193,6 +194,27 @@ def test_exported_buckets_are_complete_ordered_and_bounded(engines, batch):
     trained = {t.name: t.checksum for bucket in engine.export_weights(7, bucket_bytes=1 << 30) for t in bucket.tensors}
     engine.release_weights(7)
     assert all(trained[name] != checksum for name, checksum in again.items() if "_proj" in name and "experts" not in name)
+
+
+def test_streamed_weights_are_those_that_are_exported(engines, batch):
+    engine = engines.trainer()
+    if not isinstance(engine, DeviceWeightSource):
+        pytest.skip("weights of this trainer go through shared memory only")
+    train(engine, batch)
+    exported = {t.name: t.checksum for bucket in engine.export_weights(1, bucket_bytes=1 << 30) for t in bucket.tensors}
+    layouts, streamed = [], {}
+    for bucket in engine.stream_weights(1, bucket_bytes=10_000):
+        layouts.append(bucket.layout)
+        for each in bucket.layout.tensors:
+            raw = bucket.data[each.offset_bytes : each.offset_bytes + each.size_bytes]
+            streamed[each.name] = hashlib.sha256(bytes(raw.tolist())).hexdigest()[:16]
+    engine.release_weights(1)
+    assert tuple(layouts) == engine.weight_layout(bucket_bytes=10_000)
+    assert all(layout.size_bytes <= 10_000 or len(layout.tensors) == 1 for layout in layouts)
+    assert streamed == exported
+    engine.offload(["weights"])
+    with pytest.raises(EngineError, match="onload"):
+        next(engine.stream_weights(2, bucket_bytes=10_000))
 
 
 def test_offload_frees_the_device_and_onload_restores_it(engines, batch):

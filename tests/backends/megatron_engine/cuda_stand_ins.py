@@ -28,9 +28,11 @@ def need_megatron() -> None:
 
 
 def install() -> None:
-    """Replace functions of torch.cuda in this process. Only for a torch without CUDA."""
-    assert not torch.cuda.is_available(), "stand-ins beside a real GPU"
+    """Replace functions of torch.cuda in this process, once. Only for a torch without CUDA."""
     cuda: Any = torch.cuda
+    if cuda.Stream is _Stream:
+        return
+    assert not torch.cuda.is_available(), "stand-ins beside a real GPU"
     cuda.current_device = lambda: torch.device("cpu")
     cuda.Stream = cuda.Event = _Stream
     cuda.current_stream = cuda.default_stream = lambda *_: _Stream()
@@ -46,6 +48,12 @@ def install() -> None:
     anything.Tensor.type = lambda self, *to, **options: (
         kind_of(self, *to, **options) if to or options else kind_of(self).replace("torch.", "torch.cuda.", 1)
     )
+    from megatron.core.tensor_parallel import random
+
+    generators: Any = random  # there is no dropout to draw for, so states are kept and never set
+    generators.CudaRNGStatesTracker.fork = lambda *_: contextlib.nullcontext()
+    generators._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    generators._set_cuda_rng_state = lambda *_, **__: None
     exchange = torch.distributed.all_to_all_single
     anything.distributed.all_to_all_single = lambda *given, **options: exchange(
         *given, **{name: each.tolist() if isinstance(each, torch.Tensor) else each for name, each in options.items()}

@@ -20,12 +20,14 @@ CASES = [
     ("dense", TrainLayout(tp=2)),
     ("dense", TrainLayout(dp=2)),
     ("dense", TrainLayout(pp=2)),
+    ("dense", TrainLayout(pp=2, vpp=2)),
     ("dense", TrainLayout(pp=2, stage_layers=(3, 1))),
     ("tied", TrainLayout(tp=2, pp=2)),
     ("biased", TrainLayout(tp=2)),
     ("moe", TrainLayout(dp=2, ep=2)),
     ("moe", TrainLayout(dp=2, ep=2, pp=2)),
     ("moe_mixed", TrainLayout(pp=2)),
+    ("moe_mixed", TrainLayout(pp=2, vpp=2)),
 ]
 
 
@@ -83,3 +85,63 @@ def test_a_layout_computes_what_one_embedded_rank_does(model, layout, checkpoint
             assert ours == pytest.approx(theirs, rel=2e-3, abs=2e-4)
     assert len(found[0]["exported"]) == len(set(found[0]["exported"]))
     assert not any(each["exported"] for each in found[1:])
+
+
+@pytest.mark.parametrize(
+    "recompute", [{"recompute": "full"}, {"recompute": "selective", "recompute_modules": ("moe", "core_attn")}]
+)
+def test_recomputing_layers_changes_no_bit_and_replays_the_same_experts(recompute, checkpoints, ranks, tmp_path):
+    """Two stages, so that forwards run ahead of the backwards in which layers are recomputed."""
+    cuda_stand_ins.need_megatron()
+    options = {"model_directory": checkpoints / "moe", "layout": TrainLayout(pp=2), "dtype": "float32", "device": "cpu"}
+    options |= {"micro_batch_tokens": 20}
+    plain = ranks.run(run_megatron, 2, {**options, "host_directory": tmp_path / "plain"}, MOE_LAYERS["moe"])
+    found = ranks.run(run_megatron, 2, {**options, **recompute, "host_directory": tmp_path / "again"}, MOE_LAYERS["moe"])
+    for ours, theirs in zip(found, plain, strict=True):
+        assert ours["steps"] == theirs["steps"]
+        assert (ours["after"].log_probs == theirs["after"].log_probs).all()
+
+
+def test_a_teacher_is_another_model(checkpoints, tmp_path):
+    cuda_stand_ins.need_megatron()
+    from miles_plan.backends.megatron_engine.train_engine import MegatronTrainEngine
+
+    settings: dict[str, Any] = {"host_directory": tmp_path, "dtype": "float32", "device": "cpu"}
+    teacher = checkpoints / "moe_mixed"
+    engine = MegatronTrainEngine(
+        MegatronEngineOptions(model_directory=checkpoints / "dense", teacher_directory=teacher, **settings)
+    )
+    other = MegatronTrainEngine(MegatronEngineOptions(model_directory=teacher, **settings))
+    batch = random_batch(moe_layers=2)
+    ours = engine.log_probs(batch, model="teacher", temperature=1.0, replay_routing=True)
+    theirs = other.log_probs(batch, model="policy", temperature=1.0, replay_routing=True)
+    assert (ours.log_probs == theirs.log_probs).all()
+    assert (ours.routing_mismatches, ours.routing_compared) == (theirs.routing_mismatches, theirs.routing_compared)
+    other.close()
+    engine.close()
+
+
+def test_bfloat16_trains_on_float32_masters_that_may_live_on_the_host(checkpoints, tmp_path):
+    cuda_stand_ins.need_megatron()
+    from miles_plan.backends.megatron_engine.train_engine import MegatronTrainEngine
+
+    engines = [
+        MegatronTrainEngine(
+            MegatronEngineOptions(
+                model_directory=checkpoints / "tied",
+                host_directory=tmp_path / str(offload),
+                dtype="bfloat16",
+                device="cpu",
+                optimizer_offload=offload,
+            )
+        )
+        for offload in (False, True)
+    ]
+    plain, offloaded = ([step(engine, 0) for _ in range(3)] for engine in engines)
+    assert plain == offloaded
+    assert plain[-1]["loss"] < plain[0]["loss"]
+    kept, parked = (engine.memory() for engine in engines)
+    assert kept.device_bytes["optimizer"] == parked.host_bytes["optimizer"] > 5 * kept.device_bytes["weights"]
+    assert parked.device_bytes["optimizer"] == 0
+    for engine in engines:
+        engine.close()

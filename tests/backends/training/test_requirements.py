@@ -42,6 +42,15 @@ def test_a_missing_package_is_named_with_what_works(monkeypatch):
         require_megatron(transformer_engine=True)
 
 
+def test_determinism_of_transformer_engine_is_a_setting_of_the_environment(monkeypatch):
+    monkeypatch.setattr("miles_plan.backends.megatron_engine.versions.installed", lambda package: "1.0")
+    monkeypatch.delenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", raising=False)
+    with pytest.raises(EngineError, match="NVTE_ALLOW_NONDETERMINISTIC_ALGO=0"):
+        require_megatron(transformer_engine=True, deterministic=True)
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    require_megatron(transformer_engine=True, deterministic=True)
+
+
 def test_layouts_are_checked_against_the_model():
     plan = tiny_plan(train=TrainLayout(tp=2, dp=2))
     assert any("tp=2 without sequence_parallel for a mixture of experts" in each for each in texts(megatron, plan))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from miles_plan.backends.engine import EngineError
 from miles_plan.backends.training.exported_checkpoint import digest, digest_of_model
-from miles_plan.backends.weight_transport.publisher import ALIGNMENT_BYTES, FullTensor, WeightPublisher
+from miles_plan.backends.weight_transport.publisher import FullTensor, WeightPublisher
 from miles_plan.backends.weight_transport.shared_memory import read_bucket
 
 TENSORS = {f"layer.{index}.weight": torch.randn(3 + index, 5).bfloat16() for index in range(6)}
@@ -33,7 +33,7 @@ def test_buckets_hold_every_tensor_once_aligned_and_bounded(bucket_bytes):
     assert [layout.last for layout in layouts] == [False] * (len(layouts) - 1) + [True]
     for layout in layouts:
         assert len(layout.tensors) == 1 or layout.size_bytes <= bucket_bytes
-        assert all(each.offset_bytes % ALIGNMENT_BYTES == 0 for each in layout.tensors)
+        assert all(each.offset_bytes % 64 == 0 for each in layout.tensors)
 
 
 def test_a_stream_is_the_layout_with_bytes_in_it():
