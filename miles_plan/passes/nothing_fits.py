@@ -48,6 +48,14 @@ def nothing_fits(ctx: PassContext, search: JointSearch, *, generates: bool) -> D
     )
 
 
+def way_out(ctx: PassContext, *, generates: bool) -> tuple[str, Sequence[str]]:
+    """Help and notes for a job whose engines fit until they take turns; empty where the search would have found a plan."""
+    if fits(ctx, generates=generates):
+        return "", ()
+    conflict = conflict_of(ctx, lambda other: fits(other, generates=generates))
+    return _help(conflict), _notes(conflict)
+
+
 def _place(conflict: Conflict, usual: str) -> str:
     """The field to point at: what the user fixed, before the size of the cluster and of the job."""
     return next((field for field in conflict.core if not field.startswith(("cluster", "rollout.response_tokens"))), usual)

@@ -36,6 +36,7 @@ from miles_plan.ir.tasks import (
 )
 from miles_plan.passes.base import Outcome, Pass, PassContext
 from miles_plan.passes.joint_search import sleeping_trainer_bytes
+from miles_plan.passes.nothing_fits import way_out
 from miles_plan.passes.pair_memory import EMBEDDED_PROCESS_BYTES, HOST_SHARE, PROCESS_BYTES, SAVE_STAGING_BYTES
 from miles_plan.passes.placements import cluster_of_span
 from miles_plan.passes.rollout_choices import embedded_memory, rollout_memory_options
@@ -61,7 +62,7 @@ class PlanMemory(Pass):
             graph = _with_offloads(graph, residents)
         timelines = tuple(_timelines(graph, ctx, residents, sleeping))
         graph = replace(_with_sizes(graph, residents), memory=timelines)
-        diagnostics = tuple(_over_capacity(ctx, timelines))
+        diagnostics = tuple(_over_capacity(ctx, timelines, generates=residents.rollout is not None))
         if diagnostics:
             graph = replace(graph, memory=())
         return Outcome(
@@ -353,12 +354,12 @@ def _phase(name: str, task: str, terms: tuple[MemoryTerm, ...], *, spread: float
     return MemoryPhase(name=name, task=task, terms=terms, high_bytes=int(total * (1 + spread)) + more)
 
 
-def _over_capacity(ctx: PassContext, timelines: tuple[MemoryTimeline, ...]) -> Iterator[Diagnostic]:
+def _over_capacity(ctx: PassContext, timelines: tuple[MemoryTimeline, ...], *, generates: bool) -> Iterator[Diagnostic]:
     """One finding a place that overflows: the fullest phase, its dominating term, and which way to move."""
-    for timeline in timelines:
+    overflowing = [timeline for timeline in timelines if timeline.peak.total_bytes > timeline.capacity_bytes]
+    change, notes = way_out(ctx, generates=generates) if overflowing else ("", ())
+    for timeline in overflowing:
         peak = timeline.peak
-        if peak.total_bytes <= timeline.capacity_bytes:
-            continue
         worst = max(peak.terms, key=lambda term: term.size_bytes)
         where = "a GPU" if timeline.place == "gpu" else "a host"
         yield ctx.error(
@@ -366,7 +367,8 @@ def _over_capacity(ctx: PassContext, timelines: tuple[MemoryTimeline, ...]) -> I
             f"{where} of {timeline.gpus} holds {peak.total_bytes / GIB:.1f} of {timeline.capacity_bytes / GIB:.1f} GiB "
             f"in phase '{peak.name}'; the largest part is {worst.owner}'s {worst.name}, {worst.size_bytes / GIB:.1f} GiB",
             _FIELD_OF_TERM.get(worst.name, "cluster"),
-            help=_REMEDY_OF_TERM.get(worst.name, "use more GPUs, or GPUs with more memory"),
+            help=change or _REMEDY_OF_TERM.get(worst.name, "use more GPUs, or GPUs with more memory"),
+            notes=notes,
         )
 
 
