@@ -45,7 +45,8 @@ class RolloutMemory:
     """Bytes on one GPU of an engine.
 
     pool_tokens: tokens the cache of one engine holds over its attention data-parallel ranks, 0 = it does not start;
-    headroom_bytes: what is left of the non-static share after graphs and activations, negative = fails at run time.
+    headroom_bytes: what is left of the non-static share after graphs and activations, negative = fails at run time;
+    asleep_bytes: what stays when it sleeps. Nothing goes to the host: weights come anew with the sync.
     """
 
     weight_bytes: float
@@ -59,7 +60,6 @@ class RolloutMemory:
     headroom_bytes: float
     awake_bytes: Interval
     asleep_bytes: float
-    host_bytes: float
 
     @property
     def fits(self) -> bool:
@@ -114,7 +114,6 @@ def rollout_memory(
         headroom_bytes=headroom,
         awake_bytes=around(awake, 0.04, "calibrated", (Term(name, value) for name, value in terms.items())),
         asleep_bytes=outside + (0.25 * _GIB if options.saver else awake - outside),
-        host_bytes=weights if options.saver else 0.0,
     )
 
 

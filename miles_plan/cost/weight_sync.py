@@ -198,6 +198,11 @@ def _quantize_seconds(bytes_on_rank: float, links: Links, how: SyncOptions) -> f
     return 3.0 * bytes_on_rank / (links.gpu.hbm_bytes_per_s * links.profile.hbm_fraction)
 
 
+UNMAP_S = 0.02
+"""Unmapping or mapping an engine's memory, or a trainer's turn beside its copies: 13 to 30 ms a task on an H200 for engines of
+13 GiB (benchmarks/results/engines_gpu_grpo_0_6b_colocated.json)."""
+
+
 def offload_time(
     bytes_per_gpu: float,
     cluster: Cluster,
@@ -208,7 +213,7 @@ def offload_time(
     links = links_of(cluster, profile)
     known = links.profile
     rate = known.device_to_host_bytes_per_s if direction == "out" else known.host_to_device_bytes_per_s
-    return _figure({"copy": bytes_per_gpu / rate, "unmap": 0.1}, 0.3, "measured")
+    return _figure({"copy": bytes_per_gpu / rate, "unmap": UNMAP_S}, 0.3, "measured")
 
 
 def checkpoint_time(bytes_on_all_gpus: float, cluster: Cluster, disk_bytes_per_s: float = 2.0e9) -> Interval:

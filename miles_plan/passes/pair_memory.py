@@ -57,7 +57,7 @@ def pair_memory(
     between = (rows.static_bytes + rows.outside_bytes + bucket)[:, None]
     if split.kind == "disaggregate":
         engines_fit = np.array([_engines_sync(ctx, split, each) for each in engines], dtype=bool)[None]
-        transitions = (between <= capacity) & engines_fit & _hosts_fit(ctx, split, workload, rows, engines, sleeping)
+        transitions = (between <= capacity) & engines_fit & _hosts_fit(ctx, split, workload, rows, sleeping)
         return PairMemory(fits=(headroom >= 0) & (transitions | training_only), headroom_bytes=headroom, sleeping=sleeping)
     awake = np.array([each.awake_bytes.mid for each in engines])[None]
     asleep = np.array([each.asleep_bytes for each in engines])[None]
@@ -66,7 +66,7 @@ def pair_memory(
     headroom = headroom - np.where(sleeping, asleep, awake)
     left = (rows.weight_bytes + residues_bytes(ctx, rows) + bucket)[:, None]  # gradients and optimizer leave before the sync
     transitions = np.where(sleeping, left + weights, between + awake) <= capacity
-    transitions = transitions & _hosts_fit(ctx, split, workload, rows, engines, sleeping)
+    transitions = transitions & _hosts_fit(ctx, split, workload, rows, sleeping)
     return PairMemory(fits=(headroom >= 0) & (transitions | training_only), headroom_bytes=headroom, sleeping=sleeping)
 
 
@@ -95,7 +95,6 @@ def _hosts_fit(
     split: Split,
     workload: StepWorkload,
     rows: PriceRows,
-    engines: Sequence[RolloutMemory],
     sleeping: NDArray[np.bool_],
 ) -> NDArray[np.bool_]:
     """Whether a node's memory holds its processes and samples, what sleeps there, and the staging of a save."""
@@ -107,12 +106,10 @@ def _hosts_fit(
     processes = (ranks + (engine_ranks if both else 0)) * (EMBEDDED_PROCESS_BYTES if embedded else PROCESS_BYTES)
     always = processes + samples_bytes(ctx, workload) + rows.host_bytes[:, None] * ranks
     asleep = np.where(sleeping, rows.static_bytes[:, None] * ranks, 0.0)
-    weights = np.array([each.host_bytes for each in engines])[None] * engine_ranks
     staged = ranks * SAVE_STAGING_BYTES
     if embedded:
         staged = int(ctx.model.params_total * (4 + 8 + (4 if ctx.job.precision.train == "fp32" else 2)))
-    most = np.maximum(np.maximum(asleep, np.where(sleeping, weights, 0.0)), staged)
-    return np.asarray(always + most <= capacity)
+    return np.asarray(always + np.maximum(asleep, staged) <= capacity)
 
 
 def samples_bytes(ctx: PassContext, workload: StepWorkload) -> float:

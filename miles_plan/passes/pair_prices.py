@@ -181,24 +181,24 @@ class _Moves:
     fixed_s: float
     out_s_per_byte: float
     in_s_per_byte: float
-    copies_cache: bool
+    copies_engines: bool
 
     def round_trip_s(self, size_bytes: Floats) -> Floats:
-        """A trainer's states out before generation and in after it."""
-        return 2.0 * self.fixed_s + size_bytes * (self.out_s_per_byte + self.in_s_per_byte)
+        """A trainer's states out before the sync, its weights after it, and all in after generation."""
+        return 3.0 * self.fixed_s + size_bytes * (self.out_s_per_byte + self.in_s_per_byte)
 
     def engine_s(self, engine: RolloutChoice) -> float:
-        """An engine's weights in for the sync and out after generation; its cache is mapped before it and not copied."""
-        weights = engine.memory.weight_bytes + (engine.memory.pool_bytes if self.copies_cache else 0.0)
-        return 3.0 * self.fixed_s + weights * (self.out_s_per_byte + self.in_s_per_byte)
+        """An engine's weights in for the sync, its cache for generation, both out: mapped and unmapped, copied if embedded."""
+        copied = engine.memory.weight_bytes + engine.memory.pool_bytes if self.copies_engines else 0.0
+        return 3.0 * self.fixed_s + copied * (self.out_s_per_byte + self.in_s_per_byte)
 
 
 def _moves(ctx: PassContext, split: Split) -> _Moves:
     cluster = split.train.cluster
     if ctx.job.train.engine == "torch":
         per_byte = 1.0 / cluster.groups[0].gpu.pcie_bytes_per_s
-        return _Moves(EMBEDDED_MOVE_S, per_byte, per_byte, copies_cache=True)
-    return _Moves(offload_time(0.0, cluster).mid, _s_per_byte(cluster, "out"), _s_per_byte(cluster, "in"), copies_cache=False)
+        return _Moves(EMBEDDED_MOVE_S, per_byte, per_byte, copies_engines=True)
+    return _Moves(offload_time(0.0, cluster).mid, _s_per_byte(cluster, "out"), _s_per_byte(cluster, "in"), copies_engines=False)
 
 
 def _s_per_byte(cluster: Cluster, direction: Literal["out", "in"]) -> float:

@@ -327,8 +327,7 @@ def _host_phases(graph: TaskGraph, residents: Residents, role: str, *, both: boo
     if both and sleeping:
         backup = int(residents.train.static_bytes) * residents.train_ranks_per_node
         yield _phase("generate", "rollout", (*always, _term("sleeping trainer", "train", backup)), spread=0.1)
-        weights = int(residents.rollout.host_bytes) * residents.rollout_ranks_per_node if residents.rollout else 0
-        yield _phase("train", "train", (*always, _term("sleeping engine", "rollout", weights)), spread=0.1)
+        yield _phase("train", "train", always, spread=0.1)
     else:
         yield _phase("generate" if role == "rollout" else "train", role if role == "rollout" else "train", always, spread=0.1)
     if role == "train" and any(isinstance(task, Checkpoint) for task in graph.tasks):

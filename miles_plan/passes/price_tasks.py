@@ -152,12 +152,8 @@ class _Prices:
         return _estimate(offload_time(self._copied_bytes(task), self._nodes(task), direction))
 
     def _copied_bytes(self, task: Offload | Onload) -> float:
-        """Bytes that cross to or from the host: a cache is unmapped and mapped again, nobody reads what was in it."""
-        if "kv_cache" not in task.parts:
-            return float(task.bytes_per_gpu)
-        caches = [each for each in self.graph.tasks if isinstance(each, Onload) and each.parts == ("kv_cache",)]
-        cache_bytes = next((each.bytes_per_gpu for each in caches if each.group == task.group), 0)
-        return float(max(0, task.bytes_per_gpu - cache_bytes))
+        """Bytes that cross to or from the host: an engine's weights come anew with the sync, and nobody reads an old cache."""
+        return 0.0 if self.graph.group(task.group or "").role == "rollout" else float(task.bytes_per_gpu)
 
     def _nodes(self, task: Task) -> Cluster:
         """The nodes that a task's group is on: their GPUs may differ from those of the rest of the cluster."""

@@ -39,7 +39,6 @@ def test_an_engine_holds_the_drafts_weights_and_its_cache() -> None:
     assert drafted.kv_bytes_per_token == pytest.approx(plain.kv_bytes_per_token * 37 / 36)
     assert drafted.weight_bytes > plain.weight_bytes
     assert drafted.pool_tokens < plain.pool_tokens
-    assert drafted.host_bytes - plain.host_bytes == drafted.weight_bytes - plain.weight_bytes
 
 
 @pytest.mark.parametrize("engine", ["megatron", "fsdp2", "torch"])

@@ -37,9 +37,8 @@ def price(
     if split.kind == "colocate":
         headroom -= engine.memory.asleep_bytes
         moved_s += offload_time(train.static_bytes, cluster).mid + offload_time(train.static_bytes, cluster, "in").mid
-        weights = engine.memory.weight_bytes
-        moved_s += offload_time(weights, cluster).mid + offload_time(weights, cluster, "in").mid
-        moved_s += offload_time(0.0, cluster, "in").mid  # the cache is mapped, not copied
+        moved_s += offload_time(0.0, cluster).mid  # the trainer leaves in two goes, states before the sync and weights after
+        moved_s += 3.0 * offload_time(0.0, cluster, "in").mid  # weights, cache, both out: mapped and unmapped, not copied
     if headroom < 0:
         return None
     rollout_s = engine.rollout_s + sync_s(ctx, split, train.layout, engine.layout, transport)
