@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,3 +101,29 @@ def measure(engine: Any, moe_layers: int) -> dict[str, Any]:
     steps = [step(engine, moe_layers) for _ in range(2)]
     after = engine.log_probs(batch, model="policy", temperature=0.8, replay_routing=replay)
     return {"before": before, "scored": scored, "steps": steps, "after": after}
+
+
+def reference_on_the_host(engine: Any, options: Any, directory: Path, scratch: Path) -> None:
+    """A trainer with `reference_offload` does what one without does, and holds no reference on its device in between."""
+    batch = random_batch(moe_layers=2)
+    found = []
+    for offload in (False, True):
+        settings = {"host_directory": scratch / str(offload), "dtype": "float32", "device": "cpu", "keep_reference": True}
+        one = engine(options(model_directory=directory, reference_offload=offload, **settings))
+        step(one, 2)
+        scores = [one.log_probs(batch, model="reference", temperature=1.0, replay_routing=True).log_probs]
+        one.snapshot_reference()
+        one.save(scratch / f"state{offload}")
+        step(one, 2)
+        one.load(scratch / f"state{offload}")
+        scores += [
+            one.log_probs(batch, model=model, temperature=1.0, replay_routing=True).log_probs
+            for model in ("reference", "policy")
+        ]
+        assert (scores[1] == scores[2]).all()
+        memory = one.memory()
+        assert (memory.device_bytes["reference"] == 0) == offload
+        assert (memory.host_bytes.get("reference", 0) > 0) == offload
+        found.append(scores)
+        one.close()
+    assert all((a == b).all() for a, b in zip(*found, strict=True))

@@ -39,6 +39,7 @@ def make_engine(
         micro_batch_tokens=facts.micro_batch_tokens,
         recompute=facts.recompute,
         keep_reference=facts.keep_reference,
+        reference_offload=facts.device == "cuda",
         optimizer_offload=facts.optimizer_offload,
         device=facts.device,
         seed=facts.seed,

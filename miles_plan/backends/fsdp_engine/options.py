@@ -17,7 +17,7 @@ class FsdpEngineOptions:
     parts (a GPU engine uses pinned memory); layout: data parallel only, every rank holds a share of every tensor; dtype: of the
     forward and backward, masters are float32; micro_batch_tokens: most packed tokens of one micro-batch; recompute: "selective"
     recomputes attention blocks in the backward, "full" whole layers; optimizer_offload: moments are on the device only while
-    they are updated.
+    they are updated; reference_offload: the reference and the teacher only while they score.
     """
 
     model_directory: Path
@@ -27,6 +27,7 @@ class FsdpEngineOptions:
     micro_batch_tokens: int = 8192
     recompute: Recompute = "none"
     keep_reference: bool = False
+    reference_offload: bool = False
     teacher_directory: Path | None = None
     optimizer_offload: bool = False
     device: Literal["cpu", "cuda"] = "cuda"

@@ -70,11 +70,20 @@ class FsdpTrainEngine:
         self._publisher = WeightPublisher(full_tensors(self._policy, self._dtype), self._fill, options.device)
         if options.optimizer_offload:
             self.offload(["optimizer"])
+        if options.reference_offload and self._tensors_of_part("reference"):
+            self.offload(["reference"])
 
     def log_probs(self, batch: SampleBatch, *, model: WhichModel, temperature: float, replay_routing: bool) -> RankLogProbs:
         """Log-probs and entropies of this rank's share; see `TrainEngine`. EngineError for a batch the model cannot take."""
+        self._model(model)
+        self._need_resident("weights")
+        if model == "policy":
+            return self._log_probs(batch, model, temperature, replay_routing)
+        with self._frozen_at_hand():
+            return self._log_probs(batch, model, temperature, replay_routing)
+
+    def _log_probs(self, batch: SampleBatch, model: WhichModel, temperature: float, replay_routing: bool) -> RankLogProbs:
         chosen = self._model(model)
-        self._need_resident(*(("weights",) if model == "policy" else ("weights", "reference")))
         parts = self._pack(batch, chosen, replay_routing)
         routers = self._routers["teacher" if model == "teacher" else "policy"]
         routers.reset()
@@ -140,7 +149,11 @@ class FsdpTrainEngine:
     def snapshot_reference(self) -> None:
         """From now on the reference model is the policy as it is. EngineError without `keep_reference`."""
         self._model("reference")
-        self._need_resident("weights", "reference")
+        self._need_resident("weights")
+        with self._frozen_at_hand():
+            self._copy_to_reference()
+
+    def _copy_to_reference(self) -> None:
         for copy, parameter in zip(self._reference, self._policy.parameters.values(), strict=True):
             copy.copy_(local(parameter))
 
@@ -184,12 +197,13 @@ class FsdpTrainEngine:
 
     def save(self, directory: Path) -> Sequence[str]:
         """Write masters, moments, counts, the reference and the generators in torch.distributed.checkpoint's format."""
-        self._need_resident("weights", "optimizer", "reference")
-        return write_state(directory, self._state(), self._identity(), rank=self.rank)
+        self._need_resident("weights", "optimizer")
+        with self._frozen_at_hand():
+            return write_state(directory, self._state(), self._identity(), rank=self.rank)
 
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote for the same model, dtype and layout, bit for bit. EngineError names what differs."""
-        self._need_resident("weights", "optimizer", "reference")
+        self._need_resident("weights", "optimizer")
         error = None
         try:
             check_state(directory, self._identity(), rank=self.rank)
@@ -199,8 +213,9 @@ class FsdpTrainEngine:
         found = read_state(directory, rank=self.rank)
         for name, parameter in self._policy.parameters.items():
             local(parameter).copy_(found[f"weights/{name}"])
-        for index, copy in enumerate(self._reference):
-            copy.copy_(found[f"reference/{index}"])
+        with self._frozen_at_hand():
+            for index, copy in enumerate(self._reference):
+                copy.copy_(found[f"reference/{index}"])
         prefix = "optimizer/"
         moments = {name.removeprefix(prefix): each for name, each in found.items() if name.startswith(prefix)}
         self._optimizer.restore(moments, int(found["steps_taken"]))
@@ -313,6 +328,19 @@ class FsdpTrainEngine:
             return list(self._optimizer.moments().values())
         teacher = self._teacher.parameters.values() if self._teacher is not None else ()
         return [*self._reference, *(local(parameter) for parameter in teacher)]
+
+    @contextmanager
+    def _frozen_at_hand(self) -> Iterator[None]:
+        """The reference and the teacher on the device: for this while only where the options say so, else as they must be."""
+        if not self.options.reference_offload or not self._tensors_of_part("reference"):
+            self._need_resident("reference")
+            yield
+            return
+        self.onload(["reference"])
+        try:
+            yield
+        finally:
+            self.offload(["reference"])
 
     def _need_resident(self, *parts: str) -> None:
         for part in parts:

@@ -41,6 +41,7 @@ def make_engine(
         fp8=facts.fp8,
         layer_spec=layers_of(facts),
         keep_reference=facts.keep_reference,
+        reference_offload=facts.device == "cuda",
         optimizer_offload=facts.optimizer_offload,
         device=facts.device,
         seed=facts.seed,

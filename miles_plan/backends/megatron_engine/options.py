@@ -21,7 +21,8 @@ class MegatronEngineOptions:
     packed tokens of one micro-batch, over its context-parallel ranks; recompute: "selective" recomputes recompute_modules in
     the backward, "full" whole layers; fp8: Transformer Engine's blockwise FP8 in the linear layers; layer_spec: whose layers,
     "auto" is Transformer Engine on a GPU and Megatron's local torch layers elsewhere; optimizer_offload: masters and moments
-    are on the device only while they are updated; deterministic: only kernels that give the same bits every time.
+    are on the device only while they are updated; reference_offload: the reference and the teacher only while they score;
+    deterministic: only kernels that give the same bits every time.
     """
 
     model_directory: Path
@@ -34,6 +35,7 @@ class MegatronEngineOptions:
     fp8: bool = False
     layer_spec: LayerSpec | Literal["auto"] = "auto"
     keep_reference: bool = False
+    reference_offload: bool = False
     teacher_directory: Path | None = None
     optimizer_offload: bool = False
     device: Literal["cpu", "cuda"] = "cuda"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,11 +90,20 @@ class MegatronTrainEngine:
         self._publisher = WeightPublisher(full_tensors(self.config, self._dtype), self._fill, options.device)
         if options.optimizer_offload:
             self.offload(["optimizer"])
+        if options.reference_offload and self._tensors_of_part("reference"):
+            self.offload(["reference"])
 
     def log_probs(self, batch: SampleBatch, *, model: WhichModel, temperature: float, replay_routing: bool) -> RankLogProbs:
         """Log-probs and entropies of this rank's share; see `TrainEngine`. EngineError for a batch the model cannot take."""
+        if model != "policy":
+            self._model(model)
+            with self._frozen_at_hand():
+                return self._log_probs(batch, model, temperature, replay_routing)
+        self._need_resident("weights")
+        return self._log_probs(batch, model, temperature, replay_routing)
+
+    def _log_probs(self, batch: SampleBatch, model: WhichModel, temperature: float, replay_routing: bool) -> RankLogProbs:
         chosen = self._model(model)
-        self._need_resident("weights" if model == "policy" else "reference")
         parts = self._micro_batches(batch, chosen.config, replay_routing)
         if not parts:
             return empty_batch_result()
@@ -164,7 +174,11 @@ class MegatronTrainEngine:
     def snapshot_reference(self) -> None:
         """From now on the reference model is the policy as it is. EngineError without `keep_reference`."""
         self._model("reference")
-        self._need_resident("weights", "reference")
+        self._need_resident("weights")
+        with self._frozen_at_hand():
+            self._copy_to_reference()
+
+    def _copy_to_reference(self) -> None:
         for copy, (_, tensor) in zip(self._reference, self._policy.held, strict=True):
             copy.copy_(tensor.detach())
 
@@ -208,13 +222,14 @@ class MegatronTrainEngine:
 
     def save(self, directory: Path) -> Sequence[str]:
         """Write weights, masters, moments, counts, reference and generators in torch.distributed.checkpoint's format."""
-        self._need_resident("weights", "optimizer", "reference")
-        return write_state(directory, self._state(), self._identity(), rank=self.rank)
+        self._need_resident("weights", "optimizer")
+        with self._frozen_at_hand():
+            return write_state(directory, self._state(), self._identity(), rank=self.rank)
 
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote for the same model, dtype and layout, bit for bit. EngineError names what differs."""
-        self._need_resident("weights", "optimizer", "reference")
-        found, error = {}, None
+        self._need_resident("weights", "optimizer")
+        error = None
         try:
             check_state(directory, self._identity(), rank=self.rank)
         except EngineError as caught:
@@ -224,8 +239,9 @@ class MegatronTrainEngine:
         with torch.no_grad():
             for parameter, tensor in self._policy.held:
                 tensor.copy_(found[f"weights/{parameter.chunk}/{parameter.name}"])
-            for index, copy in enumerate(self._reference):
-                copy.copy_(found[f"reference/{index}"])
+            with self._frozen_at_hand():
+                for index, copy in enumerate(self._reference):
+                    copy.copy_(found[f"reference/{index}"])
         prefix = "optimizer/"
         states = {name.removeprefix(prefix): each for name, each in found.items() if name.startswith(prefix)}
         self._optimizer.restore(states, found["step_counts"])
@@ -458,6 +474,19 @@ class MegatronTrainEngine:
             states = (tensor.detach() for tensor in self._optimizer.tensors().values())
             return [tensor for tensor in states if tensor.untyped_storage()._cdata not in shared]
         return [*self._reference, *([tensor.detach() for _, tensor in self._teacher.held] if self._teacher else [])]
+
+    @contextmanager
+    def _frozen_at_hand(self) -> Iterator[None]:
+        """The reference and the teacher on the device: for this while only where the options say so, else as they must be."""
+        if not self.options.reference_offload or not self._tensors_of_part("reference"):
+            self._need_resident("reference")
+            yield
+            return
+        self.onload(["reference"])
+        try:
+            yield
+        finally:
+            self.offload(["reference"])
 
     def _need_resident(self, *parts: str) -> None:
         for part in parts:

@@ -14,7 +14,15 @@ from miles_plan.backends.torch_engine.options import TrainEngineOptions
 from miles_plan.backends.torch_engine.train_engine import TorchTrainEngine
 from miles_plan.backends.torch_engine.weights import initialise_checkpoint
 from miles_plan.ir.layout import TrainLayout
-from tests.backends.sample_trainers import MODELS, MOE_LAYERS, in_batch_order, measure, random_batch, step
+from tests.backends.sample_trainers import (
+    MODELS,
+    MOE_LAYERS,
+    in_batch_order,
+    measure,
+    random_batch,
+    reference_on_the_host,
+    step,
+)
 
 CASES = [("dense", 2, "none"), ("tied", 2, "full"), ("biased", 3, "selective"), ("moe", 2, "full"), ("moe_mixed", 1, "none")]
 
@@ -90,6 +98,10 @@ def test_bfloat16_trains_on_float32_masters(checkpoints, tmp_path):
     assert found["steps"][1]["loss"] < found["steps"][0]["loss"]
     assert all(tensor.element_size() == 4 for tensor in engine._tensors_of_part("weights"))
     engine.close()
+
+
+def test_a_reference_on_the_host_scores_and_is_saved_like_one_on_the_device(checkpoints, tmp_path):
+    reference_on_the_host(FsdpTrainEngine, FsdpEngineOptions, checkpoints / "moe_mixed", tmp_path)
 
 
 def test_a_teacher_is_another_model(checkpoints, tmp_path):

@@ -14,7 +14,15 @@ from miles_plan.backends.torch_engine.train_engine import TorchTrainEngine
 from miles_plan.backends.torch_engine.weights import initialise_checkpoint
 from miles_plan.ir.layout import TrainLayout
 from tests.backends.megatron_engine import cuda_stand_ins
-from tests.backends.sample_trainers import MODELS, MOE_LAYERS, in_batch_order, measure, random_batch, step
+from tests.backends.sample_trainers import (
+    MODELS,
+    MOE_LAYERS,
+    in_batch_order,
+    measure,
+    random_batch,
+    reference_on_the_host,
+    step,
+)
 
 CASES = [
     ("dense", TrainLayout(tp=2)),
@@ -145,3 +153,10 @@ def test_bfloat16_trains_on_float32_masters_that_may_live_on_the_host(checkpoint
     assert parked.device_bytes["optimizer"] == 0
     for engine in engines:
         engine.close()
+
+
+def test_a_reference_on_the_host_scores_and_is_saved_like_one_on_the_device(checkpoints, tmp_path):
+    cuda_stand_ins.need_megatron()
+    from miles_plan.backends.megatron_engine.train_engine import MegatronTrainEngine
+
+    reference_on_the_host(MegatronTrainEngine, MegatronEngineOptions, checkpoints / "moe_mixed", tmp_path)
