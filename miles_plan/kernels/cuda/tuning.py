@@ -86,8 +86,9 @@ class GemmTile:
 
     @property
     def defers(self) -> bool:
-        """Whether registers hold a finished tile while the next one begins."""
-        return self.engine == RING and not self.swap and self.rows * self.width <= 96 * 128
+        """Whether registers hold a finished tile while the next one begins. (For a narrow tile that is also the form which the
+        assembler overlaps: without it, it waits after every product.)"""
+        return self.engine == RING and self.rows * self.width <= 96 * 128
 
     def fits(self, itemsize: int, out_itemsize: int, leaves: int) -> bool:
         """Whether registers and shared memory suffice."""
