@@ -121,7 +121,10 @@ class FailureRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSummary:
-    """The cluster the plan is for: `nodes` nodes of `gpus_per_node` GPUs each, per group of equal nodes."""
+    """The cluster the plan is for: `nodes` nodes of `gpus_per_node` GPUs each, per group of equal nodes.
+
+    gpu_memory_bytes and host_memory_bytes are those of the group that has least.
+    """
 
     gpu: str
     nodes: int

@@ -334,8 +334,8 @@ def _cluster_summary(cluster: Cluster) -> ClusterSummary:
         gpu=first.gpu.name,
         nodes=cluster.num_nodes,
         gpus_per_node=first.gpus_per_node,
-        gpu_memory_bytes=first.gpu.usable_bytes,
-        host_memory_bytes=first.node_memory_bytes,
+        gpu_memory_bytes=min(group.gpu.usable_bytes for group in cluster.groups),
+        host_memory_bytes=min(group.node_memory_bytes for group in cluster.groups),
         groups=() if len(cluster.groups) == 1 else tuple((g.gpu.name, g.nodes, g.gpus_per_node) for g in cluster.groups),
     )
 

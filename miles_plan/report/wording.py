@@ -23,7 +23,10 @@ def cluster_text(cluster: ClusterSummary) -> str:
     kinds = cluster.groups or ((cluster.gpu, cluster.nodes, cluster.gpus_per_node),)
     parts = [f"{plural(nodes, 'node')} of {gpus} {gpu}" for gpu, nodes, gpus in kinds]
     total = plural(cluster.num_gpus, device_noun(cluster))
-    memory = f"{bytes_text(cluster.gpu_memory_bytes)} each, {bytes_text(cluster.host_memory_bytes)} of host memory a node"
+    least = "at least " if cluster.groups else ""
+    memory = (
+        f"{least}{bytes_text(cluster.gpu_memory_bytes)} each, {bytes_text(cluster.host_memory_bytes)} of host memory a node"
+    )
     return f"{' + '.join(parts)} = {total}; {memory}"
 
 
