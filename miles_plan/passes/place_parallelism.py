@@ -117,13 +117,13 @@ def _settled(ctx: PassContext, task: AnyTask, train: TrainChoice, rollout: Rollo
     if isinstance(task, (Logprobs, Values)):
         return replace(task, group=group, tokens_per_gpu=train.tokens_per_gpu)
     if isinstance(task, Rollout) and rollout is not None:
-        page = ctx.job.rollout.page_tokens
+        page, exact = ctx.job.rollout.page_tokens, ctx.job.precision.alignment == "exact"
         return replace(
             task,
             group=group,
             max_running=rollout.max_running,
             kv_pool_tokens=rollout.pool_tokens,
-            page_tokens=16 if page == "auto" else page,
+            page_tokens=page if page != "auto" else 64 if exact and ctx.job.rollout.engine == "sglang" else 16,
             static_fraction=0.0 if ctx.job.rollout.engine == "torch" else round(rollout.static_fraction, 3),
         )
     return replace(task, group=group)

@@ -99,7 +99,7 @@ class RolloutSpec(Section):
     max_running: AutoOr[Count] = "auto"
     """Samples that one engine decodes at once; `auto` follows from the KV cache."""
     page_tokens: AutoOr[Annotated[int, Field(ge=1, le=4_096)]] = "auto"
-    """Tokens of a KV cache page."""
+    """Tokens of a KV cache page; `auto` is 16, or 64 where SGLang runs our kernels (alignment: exact)."""
     prefix_sharing: bool = True
     """Share the prompt's KV pages among its samples."""
     over_sampling: Annotated[float, Field(ge=1, le=100)] = 1.0

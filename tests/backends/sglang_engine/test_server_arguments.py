@@ -96,7 +96,7 @@ def test_the_colocated_plan_sets_these_and_no_others() -> None:
         ("gpu_grpo_0_6b_colocated.yaml", ("rollout.prefix_sharing=false",), {"disable_radix_cache": True}),
         (
             "gpu_grpo_0_6b_colocated.yaml",
-            ("precision.alignment=exact", "rollout.page_tokens=64"),
+            ("precision.alignment=exact",),
             {
                 "enable_deterministic_inference": True,
                 "attention_backend": "miles_plan",
@@ -143,6 +143,6 @@ def test_what_has_no_argument_is_refused(change: Any, words: str) -> None:
 
 
 def test_exact_alignment_needs_pages_that_our_attention_reads() -> None:
-    plan = plan_of("gpu_grpo_0_6b_colocated.yaml", "precision.alignment=exact")
+    plan = plan_of("gpu_grpo_0_6b_colocated.yaml", "precision.alignment=exact", "rollout.page_tokens=16")
     with pytest.raises(ArgumentsError, match="pages of"):
         arguments_of(plan)
