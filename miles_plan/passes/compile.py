@@ -16,7 +16,7 @@ from miles_plan.catalog.hardware_profile import HardwareProfile
 from miles_plan.catalog.hf_config import architecture_from_hf_config
 from miles_plan.catalog.models import find_model
 from miles_plan.cost.lengths import load_lengths
-from miles_plan.cost.profile import load_profile, shipped_constants
+from miles_plan.cost.profile import load_profile, profile_for, shipped_constants
 from miles_plan.diagnostics import Diagnostic, Location, PlanError, error, warning
 from miles_plan.ir.graph import TaskGraph
 from miles_plan.ir.plan import ClusterSummary, DataSource, Decision, ModelSource, Plan, RunOptions, TokenizerSource
@@ -188,8 +188,19 @@ def _profile_sources(cluster: Cluster) -> tuple[tuple[str, str], ...]:
 
 
 def _profile_decisions(cluster: Cluster) -> Iterator[Decision]:
-    """What each profile of the user's priced, and what stayed as shipped."""
-    for name, here in {group.gpu.name: group.gpu.profile for group in cluster.groups}.items():
+    """What each profile of the user's priced, and what stayed as shipped; and which kinds of GPU nobody measured."""
+    kinds = {group.gpu.name: group.gpu for group in cluster.groups}
+    for name, gpu in kinds.items():
+        used = profile_for(gpu)
+        if used.basis == "roofline" and gpu.vendor != "cpu":
+            yield Decision(
+                field="cluster.profile",
+                value=f"no data for {name}",
+                reason=f"priced with {used.source.partition(' (')[0]} on its datasheet; intervals are wider for it, and "
+                "`miles-plan calibrate` on such a GPU narrows them",
+                by=COMPILER,
+            )
+    for name, here in {name: gpu.profile for name, gpu in kinds.items()}.items():
         if here is None or here.here is None:
             continue
         rest = shipped_constants(here)

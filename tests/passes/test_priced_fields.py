@@ -153,3 +153,23 @@ def test_a_sleeping_trainer_may_lose_more_to_its_allocator() -> None:
         return train.high_bytes / train.total_bytes - 1.0
 
     assert spread("colocate") > spread("disaggregate") == pytest.approx(0.04, abs=0.001)
+
+
+def test_a_gpu_that_nobody_measured_says_so() -> None:
+    job = {
+        "version": 1,
+        "name": "test",
+        "model": {"name": "qwen3-8b"},
+        "algorithm": {"kind": "grpo"},
+        "data": {"prompts": {"generator": "arithmetic"}, "reward": "math"},
+        "rollout": {"prompts_per_step": 8, "samples_per_prompt": 4, "response_tokens": {"max": 1024}},
+    }
+    said = {
+        gpu: [
+            each.value
+            for each in compile_job(job_from_mapping({**job, "cluster": {"gpu": gpu, "nodes": 1}})).plan.decisions
+            if each.field == "cluster.profile"
+        ]
+        for gpu in ("h200", "mi300x")
+    }
+    assert said == {"h200": [], "mi300x": ["no data for mi300x"]}

@@ -8,7 +8,7 @@ from miles_plan.report.units import interval_text, quantity_text, scale_for, sca
 
 
 def draw_estimates(page: Page, plan: Plan) -> None:
-    """One row a figure; with `full` the terms it is the sum of."""
+    """One row a figure; with `full` the terms it is the sum of. Below: whose measurements they rest on, if not the shipped."""
     if not plan.estimates:
         return
     page.heading("Estimates", "expected value, interval, basis")
@@ -21,3 +21,6 @@ def draw_estimates(page: Page, plan: Plan) -> None:
             parts = ", ".join(f"{name} {quantity_text(value, each.unit)}" for name, value in each.terms)
             table.add_row("", "", "", text(parts, "dim"))
     page.show(table)
+    for decision in plan.decisions:
+        if decision.field == "cluster.profile":
+            page.note(f"{decision.value}: {decision.reason}")
