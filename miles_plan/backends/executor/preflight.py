@@ -29,15 +29,18 @@ LISTED_MISMATCHES = 5
 def preflight(plan: Plan, directory: RunDirectory) -> list[Diagnostic]:
     """Everything that would stop the run early, all at once. Data that a generator makes is made here."""
     found = unsupported(plan)
+    said = " ".join(finding.message for finding in found)
+    found += [*_environment(plan, said), *_gpus(plan)]
     if not found:
-        found = [*_environment(plan), *_gpus(plan), *_model(plan), *_tokenizer(plan)]
-        found += [*_data(plan, directory.data), *_rewards(plan)]
+        found = [*_model(plan), *_tokenizer(plan), *_data(plan, directory.data), *_rewards(plan)]
     return found
 
 
-def _environment(plan: Plan) -> Iterator[Diagnostic]:
-    """The releases and settings that the plan was made for."""
+def _environment(plan: Plan, said: str) -> Iterator[Diagnostic]:
+    """The releases and settings that the plan was made for, but for packages of which an engine has `said` it already."""
     for name, wanted in plan.environment:
+        if name in said:
+            continue
         if name.startswith("env:"):
             variable = name.removeprefix("env:")
             found = os.environ.get(variable)
@@ -71,9 +74,10 @@ def _gpus(plan: Plan) -> Iterator[Diagnostic]:
         return
     needed = max((group.gpus.end for group in plan.graph.groups if group.gpus is not None), default=0)
     if (found := len(visible_gpus())) < needed:
+        gpus = "GPU" if needed == 1 else "GPUs"
         yield error(
             "MP422",
-            f"the plan uses {needed} GPUs ({plan.cluster.gpu}), this machine shows {found}",
+            f"the plan uses {needed} {gpus} ({plan.cluster.gpu}), this machine shows {found}",
             field="cluster.gpus_per_node",
             help="compile the spec again for the machine that is there; CUDA_VISIBLE_DEVICES can hide GPUs",
         )

@@ -65,9 +65,10 @@ def execute(plan: Plan, root: Path, *, progress: Progress | None = None) -> Resu
     if not directory.is_fresh():
         raise RunDirectoryError(f"{root} holds a run already: `miles-plan resume {root}` continues it")
     with _disk_errors(root):
-        directory.make()
+        made = directory.make()
         with directory.locked():
             if findings := preflight(plan, directory):
+                directory.unmake(made)
                 raise PlanError(tuple(findings))
             write_plan(plan, directory.plan)
             settings = Settings(

@@ -21,7 +21,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,11 +103,22 @@ class RunDirectory:
         """Whether no run has started here."""
         return not self.plan.exists() and not self.journal.exists()
 
-    def make(self) -> None:
-        """Create the folder and those below it. OSError names the path."""
-        for folder in (self.root, self.tensorboard, self.checkpoints, self.data):
+    def make(self) -> list[Path]:
+        """Create the folder and those below it; returns the folders that were not there. OSError names the path."""
+        inside = (self.tensorboard, self.checkpoints, self.data)
+        made = [folder for folder in (*inside, self.root, *self.root.parents) if not folder.exists()]
+        for folder in (self.root, *inside):
             with naming(folder):
                 folder.mkdir(parents=True, exist_ok=True)
+        return made
+
+    def unmake(self, made: Sequence[Path]) -> None:
+        """Remove what `make` made, after a refusal: the lock, rows that were written for it, and folders then empty."""
+        for file in (self.root / "lock", *(self.data.iterdir() if self.data in made else ())):
+            file.unlink(missing_ok=True)
+        for folder in made:  # innermost first
+            with contextlib.suppress(OSError):  # others put something there
+                folder.rmdir()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[dict[str, Any] | None]:

@@ -12,9 +12,11 @@ import pytest
 from miles_plan.backends.executor.cluster import check_cluster
 from miles_plan.backends.executor.failures import RunError
 from miles_plan.backends.executor.preflight import preflight, satisfies
+from miles_plan.backends.executor.run import execute
 from miles_plan.backends.executor.run_directory import RunDirectory
 from miles_plan.backends.executor.unsupported import unsupported
 from miles_plan.backends.torch_engine.weights import initialise_checkpoint
+from miles_plan.diagnostics import PlanError
 from miles_plan.ir.group import DeviceGroup
 from miles_plan.ir.layout import RolloutLayout, TrainLayout
 from miles_plan.ir.plan import ClusterSummary, DataSource, ModelSource, Plan, TokenizerSource
@@ -215,3 +217,16 @@ def test_a_plan_for_another_cluster_is_refused_before_anything_is_made() -> None
     check_cluster(h200, plan.graph, [node(**{"GPU": 2, "accelerator_type:H200": 1})])
     with pytest.raises(RunError, match="for h200 GPUs, this cluster has A100"):
         check_cluster(h200, plan.graph, [node(**{"GPU": 2, "accelerator_type:A100": 1})])
+
+
+def test_a_refused_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    plan = with_group(tiny_plan(), "train", engine="megatron")
+    root = tmp_path / "runs" / "first"
+    with pytest.raises(PlanError):
+        execute(plan, root)
+    assert list(tmp_path.iterdir()) == []
+    root.mkdir(parents=True)
+    (root / "mine.txt").write_text("mine")
+    with pytest.raises(PlanError):
+        execute(plan, root)
+    assert [path.name for path in root.iterdir()] == ["mine.txt"]
