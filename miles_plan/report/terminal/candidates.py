@@ -17,13 +17,13 @@ def draw_candidates(page: Page, plan: Plan) -> None:
         return
     ranked = sorted(plan.candidates, key=lambda each: each.step_s)
     shown = ranked if page.full else [each for at, each in enumerate(ranked) if at < FIRST_FEW or each.chosen]
-    page.heading("Candidates", f"{plural(len(ranked), 'point')} of the Pareto front")
+    page.heading("Candidates", f"{plural(len(ranked), 'point')} of the Pareto front; a step without checkpoints and waits")
     table = grid(
         "  step", "", "GPU-hours", "headroom", "train", "rollout", "placement", "why", right=("GPU-hours", "headroom"), indent=0
     )
     best = next((each for each in ranked if each.chosen), ranked[0])
     for candidate in shown:
-        table.add_row(*_cells(candidate, best, full=page.full))
+        table.add_row(*_cells(candidate, best, candidate.note if page.full else _difference(candidate, best)))
     page.show(table)
     if best.binding:
         page.note("binding: ", text(best.binding))
@@ -31,9 +31,16 @@ def draw_candidates(page: Page, plan: Plan) -> None:
         page.note(text(f"{plural(len(ranked) - len(shown), 'more point')} with --all", "dim"))
 
 
-def _cells(candidate: Candidate, best: Candidate, *, full: bool) -> list[Text]:
+def _difference(candidate: Candidate, best: Candidate) -> str:
+    """The options in which a candidate with the choice's layouts differs from it."""
+    same = all(getattr(candidate, name) == getattr(best, name) for name in ("train_layout", "rollout_layout", "placement"))
+    usual = best.note.split(", ")
+    return ", ".join(part for part in candidate.note.split(", ") if part not in usual) if same else ""
+
+
+def _cells(candidate: Candidate, best: Candidate, options: str) -> list[Text]:
     style = "bold" if candidate.chosen else ""
-    note = f" ({candidate.note})" if candidate.note and full else ""
+    note = f" ({options})" if options else ""
     return [
         Text.assemble(("▸ " if candidate.chosen else "  ", "bold"), text(seconds_text(candidate.step_s), style)),
         text(change_text(best.step_s, candidate.step_s), "dim"),
