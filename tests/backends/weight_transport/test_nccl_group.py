@@ -5,6 +5,7 @@ The receiver does what SGLang 0.5.16 does in `init_custom_process_group` and `_u
 
 from __future__ import annotations
 
+import os
 import socket
 from typing import Any
 
@@ -61,6 +62,7 @@ def receive(rank: int, port: int, world_size: int, name: str, answers: Any) -> N
         found[each] = flat[at : at + size].view(torch.bfloat16).reshape(tensor.shape).tolist()
         at += size
     answers.put((rank, found))
+    os._exit(0)  # gloo's threads may still be waiting when Python ends, which would abort the process
 
 
 @pytest.mark.parametrize("receivers", [1, 2])
