@@ -99,7 +99,7 @@ PAGES: tuple[Page, ...] = (
     Page(
         code="MP231",
         title="phase that overflows host memory",
-        what="A node's memory would not hold the processes, the sleeping engine's backup, offloaded states or a save's"
+        what="A node's memory would not hold the processes, the sleeping trainer's states, offloaded states or a save's"
         " staging.",
         why="The operating system, or Ray, kills processes without saying why.",
         example="cluster: {gpu: h200, nodes: 1, host_memory_gib: 256}\nplacement: colocate",
