@@ -52,7 +52,7 @@ def alive(processes):
     }
 
 
-def gone(processes, within_s=5.0):
+def gone(processes, within_s=30.0):
     deadline = time.monotonic() + within_s
     while (left := alive(processes)) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -142,7 +142,7 @@ def assert_trouble(pool, response, reason, detail):
     assert [outcome.score for outcome in outcomes] == [1.5, 2.0, outcomes[2].score, -1.0, 0.5]
     assert (outcomes[2].reason, detail in outcomes[2].detail) == (reason, True), outcomes[2]
     assert [outcome.score for outcome in pool.outcomes([item("7")] * 4)] == [7.0] * 4
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30  # a machine may stand still for some seconds
     while len(descendants(keeper)) > 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     assert len(descendants(keeper)) <= 2  # the two workers
