@@ -137,7 +137,7 @@ class Scheduler:
         if not (self._running or any(prompt.num_pending for prompt in self._prompts.values())):
             self._drop_prompts(keep=self._waiting[0].key)
             fresh = self._admit(copies)
-        step = Step(tuple(copies), tuple(fresh), tuple(self._choose_prefill()), tuple(decode), tuple(drafts))
+        step = Step(tuple(copies), tuple(fresh), tuple(self._choose_prefill(decode)), tuple(decode), tuple(drafts))
         assert step.fresh or step.prefill or step.decode, "the scheduler stands still"
         return step
 
@@ -262,11 +262,15 @@ class Scheduler:
         for key in [key for key in self._prompts if key != keep]:
             self._allocator.release(self._prompts.pop(key).pages)
 
-    def _choose_prefill(self) -> list[tuple[FedSequence, int]]:
-        """Prompts and retracted samples with tokens to feed, oldest first, up to the chunk's tokens."""
+    def _choose_prefill(self, decode: Sequence[Sample]) -> list[tuple[FedSequence, int]]:
+        """Prompts and retracted samples with tokens to feed, oldest first, up to the chunk's tokens.
+
+        A retracted sample that starts again with one token beyond its prompt came too late for `decode`.
+        """
         chosen: list[tuple[FedSequence, int]] = []
         left = self._prefill_tokens
-        catching_up = [sample for sample in self._running.values() if sample.num_pending > 1]
+        decoding = {sample.index for sample in decode}
+        catching_up = [each for each in self._running.values() if each.num_pending and each.index not in decoding]
         for sequence in [*catching_up, *self._prompts.values()]:
             if left and sequence.num_pending:
                 count = min(left, sequence.num_pending)

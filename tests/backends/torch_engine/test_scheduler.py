@@ -126,6 +126,12 @@ def test_a_small_pool_retracts_and_still_finishes() -> None:
     assert none == 0
 
 
+def test_a_retracted_sample_with_one_token_beyond_its_prompt_goes_on() -> None:
+    samples, _, retracted = run([(0,) * 7] * 6, [1, 3, 3, 3, 2, 2], num_pages=8, max_running=5, chunk=1)
+    assert retracted > 0
+    assert [len(sample.tokens) for sample in samples] == [8, 10, 10, 10, 9, 9]
+
+
 def test_a_request_that_never_fits_is_refused() -> None:
     with pytest.raises(OutOfPagesError, match="a prompt of 30 and a response of 20 tokens need 14 pages of 4 tokens"):
         run([(1,) * 30], [20], num_pages=13)
