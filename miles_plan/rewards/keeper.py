@@ -4,7 +4,7 @@ A pool lives in a big process (torch, Ray, threads) that should not fork; the ke
 its workers leave behind, so killing a worker kills the processes that the reward started, also those that left its process
 group. When the pool's process ends, however it ends, the keeper kills everything below itself and ends too.
 
-Messages on the control socket are JSON lines. In: `{"start": id, "spec": {...}}` with the worker's two descriptors attached,
+Messages on the control socket are JSON lines. In: `{"start": id, "spec": {...}, "beside": [ids]}` with the worker's two descriptors attached (no others stay alive),
 `{"kill": id}`, `{"quit": true}`. Out: `{"ended": id, "code": exit code}`, the code negative for a signal.
 """
 
@@ -39,6 +39,7 @@ class Keeper:
         self.parent = parent
         self.workers: dict[int, int] = {}  # process -> worker id
         self.ended: dict[int, int] = {}  # process -> exit code, not told yet
+        self.condemned: set[int] = set()  # workers to be killed until they have ended
         self.pending = b""
         self.descriptors: list[int] = []
         self.wake_read, wake_write = os.pipe()
@@ -55,6 +56,7 @@ class Keeper:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self.wake_read, 4096)
             self.collect()
+            self.kill_condemned()
             if self.control.fileno() in readable and not self.receive():
                 return
 
@@ -80,11 +82,18 @@ class Keeper:
         if "start" in message:
             channel, output = self.descriptors[:2]
             del self.descriptors[:2]
+            self.condemned |= set(self.workers.values()) - set(message["beside"])
             self.start(message["start"], message["spec"], channel, output)
         elif "kill" in message:
-            for process in (process for process, worker in self.workers.items() if worker == message["kill"]):
-                kill_group(process)
-                kill(process)  # it may not have made its group yet
+            self.condemned.add(message["kill"])
+            self.kill_condemned()
+
+    def kill_condemned(self) -> None:
+        """Kill the workers that are to end; again at every turn, until they are collected."""
+        self.condemned &= set(self.workers.values())
+        for process in [process for process, worker in self.workers.items() if worker in self.condemned]:
+            kill_group(process)
+            kill(process)  # it may not have made its group yet
 
     def start(self, worker: int, spec: dict[str, Any], channel: int, output: int) -> None:
         """Fork a worker; in the child this does not return."""

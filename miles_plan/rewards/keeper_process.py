@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 CLOSE_S = 10.0
@@ -33,12 +33,15 @@ class KeeperProcess:
             )
         self.pending = b""
 
-    def start_worker(self, worker: int, spec: Mapping[str, Any]) -> tuple[socket.socket, int]:
-        """Ask for a worker; returns our end of its message socket and of its output pipe. OSError when the keeper is gone."""
+    def start_worker(self, worker: int, spec: Mapping[str, Any], beside: Iterable[int]) -> tuple[socket.socket, int]:
+        """Ask for a worker `beside` those that live; returns our end of its message socket and of its output pipe.
+
+        OSError when the keeper is gone.
+        """
         ours, theirs = socket.socketpair()
         output_read, output_write = os.pipe()
         try:
-            message = json.dumps({"start": worker, "spec": dict(spec)}).encode() + b"\n"
+            message = json.dumps({"start": worker, "spec": dict(spec), "beside": list(beside)}).encode() + b"\n"
             descriptors = [theirs.fileno(), output_write]
             sent = socket.send_fds(self.control, [message], descriptors)
             self.control.sendall(message[sent:])

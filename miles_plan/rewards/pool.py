@@ -85,7 +85,7 @@ class RewardPool:
         """Have one more worker; it is idle once it has loaded the reward."""
         number = next(self._numbers)
         with contextlib.suppress(OSError):  # the keeper is gone: `decisions` hears of it and opens another
-            channel, output = self._keeper.start_worker(number, self._spec)
+            channel, output = self._keeper.start_worker(number, self._spec, self.links)
             self.links[number] = WorkerLink(number, channel, output, self.limits)
             self.links[number].register(self._selector)
 
