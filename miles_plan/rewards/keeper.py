@@ -4,8 +4,9 @@ A pool lives in a big process (torch, Ray, threads) that should not fork; the ke
 its workers leave behind, so killing a worker kills the processes that the reward started, also those that left its process
 group. When the pool's process ends, however it ends, the keeper kills everything below itself and ends too.
 
-Messages on the control socket are JSON lines. In: `{"start": id, "spec": {...}, "beside": [ids]}` with the worker's two descriptors attached (no others stay alive),
-`{"kill": id}`, `{"quit": true}`. Out: `{"ended": id, "code": exit code}`, the code negative for a signal.
+Messages on the control socket are JSON lines. In: `{"start": id, "spec": {...}, "beside": [ids]}` with the worker's two
+descriptors attached (workers that are not named in "beside" end), `{"kill": id}`, `{"quit": true}`. Out:
+`{"ended": id, "code": exit code}`, the code negative for a signal.
 """
 
 from __future__ import annotations
