@@ -14,13 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from miles_plan.backends.engine import (
-    BucketLayout,
-    DeviceBucket,
     EngineError,
-    MemoryReport,
-    Part,
     RankLogProbs,
-    WeightBucket,
     WhichModel,
 )
 from miles_plan.backends.fsdp_engine.full_weights import fill_full, full_tensors
@@ -30,26 +25,28 @@ from miles_plan.backends.fsdp_engine.routing import ReplayedRouters
 from miles_plan.backends.fsdp_engine.sharded_adam import ShardedAdam
 from miles_plan.backends.training.agreement import open_process_group, raise_together
 from miles_plan.backends.training.batch_loss import BatchLoss, missing_columns
+from miles_plan.backends.training.cluster_trainer import ClusterTrainer
 from miles_plan.backends.training.host_store import HostStore
 from miles_plan.backends.training.micro_batches import micro_batches_of_rank
 from miles_plan.backends.training.packed_samples import PackedSamples, batch_problems, pack_samples, predicting_nothing
 from miles_plan.backends.training.scores import VocabParallelScores
 from miles_plan.backends.training.state_files import check_state, read_state, write_state
-from miles_plan.backends.training.storage import free_storage, resident_bytes, restore_storage
 from miles_plan.backends.weight_transport.publisher import WeightPublisher
 from miles_plan.data.batch import SampleBatch
 from miles_plan.ir.options import LossOptions, OptimizerOptions
 
-_PARTS = ("weights", "gradients", "optimizer", "reference")
 Scored = Callable[[PackedSamples, Tensor, Tensor], Tensor]
 
 
-class FsdpTrainEngine:
+class FsdpTrainEngine(ClusterTrainer):
     """One rank of an FSDP2 trainer; a `TrainEngine` and a `DeviceWeightSource`.
 
     Every rank is made with the same options and rendezvous and takes the same calls. A process group that exists already is
     used and left alone; else the engine starts one and ends it. ValueError for options or a model that cannot be trained.
     """
+
+    engine = "fsdp"
+    options: FsdpEngineOptions
 
     def __init__(self, options: FsdpEngineOptions, *, rank: int = 0, rendezvous: str | None = None) -> None:
         self.options, self.rank = options, rank
@@ -142,58 +139,9 @@ class FsdpTrainEngine:
             self.offload(["optimizer"])
         return {**self._sum_over_ranks(found), "tokens": float(batch_loss.num_tokens), **metrics_of_step}
 
-    def draft_step(self, batch: SampleBatch, *, optimizer: OptimizerOptions) -> Mapping[str, float]:
-        """EngineError: this trainer holds no speculative draft."""
-        raise EngineError("fsdp train engine: it holds no draft; train a draft with the torch engine")
-
-    def snapshot_reference(self) -> None:
-        """From now on the reference model is the policy as it is. EngineError without `keep_reference`."""
-        self._model("reference")
-        self._need_resident("weights")
-        with self._frozen_at_hand():
-            self._copy_to_reference()
-
     def _copy_to_reference(self) -> None:
         for copy, parameter in zip(self._reference, self._policy.parameters.values(), strict=True):
             copy.copy_(local(parameter))
-
-    def weight_layout(self, *, bucket_bytes: int) -> tuple[BucketLayout, ...]:
-        """The buckets that `stream_weights` gives; see `DeviceWeightSource`."""
-        return self._publisher.layout(bucket_bytes)
-
-    def stream_weights(self, version: int, *, bucket_bytes: int) -> Iterator[DeviceBucket]:
-        """The weights in device memory; see `DeviceWeightSource`. EngineError while they are offloaded."""
-        self._need_resident("weights")
-        yield from self._publisher.stream(bucket_bytes)
-
-    def export_weights(self, version: int, *, bucket_bytes: int) -> Iterator[WeightBucket]:
-        """Publish the weights in shared memory: rank 0 yields, and every rank must run it to its end."""
-        self._need_resident("weights")
-        yield from self._publisher.publish(version, bucket_bytes)
-
-    def release_weights(self, version: int) -> None:
-        """Remove the shared memory of that version."""
-        self._publisher.release(version)
-
-    def offload(self, parts: Sequence[Part]) -> MemoryReport:
-        """Park parts in pinned memory (CPU: in files); gradients are dropped. The device's memory is free when it returns."""
-        for part in _known(parts):
-            if part == "gradients":
-                free_storage(self._tensors_of_part(part))
-            else:
-                self._host.offload(part, self._tensors_of_part(part))
-        if self.options.device == "cuda":
-            torch.cuda.empty_cache()
-        return self.memory()
-
-    def onload(self, parts: Sequence[Part]) -> MemoryReport:
-        """Bring parts back bit for bit; a no-op for what is resident."""
-        for part in _known(parts):
-            if part == "gradients":
-                restore_storage(self._tensors_of_part(part))
-            else:
-                self._host.onload(part)
-        return self.memory()
 
     def save(self, directory: Path) -> Sequence[str]:
         """Write masters, moments, counts, the reference and the generators in torch.distributed.checkpoint's format."""
@@ -223,27 +171,9 @@ class FsdpTrainEngine:
         if self.options.device == "cuda":
             torch.cuda.set_rng_state(found["generator/cuda"])
 
-    def export_checkpoint(self, directory: Path) -> list[str]:
-        """Write a Hugging Face checkpoint of the policy; collective. Returns the file names on rank 0, nothing on others."""
-        self._need_resident("weights")
-        return self._publisher.write_checkpoint(directory, self.options.model_directory)
-
-    def weights_sha256(self) -> str:
-        """SHA-256 over the policy's full tensors, the same on every rank and for every number of ranks; collective."""
-        self._need_resident("weights")
-        return self._publisher.sha256()
-
-    def memory(self) -> MemoryReport:
-        """Bytes by part, of this rank's shares."""
-        device = {part: resident_bytes(self._tensors_of_part(part)) for part in _PARTS}
-        return MemoryReport(device_bytes=device, host_bytes=self._host.host_bytes)
-
     def close(self) -> None:
         """Free everything; end the process group if this engine started it."""
-        self._publisher.close()
-        self._host.close()
-        for part in _PARTS:
-            free_storage(self._tensors_of_part(part))
+        self._free()
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -329,26 +259,6 @@ class FsdpTrainEngine:
         teacher = self._teacher.parameters.values() if self._teacher is not None else ()
         return [*self._reference, *(local(parameter) for parameter in teacher)]
 
-    @contextmanager
-    def _frozen_at_hand(self) -> Iterator[None]:
-        """The reference and the teacher on the device: for this while only where the options say so, else as they must be."""
-        if not self.options.reference_offload or not self._tensors_of_part("reference"):
-            self._need_resident("reference")
-            yield
-            return
-        self.onload(["reference"])
-        try:
-            yield
-        finally:
-            self.offload(["reference"])
-
-    def _need_resident(self, *parts: str) -> None:
-        for part in parts:
-            if self._host.is_parked(part) or any(
-                tensor.numel() and not tensor.untyped_storage().nbytes() for tensor in self._tensors_of_part(part)
-            ):
-                raise EngineError(f"train engine: its {part} are offloaded; onload them first")
-
     def _state(self) -> dict[str, Tensor]:
         weights = {f"weights/{name}": local(parameter) for name, parameter in self._policy.parameters.items()}
         moments = {f"optimizer/{name}": tensor for name, tensor in self._optimizer.moments().items()}
@@ -367,10 +277,3 @@ class FsdpTrainEngine:
             "layout": repr(self.options.layout),
             "rank": str(self.rank),
         }
-
-
-def _known(parts: Sequence[str]) -> Sequence[str]:
-    for part in parts:
-        if part not in _PARTS:
-            raise ValueError(f"a train engine can offload {', '.join(_PARTS)}, not '{part}'")
-    return parts

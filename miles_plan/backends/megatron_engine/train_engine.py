@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from miles_plan.backends.engine import (
-    BucketLayout,
-    DeviceBucket,
     EngineError,
-    MemoryReport,
-    Part,
     RankLogProbs,
-    WeightBucket,
     WhichModel,
 )
 from miles_plan.backends.megatron_engine.arguments import MegatronArguments, derive_arguments
@@ -35,18 +29,17 @@ from miles_plan.backends.megatron_engine.versions import require_megatron
 from miles_plan.backends.megatron_engine.weight_map import LocalParameter, local_parameters
 from miles_plan.backends.training.agreement import raise_together
 from miles_plan.backends.training.batch_loss import BatchLoss, missing_columns
+from miles_plan.backends.training.cluster_trainer import ClusterTrainer
 from miles_plan.backends.training.decoder_config import DecoderConfig, read_config
 from miles_plan.backends.training.host_store import HostStore
 from miles_plan.backends.training.packed_samples import batch_problems
 from miles_plan.backends.training.scores import SumOverGroup, VocabParallelScores
 from miles_plan.backends.training.state_files import check_state, read_state, write_state
-from miles_plan.backends.training.storage import free_storage, resident_bytes, restore_storage
 from miles_plan.backends.weight_transport.publisher import WeightPublisher
 from miles_plan.data.batch import SampleBatch
 from miles_plan.ir.options import LossOptions, OptimizerOptions
 from miles_plan.kernels.cuda.log_prob import log_prob
 
-_PARTS = ("weights", "gradients", "optimizer", "reference")
 Scored = Callable[[MicroBatch, Tensor, Tensor], Tensor]
 
 
@@ -61,13 +54,16 @@ class _Model:
     columns: list[list[int]]  # of a routing record, by chunk
 
 
-class MegatronTrainEngine:
+class MegatronTrainEngine(ClusterTrainer):
     """One rank of a Megatron trainer; a `TrainEngine` and a `DeviceWeightSource`.
 
     Every rank is made with the same options and rendezvous and takes the same calls. A process group that exists already is
     used and left alone; else the engine starts one and ends it. ValueError for options, a layout or a model that cannot be
     trained, EngineError for a package that is missing or a combination that Megatron refuses.
     """
+
+    engine = "megatron"
+    options: MegatronEngineOptions
 
     def __init__(self, options: MegatronEngineOptions, *, rank: int = 0, rendezvous: str | None = None) -> None:
         from miles_plan.backends.megatron_engine import model
@@ -167,58 +163,9 @@ class MegatronTrainEngine:
             self.offload(["optimizer"])
         return metrics
 
-    def draft_step(self, batch: SampleBatch, *, optimizer: OptimizerOptions) -> Mapping[str, float]:
-        """EngineError: this trainer holds no speculative draft."""
-        raise EngineError("megatron train engine: it holds no draft; train a draft with the torch engine")
-
-    def snapshot_reference(self) -> None:
-        """From now on the reference model is the policy as it is. EngineError without `keep_reference`."""
-        self._model("reference")
-        self._need_resident("weights")
-        with self._frozen_at_hand():
-            self._copy_to_reference()
-
     def _copy_to_reference(self) -> None:
         for copy, (_, tensor) in zip(self._reference, self._policy.held, strict=True):
             copy.copy_(tensor.detach())
-
-    def weight_layout(self, *, bucket_bytes: int) -> tuple[BucketLayout, ...]:
-        """The buckets that `stream_weights` gives; see `DeviceWeightSource`."""
-        return self._publisher.layout(bucket_bytes)
-
-    def stream_weights(self, version: int, *, bucket_bytes: int) -> Iterator[DeviceBucket]:
-        """The weights in device memory; see `DeviceWeightSource`. EngineError while they are offloaded."""
-        self._need_resident("weights")
-        yield from self._publisher.stream(bucket_bytes)
-
-    def export_weights(self, version: int, *, bucket_bytes: int) -> Iterator[WeightBucket]:
-        """Publish the weights in shared memory: rank 0 yields, and every rank must run it to its end."""
-        self._need_resident("weights")
-        yield from self._publisher.publish(version, bucket_bytes)
-
-    def release_weights(self, version: int) -> None:
-        """Remove the shared memory of that version."""
-        self._publisher.release(version)
-
-    def offload(self, parts: Sequence[Part]) -> MemoryReport:
-        """Park parts in pinned memory (CPU: in files); gradients are dropped. The device's memory is free when it returns."""
-        for part in _known(parts):
-            if part == "gradients":
-                free_storage(self._tensors_of_part(part))
-            else:
-                self._host.offload(part, self._tensors_of_part(part))
-        if self.options.device == "cuda":
-            torch.cuda.empty_cache()
-        return self.memory()
-
-    def onload(self, parts: Sequence[Part]) -> MemoryReport:
-        """Bring parts back bit for bit; a no-op for what is resident."""
-        for part in _known(parts):
-            if part == "gradients":
-                restore_storage(self._tensors_of_part(part))
-            else:
-                self._host.onload(part)
-        return self.memory()
 
     def save(self, directory: Path) -> Sequence[str]:
         """Write weights, masters, moments, counts, reference and generators in torch.distributed.checkpoint's format."""
@@ -247,27 +194,9 @@ class MegatronTrainEngine:
         self._optimizer.restore(states, found["step_counts"])
         _restore_generators(found, self.options.device)
 
-    def export_checkpoint(self, directory: Path) -> list[str]:
-        """Write a Hugging Face checkpoint of the policy; collective. Returns the file names on rank 0, nothing on others."""
-        self._need_resident("weights")
-        return self._publisher.write_checkpoint(directory, self.options.model_directory)
-
-    def weights_sha256(self) -> str:
-        """SHA-256 over the policy's full tensors, the same on every rank and for every layout; collective."""
-        self._need_resident("weights")
-        return self._publisher.sha256()
-
-    def memory(self) -> MemoryReport:
-        """Bytes by part."""
-        device = {part: resident_bytes(self._tensors_of_part(part)) for part in _PARTS}
-        return MemoryReport(device_bytes=device, host_bytes=self._host.host_bytes)
-
     def close(self) -> None:
         """Free everything; end the process groups if this engine started them."""
-        self._publisher.close()
-        self._host.close()
-        for part in _PARTS:
-            free_storage(self._tensors_of_part(part))
+        self._free()
         if self._owns_groups and dist.is_initialized():
             from megatron.core import parallel_state
 
@@ -475,26 +404,6 @@ class MegatronTrainEngine:
             return [tensor for tensor in states if tensor.untyped_storage()._cdata not in shared]
         return [*self._reference, *([tensor.detach() for _, tensor in self._teacher.held] if self._teacher else [])]
 
-    @contextmanager
-    def _frozen_at_hand(self) -> Iterator[None]:
-        """The reference and the teacher on the device: for this while only where the options say so, else as they must be."""
-        if not self.options.reference_offload or not self._tensors_of_part("reference"):
-            self._need_resident("reference")
-            yield
-            return
-        self.onload(["reference"])
-        try:
-            yield
-        finally:
-            self.offload(["reference"])
-
-    def _need_resident(self, *parts: str) -> None:
-        for part in parts:
-            if self._host.is_parked(part) or any(
-                tensor.numel() and not tensor.untyped_storage().nbytes() for tensor in self._tensors_of_part(part)
-            ):
-                raise EngineError(f"train engine: its {part} are offloaded; onload them first")
-
     def _state(self) -> dict[str, Tensor]:
         weights = {f"weights/{each.chunk}/{each.name}": tensor for each, tensor in self._policy.held}
         optimizer = {f"optimizer/{name}": tensor for name, tensor in self._optimizer.tensors().items()}
@@ -575,10 +484,3 @@ def _restore_generators(found: Mapping[str, Tensor], device: str) -> None:
         prefix = "generator/megatron/"
         states = {name.removeprefix(prefix): state for name, state in found.items() if name.startswith(prefix)}
         get_cuda_rng_tracker().set_states(get_cuda_rng_tracker().get_states() | states)
-
-
-def _known(parts: Sequence[str]) -> Sequence[str]:
-    for part in parts:
-        if part not in _PARTS:
-            raise ValueError(f"a train engine can offload {', '.join(_PARTS)}, not '{part}'")
-    return parts
