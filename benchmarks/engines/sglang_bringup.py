@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -263,8 +264,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("plan", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--model", type=Path, default=Path("/tmp/model"))
-    parser.add_argument("--log", type=Path, default=Path("/tmp/sglang.log"))
+    parser.add_argument("--model", type=Path, default=Path(tempfile.gettempdir()) / "model")
+    parser.add_argument("--log", type=Path, default=Path(tempfile.gettempdir()) / "sglang.log")
     args = parser.parse_args()
     plan = read_plan(args.plan)
     made = random_model.make(plan, args.model)

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import queue
 import shutil
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from miles_plan.ir.layout import TrainLayout
 from miles_plan.ir.options import LossOptions, OptimizerOptions
 
 HANGS_AFTER_S = 22.0
-WORK = Path("/tmp/trainers_on_gpus")
+WORK = Path(tempfile.gettempdir()) / "trainers_on_gpus"
 DENSE: dict[str, Any] = {  # Qwen3-0.6B's shape
     "model_type": "qwen3",
     "hidden_size": 1024,
@@ -387,7 +388,7 @@ def main() -> None:
             if (only and case.name not in only) or time.monotonic() > deadline:
                 continue
             for rank, lane in enumerate(lanes):
-                lane[0].put((rank, f"file:///tmp/trainers_on_gpus/meet{os.getpid()}-{number}", case))
+                lane[0].put((rank, f"file://{WORK}/meet{os.getpid()}-{number}", case))
             rows[case.name] = [_answer(lane, case, rank, deadline) for rank, lane in enumerate(lanes)]
             compare(rows, case, rows[case.name])
             report(sink, rows[case.name])
