@@ -28,7 +28,7 @@ KERNEL_HOOKS = "miles_plan.kernels.cuda.hooks_sglang"
 
 def engine_class() -> Any:
     """SGLang's Engine; where the environment asks for this package's kernels, one whose schedulers run on them."""
-    from sglang import Engine
+    from sglang.srt.entrypoints.engine import Engine  # `sglang.Engine` is a proxy, which no class can derive from
 
     if os.environ.get(KERNELS_SWITCH) != "1":
         return Engine

@@ -28,8 +28,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     class Engine:
         run_scheduler_process_func = staticmethod(lambda *_: None)
 
-    module("sglang", Engine=Engine)
+    module("sglang", Engine=SimpleNamespace())  # a proxy, as SGLang has it
     module("sglang.srt")
+    module("sglang.srt.entrypoints")
+    module("sglang.srt.entrypoints.engine", Engine=Engine)
     module("sglang.srt.managers")
     module("sglang.srt.managers.scheduler", run_scheduler_process=lambda *given: said.append(f"scheduler{given}"))
     module("sglang.srt.plugins", GENERAL_PLUGINS_GROUP="sglang.srt.plugins", load_plugins=lambda: said.append("load_plugins"))
@@ -42,7 +44,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_without_the_switch_the_engine_is_sglangs_own(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(KERNELS_SWITCH, raising=False)
-    assert engine_class() is sys.modules["sglang"].Engine  # type: ignore[attr-defined]
+    assert engine_class() is sys.modules["sglang.srt.entrypoints.engine"].Engine  # type: ignore[attr-defined]
     assert calls == []
 
 
