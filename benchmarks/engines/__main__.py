@@ -25,12 +25,13 @@ from miles_plan.backends.executor.device_memory import visible_gpus
 
 NO_SAVES = ("checkpoint.every_steps=1000",)
 SHORT = ("warm_start.steps=40", "algorithm.steps=8", *NO_SAVES)
+LEARNING = ("warm_start.steps=300", "algorithm.steps=50", *NO_SAVES)
 EXACT_ENVIRONMENT = {"NCCL_ALGO": "Ring", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A spec with settings. limit_s covers the start of the engines (about 75 s with kernels compiled before) and the run."""
+    """A spec with settings. limit_s covers the start of the engines (two minutes, where others start beside them) and the run."""
 
     spec: str
     settings: tuple[str, ...]
@@ -40,13 +41,16 @@ class Case:
 
 
 CASES = {
-    "colocated": Case("gpu_grpo_0_6b_colocated", SHORT, 150),
-    "learns": Case("gpu_grpo_0_6b_colocated", ("warm_start.steps=400", "algorithm.steps=60", *NO_SAVES), 300),
-    "disaggregated": Case("gpu_grpo_0_6b_disaggregated", SHORT, 150, gpus=2),
-    "fsdp2": Case("gpu_grpo_0_6b_fsdp2", SHORT, 150),
-    "larger": Case("gpu_grpo_1_7b_colocated", SHORT, 200),
-    "moe": Case("gpu_grpo_moe_replay", SHORT, 240),
-    "exact": Case("gpu_grpo_0_6b_exact", SHORT, 240, exact=True),
+    "colocated": Case("gpu_grpo_0_6b_colocated", SHORT, 220),
+    "off": Case("gpu_grpo_0_6b_colocated", ("precision.alignment=off", *LEARNING), 330),
+    "exact": Case("gpu_grpo_0_6b_exact", LEARNING, 360, exact=True),
+    "disaggregated": Case("gpu_grpo_0_6b_disaggregated", SHORT, 220, gpus=2),
+    "fsdp2": Case("gpu_grpo_0_6b_fsdp2", SHORT, 240),
+    "larger": Case("gpu_grpo_1_7b_colocated", SHORT, 260),
+    "moe": Case("gpu_grpo_moe_replay", SHORT, 300),
+    "moe_exact": Case("gpu_grpo_moe_exact", SHORT, 330, exact=True),
+    "exact_tp": Case("gpu_grpo_0_6b_exact_rollout_tp1_train_tp2", SHORT, 330, gpus=2, exact=True),
+    "four": Case("gpu_grpo_0_6b_4_gpus", SHORT, 240, gpus=4),
 }
 BRINGUP = "bringup"
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.machine import machine
@@ -33,7 +34,7 @@ def figures(record: RunRecord) -> dict[str, Any]:
     moving_s = sum(took for task, took in spans if task in SYNC_TASKS) / max(1, len(later))
     begins = {run.iteration: run.start_s for run in record.runs if run.task == "rollout"}
     step_s = [later_s - begins[at - 1] for at, later_s in sorted(begins.items()) if at - 1 in begins and at > 1]
-    median_step_s = sorted(step_s)[len(step_s) // 2] if step_s else None
+    median_step_s = median(step_s) if step_s else None
     return {
         "steps": len(steps),
         "reward": [row.get("reward_mean") for row in steps],
@@ -41,6 +42,7 @@ def figures(record: RunRecord) -> dict[str, Any]:
         "mean_abs_log_prob_diff": [row.get("mean_abs_log_prob_diff") for row in steps],
         "tokens": [row.get("tokens") for row in steps],
         "step_s": median_step_s,
+        "tokens_per_s": median(row["tokens"] for row in later) / median_step_s if median_step_s else None,
         "moving_s": moving_s,
         "moving_share_of_step": moving_s / median_step_s if median_step_s else None,
         "rollout_s_in_sglang_over_ours": _shares(record, steps),

@@ -11,10 +11,12 @@ from typing import Any
 
 from miles_plan.report.atomic_file import write_whole
 from miles_plan.report.run_files import RunRecord, read_run
-from miles_plan.report.task_times import task_times
+from miles_plan.report.schedule import loop_schedules
+from miles_plan.report.task_times import iteration_times, task_times
 from miles_plan.report.units import bytes_text, seconds_text
 
 MEASURED_NAME = "measured.json"
+WHOLE_STEP = "a whole step"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +37,8 @@ class PhaseMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskTime:
-    """A task of a loop. first_s: its first run, in which kernels are compiled; median_s: of the others, where there are any."""
+    """A task of a loop, or a whole step of it. first_s: its first run, in which kernels are compiled; median_s: of the others,
+    where there are any."""
 
     loop: str
     task: str
@@ -101,6 +104,23 @@ def _times(record: RunRecord) -> Iterator[TaskTime]:
                 first_s=first.took_s,
                 runs=len(each.took_s),
             )
+        yield from _whole_step(record, loop.name)
+
+
+def _whole_step(record: RunRecord, loop: str) -> Iterator[TaskTime]:
+    took = list(iteration_times(record, loop).values())
+    planned = next(each for each in loop_schedules(record.plan) if each.loop.name == loop)
+    if took and planned.iteration_s > 0:
+        yield TaskTime(
+            loop=loop,
+            task=WHOLE_STEP,
+            planned_s=planned.iteration_s,
+            low_s=planned.low_s,
+            high_s=planned.high_s,
+            median_s=median(took[1:] or took),
+            first_s=took[0],
+            runs=len(took),
+        )
 
 
 def table(found: Measured) -> list[str]:

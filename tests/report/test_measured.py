@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 
 from miles_plan.ir.plan import Plan
-from miles_plan.report.measured import measured, table, write_measured
+from miles_plan.report.measured import WHOLE_STEP, measured, table, write_measured
 from miles_plan.report.run_files import read_run
+from miles_plan.report.schedule import loop_schedules
+from miles_plan.report.task_times import iteration_times
 from tests.report.sample_run import RunWriter
 
 
@@ -41,6 +44,16 @@ def test_the_first_run_of_a_task_is_not_in_its_median(run: Path) -> None:
     assert rows
     assert all(row.first_s > 100.0 for row in rows)
     assert all(row.median_s < 100.0 for row in rows)
+
+
+def test_a_whole_step_is_held_against_the_plans_step_time(run: Path) -> None:
+    record = read_run(run)
+    rows = {row.loop: row for row in measured(record).times if row.task == WHOLE_STEP}
+    assert set(rows) == {loop.name for loop in record.plan.graph.loops}
+    for name, row in rows.items():
+        took = list(iteration_times(record, name).values())
+        assert row.median_s == pytest.approx(median(took[1:]))
+        assert row.planned_s == next(each.iteration_s for each in loop_schedules(record.plan) if each.loop.name == name)
 
 
 def test_what_was_not_measured_is_not_compared(run: Path) -> None:
