@@ -31,7 +31,7 @@ EXACT_ENVIRONMENT = {"NCCL_ALGO": "Ring", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A spec with settings. limit_s covers the start of the engines (two minutes, where others start beside them) and the run."""
+    """A spec with settings. limit_s: the start of the engines (two minutes beside other starts) and the run."""
 
     spec: str
     settings: tuple[str, ...]
