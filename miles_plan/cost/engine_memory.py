@@ -26,6 +26,18 @@ EAGER_LOSS_BYTES, PARALLEL_LOSS_BYTES = 12.0, 18.0
 that of the picked entries; split over tensor parallelism (loss_parallel) also bf16 logits, shifted ones, exponents."""
 
 
+SCORED_CHUNK_TOKENS = 1024
+"""Rows of which this package's trainers hold float32 at a time (`backends.training.scores`)."""
+SCORED_CHUNK_BYTES = 8.0
+"""Bytes of float32 that an element of such a chunk holds at the peak: the shifted logits and their exponents."""
+
+
+def _scored_head_bytes(model: ModelArchitecture, columns: LayoutColumns, options: TrainMemoryOptions) -> Floats:
+    """Logits of the scored rows in this package's trainers: in bf16, in a step with their gradient, and float32 of a chunk."""
+    rows = (1.0 if options.forward_only else 2.0) * 2.0 * options.scored_tokens + SCORED_CHUNK_BYTES * SCORED_CHUNK_TOKENS
+    return np.asarray(rows * model.vocab_size / columns.tp)
+
+
 def _head_bytes(model: ModelArchitecture, columns: LayoutColumns, options: TrainMemoryOptions) -> Floats:
     """Logits, loss and the final norm on the last stage, shape [n].
 
@@ -40,7 +52,7 @@ def _head_bytes(model: ModelArchitecture, columns: LayoutColumns, options: Train
     whole += kept * tokens * options.mtp_layers
     if options.logits_chunk_tokens:  # the bf16 logits stay whole, and so does their gradient
         whole = np.minimum(whole, (2.0 if options.forward_only else 4.0) * tokens + element * options.logits_chunk_tokens)
-    logits = whole * model.vocab_size / columns.tp
+    logits = _scored_head_bytes(model, columns, options) if options.scored_tokens else whole * model.vocab_size / columns.tp
     norm = 2.0 * tokens * model.hidden_size * options.element_bytes / columns.sequence_split
     return np.asarray(logits + norm)
 
@@ -122,7 +134,12 @@ def fsdp_terms(
     final_norm = (3.0 * size + 4.0) * tokens * model.hidden_size / columns.sequence_split  # one copy of it in fp32
     whole = 0.0 if options.async_tp else 2.0 * size * tokens * model.hidden_size  # a gathered input and its gradient
     gathered = np.where(columns.sequence_parallel & (columns.tp > 1), whole, 0.0)
-    head[:, -1] = element * chunk * model.vocab_size / columns.tp + final_norm + gathered
+    logits = (
+        _scored_head_bytes(model, columns, options)
+        if options.scored_tokens
+        else element * chunk * model.vocab_size / columns.tp
+    )
+    head[:, -1] = logits + final_norm + gathered
     working = (backward_bytes(model, columns, options) + gathered)[:, None] + terms.pop("recomputed layer")
     terms["logits"] = head
     terms["backward"] = np.maximum(0.0, working - head)

@@ -55,6 +55,8 @@ class TrainMemoryOptions:
     recomputation by block, layers a pipeline rank recomputes; 0 = all. recompute_chunk: layers that are recomputed together
     (Megatron's uniform method), of which only the first one's input is kept. moe_imbalance: tokens of the fullest
     expert-parallel rank over the mean. logits_chunk_tokens: head and loss in chunks of that many tokens; 0 = at once.
+    scored_tokens: rows that the head of this package's trainers computes, in bf16, with float32 of `SCORED_CHUNK_TOKENS` of
+    them at a time; 0 = another trainer's head, which computes every token's row.
     logits_bytes: bytes an element of the logits holds at the peak; 0 takes what the engine is known to hold. entropy:
     the loss has an entropy term. reference: a frozen copy of the weights for a KL term, resident on the GPU or swapped
     through host memory. trainable_fraction: below 1 for adapters. forward_only: a log-prob pass. primary_fp8: fp8
@@ -79,6 +81,7 @@ class TrainMemoryOptions:
     optimizer: OptimizerOptions = OptimizerOptions()
     moe_imbalance: float = 1.0
     logits_chunk_tokens: int = 0
+    scored_tokens: float = 0.0
     logits_bytes: float = 0.0
     entropy: bool = False
     fused_gradient_accumulation: bool = True

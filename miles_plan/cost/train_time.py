@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from miles_plan.catalog.architecture import ModelArchitecture
 from miles_plan.catalog.ffns import MoeFfn
 from miles_plan.catalog.gpus import Cluster
-from miles_plan.cost.columns import LayoutColumns, group_layouts, stage_kinds
+from miles_plan.cost.columns import Floats, LayoutColumns, group_layouts, stage_kinds
 from miles_plan.cost.communication import Links, collective_s, links_of, point_to_point_s, ranks_in_domain
 from miles_plan.cost.gemms import Gemm
 from miles_plan.cost.interval import Interval, Term, around
@@ -60,6 +60,15 @@ class TrainWorkload:
     def __post_init__(self) -> None:
         if min(self.total_tokens, self.sum_squares, self.longest, self.tokens_per_gpu) <= 0:
             raise ValueError("a train workload needs positive token counts")
+
+
+def fed_tokens(workload: TrainWorkload, budget: NDArray[np.intp] | int, dp: Floats | int, cp: Floats | int) -> NDArray[np.intp]:
+    """Tokens a GPU of the fullest micro-batch: the budget, or a rank's whole share of an update where that is less.
+
+    The longest sequence, cut over cp, is fed whatever the budget says. Broadcasts over its arguments.
+    """
+    share = np.ceil(workload.total_tokens / (np.asarray(dp) * workload.gradient_steps) / cp)
+    return np.minimum(budget, np.maximum(share, np.ceil(workload.longest / np.asarray(cp)))).astype(np.intp)
 
 
 def workload_of_lengths(lengths: Iterable[float], tokens_per_gpu: float, gradient_steps: int = 1) -> TrainWorkload:

@@ -40,7 +40,7 @@ from miles_plan.passes.nothing_fits import way_out
 from miles_plan.passes.pair_memory import EMBEDDED_PROCESS_BYTES, HOST_SHARE, PROCESS_BYTES, SAVE_STAGING_BYTES
 from miles_plan.passes.placements import cluster_of_span
 from miles_plan.passes.rollout_choices import embedded_memory, rollout_memory_options
-from miles_plan.passes.train_choices import MARGIN_FRACTION, chosen_train, memory_options, usable_bytes
+from miles_plan.passes.train_choices import MARGIN_FRACTION, chosen_train, fed, memory_options, usable_bytes
 from miles_plan.passes.workload import StepWorkload, step_workload
 
 GIB = 1 << 30
@@ -78,6 +78,7 @@ class Residents:
     """What the two engines hold on their fullest GPU, and the step's other guests."""
 
     train: MemoryBreakdown
+    scoring: MemoryBreakdown  # the trainer in a forward pass, beside the states that stay
     teacher: MemoryBreakdown | None  # in a forward pass, beside the trainer's states
     rollout: RolloutMemory | None
     colocated: bool
@@ -107,10 +108,11 @@ def _residents(graph: TaskGraph, ctx: PassContext) -> Residents:
     group = graph.group(step.group or "")
     per_rank = workload.total_tokens / step.updates / layout.dp
     microbatches = max(1, round(per_rank / (step.tokens_per_gpu * layout.cp)))
-    options = memory_options(ctx, workload, choice, microbatches=microbatches)
+    options = memory_options(ctx, workload, fed(ctx, workload, choice), microbatches=microbatches)
     saved = options.optimizer.bytes_per_param + options.element_bytes
     profile = _nodes(ctx, group).groups[0].gpu.profile
     train = train_memory(ctx.model, layout, options, profile)
+    scoring = train_memory(ctx.model, layout, replace(options, forward_only=True), profile)
     teacher = train_memory(ctx.teacher, layout, replace(options, forward_only=True, reference="none")) if ctx.teacher else None
     sized = replace(choice, peak_bytes=train.device_bytes.mid, static_bytes=train.static_bytes)
     residue = int(sleeping_trainer_bytes(ctx, sized))
@@ -120,6 +122,7 @@ def _residents(graph: TaskGraph, ctx: PassContext) -> Residents:
     sync = next((task for task in graph.tasks if isinstance(task, WeightSync)), None)
     return Residents(
         train=train,
+        scoring=scoring,
         teacher=teacher,
         rollout=rollout,
         colocated=colocated,
@@ -303,14 +306,15 @@ BETWEEN_STEPS = (
 
 
 def _trainer_terms(residents: Residents, moment: str) -> tuple[MemoryTerm, ...]:
-    """A trainer's parts on its fullest GPU: at the peak, in a forward pass (no gradients in flight), between steps ("static"),
-    or its weights after its states have left ("sync"), beside which lies what a sleeping trainer keeps."""
+    """A trainer's parts on its fullest GPU: at the peak, in a forward pass beside its states, between steps ("static"), or its
+    weights after its states have left ("sync"), beside which lies what a sleeping trainer keeps."""
     terms = (*residents.train.terms, *residents.train.outside_terms)
     if moment in ("static", "sync"):
         left = ("gradients", "optimizer", "draft states", "cuda context", "communicators") if moment == "sync" else ()
         terms = tuple(term for term in terms if term.name in BETWEEN_STEPS and term.name not in left)
     elif moment == "forward":
-        terms = tuple(term for term in terms if term.name not in ("activations", "pipeline in flight", "backward"))
+        passing = tuple(term for term in residents.scoring.terms if term.name not in BETWEEN_STEPS)
+        terms = (*(term for term in terms if term.name in BETWEEN_STEPS), *passing)
     return tuple(_term(term.name, "train", int(term.value)) for term in terms if term.value >= 1.0)
 
 

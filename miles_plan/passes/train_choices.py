@@ -16,7 +16,7 @@ from miles_plan.cost.draft import draft_of
 from miles_plan.cost.profile import profile_for
 from miles_plan.cost.software_release import release_compute
 from miles_plan.cost.train_options import OptimizerOptions, TrainMemoryOptions
-from miles_plan.cost.train_time import TrainTimeOptions, TrainWorkload
+from miles_plan.cost.train_time import TrainTimeOptions, TrainWorkload, fed_tokens
 from miles_plan.ir.graph import TaskGraph
 from miles_plan.ir.layout import Recompute, TrainLayout
 from miles_plan.ir.tasks import TrainStep
@@ -45,6 +45,7 @@ from miles_plan.spec.train import TrainLayoutSpec
 
 SMALLEST_BUDGET_TOKENS = 1024
 LARGEST_BUDGET_TOKENS = 65_536
+SEVERAL = 4  # sequences in a micro-batch, of which the mean says enough
 # NCCL channels opened late, fragmentation of long runs and what the driver keeps: the share of a GPU that no plan may count on.
 MARGIN_FRACTION = 0.04
 PASSES_OF_UPDATE = 2.0  # an update is a forward pass and a backward one that takes no less
@@ -254,9 +255,11 @@ def memory_options(
     """The cost model's description of one choice."""
     reference = bool(ctx.job.algorithm.kl_loss_coef or ctx.job.algorithm.kl_reward_coef)
     swapped = ctx.job.train.engine != "torch"
+    scored = options.tokens_per_gpu * scored_share(workload) if ctx.job.train.engine != "torch" else 0.0
     return TrainMemoryOptions(
         engine=ctx.job.train.engine,
         tokens_per_gpu=options.tokens_per_gpu,
+        scored_tokens=scored,
         seq_len=workload.longest_tokens,
         num_microbatches=max(1, microbatches),
         precision=COST_PRECISION[ctx.job.precision.train],
@@ -267,6 +270,20 @@ def memory_options(
         entropy=ctx.job.algorithm.entropy_coef > 0,
         reference="none" if not reference else "swapped" if swapped else "resident",
     )
+
+
+def fed(ctx: PassContext, workload: StepWorkload, choice: TrainChoice) -> TrainChoice:
+    """The choice with the tokens that its fullest micro-batch holds in place of its budget: what its memory is counted by."""
+    batch = train_workload(ctx, workload, choice.tokens_per_gpu)
+    return replace(choice, tokens_per_gpu=int(fed_tokens(batch, choice.tokens_per_gpu, choice.layout.dp, choice.layout.cp)))
+
+
+def scored_share(workload: StepWorkload) -> float:
+    """Share of a micro-batch's tokens that predict a response: the mean's where every micro-batch holds several sequences,
+    else that of the longest sequence."""
+    mean, longest = workload.lengths.mean_tokens, float(workload.max_response_tokens)
+    response = mean if SEVERAL * workload.longest_tokens <= SMALLEST_BUDGET_TOKENS else longest
+    return response / (workload.prompt_tokens + response)
 
 
 def trained_draft_params(ctx: PassContext) -> float:

@@ -21,7 +21,7 @@ from miles_plan.cost.communication import Links
 from miles_plan.cost.state_memory import FRAGMENTATION, host_bytes, sum_terms
 from miles_plan.cost.train_memory import OUTSIDE, STATIC, stage_terms
 from miles_plan.cost.train_options import TrainMemoryOptions
-from miles_plan.cost.train_time import TrainTimeOptions, TrainWorkload, train_step_columns
+from miles_plan.cost.train_time import TrainTimeOptions, TrainWorkload, fed_tokens, train_step_columns
 from miles_plan.ir.layout import Recompute, TrainLayout
 
 RECOMPUTE_ORDER: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -202,12 +202,13 @@ class _Group:
         """Bytes of every layout under every option; times are still 0."""
         at, tokens = self.points
         flight = self._in_flight(at, tokens)
+        fed = fed_tokens(self.job.workload, tokens, self.columns.dp[at], self.columns.cp[at])
         first = self._terms(PROBE_TOKENS, self.job.recomputes[0], self.job.offloads[0])
         outside = sum_terms({name: first[name] for name in OUTSIDE - {"fragmentation"} if name in first}) + self._nothing()
         fragmented = 1.0 + (FRAGMENTATION if "fragmentation" in first else 0.0)
         states = [self._states(offload, first) for offload in self.job.offloads]
         parts = []
-        for recompute, allocated in self._allocated(at, tokens, flight, first):
+        for recompute, allocated in self._allocated(at, fed, flight, first):
             for offload, (change, static, weights, host) in zip(self.job.offloads, states, strict=True):
                 total = allocated + change[at]
                 stage = np.argmax(total, axis=1)

@@ -20,7 +20,7 @@ from miles_plan.passes.misfits import misfits
 from miles_plan.passes.placements import splits
 from miles_plan.passes.questions import Questions
 from miles_plan.passes.rollout_choices import engine_shortage, open_engines, rollout_room, size_engines
-from miles_plan.passes.train_choices import TrainChoice, memory_options, train_room
+from miles_plan.passes.train_choices import TrainChoice, fed, memory_options, train_room
 from miles_plan.passes.workload import StepWorkload, step_workload
 
 Verdict = Literal["chosen", "slower", "faster", "too large", "impossible"]
@@ -146,7 +146,9 @@ def _overflow(ctx: PassContext, workload: StepWorkload, search: JointSearch, que
 
 
 def _train_terms(ctx: PassContext, workload: StepWorkload, choice: TrainChoice) -> tuple[tuple[str, float], ...]:
-    held = train_memory(ctx.model, choice.layout, memory_options(ctx, workload, choice, microbatches=choice.layout.pp))
+    held = train_memory(
+        ctx.model, choice.layout, memory_options(ctx, workload, fed(ctx, workload, choice), microbatches=choice.layout.pp)
+    )
     return largest_terms((*held.terms, *held.outside_terms))
 
 

@@ -17,6 +17,7 @@ from miles_plan.passes.base import PassContext
 from miles_plan.passes.train_choices import (
     TrainChoice,
     budget_candidates,
+    fed,
     memory_options,
     search_train,
     time_options,
@@ -42,7 +43,7 @@ def one_by_one(ctx: PassContext, workload: StepWorkload, choice: TrainChoice) ->
     """The same choice priced by the cost models' scalar entrances."""
     per_rank = workload.total_tokens / ctx.job.algorithm.updates_per_rollout / choice.layout.dp
     room = max(choice.tokens_per_gpu * choice.layout.cp, workload.longest_tokens)
-    options = memory_options(ctx, workload, choice, microbatches=math.ceil(per_rank / room))
+    options = memory_options(ctx, workload, fed(ctx, workload, choice), microbatches=math.ceil(per_rank / room))
     held = train_memory(ctx.model, choice.layout, options)
     batch = train_workload(ctx, workload, choice.tokens_per_gpu)
     timed = time_options(ctx, choice)
