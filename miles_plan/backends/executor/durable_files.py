@@ -60,9 +60,9 @@ def sync_directory(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Digest of a file's content, read in chunks."""
-    digest = hashlib.sha256()
-    with naming(path), path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
+    """Digest of a file's content, read in chunks into one buffer; other threads work meanwhile."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
+    with naming(path), path.open("rb", buffering=0) as file:
+        while read := file.readinto(buffer):
+            digest.update(buffer[:read])
     return digest.hexdigest()

@@ -76,7 +76,8 @@ class RunState:
 def wanted_version(graph: TaskGraph, sync: str, iteration: int, made: Mapping[Instance, Version]) -> Version:
     """The version that a sync of that iteration delivers: what its trainer made `distance` iterations back.
 
-    Before that, what the loop before left behind, and 0 where there is none.
+    Before that, what the loop before left behind, and 0 where there is none. KeyError while a training step that makes it has
+    yet to run.
     """
     loop = graph.task(sync).loop
     version = 0
@@ -85,7 +86,7 @@ def wanted_version(graph: TaskGraph, sync: str, iteration: int, made: Mapping[In
             continue
         source = _trainer_behind(graph, edge.src)
         if graph.task(source).loop != loop:
-            version = max(version, made.get(Instance(source, graph.loop(graph.task(source).loop).iterations - 1), 0))
+            version = max(version, made[Instance(source, graph.loop(graph.task(source).loop).iterations - 1)])
         elif iteration - edge.distance >= 0:
             version = max(version, made[Instance(source, iteration - edge.distance)])
     return version

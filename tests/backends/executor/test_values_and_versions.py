@@ -96,6 +96,19 @@ def test_a_checkpoint_can_serve_every_sync_that_follows_it(plan, seed) -> None: 
     simulate(flow, check, seed)
 
 
+@settings(max_examples=40, deadline=None)
+@given(plan=plans, seed=st.integers(0, 999))
+def test_a_run_stopped_in_its_warm_start_needs_no_older_version(plan, seed) -> None:  # type: ignore[no-untyped-def]
+    """It once asked for version 0, as what the warm start left behind before it had: nobody had published that."""
+    flow = Dataflow(plan.graph)
+
+    def check(instance: Instance, values: Values, state: RunState, done: dict[str, int]) -> None:
+        if plan.graph.task(instance.task).loop == "warm_start":
+            assert not still_wanted(flow, done, state)
+
+    simulate(flow, check, seed)
+
+
 @pytest.mark.parametrize(("distance", "published"), [(1, False), (2, True), (3, True)])
 def test_weights_are_published_at_once_where_the_next_step_would_overwrite_them(distance: int, published: bool) -> None:
     assert publishes(tiny_plan(distance=distance).graph, "train") is published
