@@ -22,6 +22,14 @@ PACKED = "miles_plan_packed"  # the name that transformers knows our attention b
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class PackedBounds:
+    """Where packed sequences begin, and where the last one ends: on the host, and as int32 on the device."""
+
+    rows: tuple[int, ...]
+    offsets: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ShardedModel:
     """module: the transformers model under fully_shard; parts: what each parameter is made of; routers: by layer, in order.
 
@@ -102,25 +110,38 @@ def first_row(parameter: Any) -> int:
 
 
 def _attention_of(config: Any) -> str:
-    """Ours for causal attention over whole sequences; transformers' masks for anything else."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
+    """Ours for causal attention over whole sequences or a window; transformers' masks for anything else.
 
+    A model that transformers lets no fused attention compute (capped scores, sinks) takes its plain one.
+    """
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    if type(config) in mapping and not mapping[type(config)]._supports_sdpa:
+        return "eager"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or getattr(config, "sliding_window", None):
+    if not kinds <= {"full_attention", "sliding_attention"}:
         return "sdpa"
-    interface, masks = AttentionInterface, AttentionMaskInterface
-    interface.register(PACKED, _packed_attention)
-    masks.register(PACKED, lambda *_, **__: None)
+    AttentionInterface.register(PACKED, _packed_attention)  # without a mask of the same name transformers makes none
     return PACKED
 
 
 def _packed_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, scaling: float, bounds: Any, **_: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    scaling: float,
+    bounds: PackedBounds,
+    sliding_window: int | None = None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [1, heads, t, d] in, [1, t, heads, d] out; bounds come through the model's call."""
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return packed_causal_attention(q, k, v, bounds, scale=scaling)[None], None
+    where = {"bounds": bounds.rows, "offsets": bounds.offsets}
+    return packed_causal_attention(q, k, v, **where, scale=scaling, window=sliding_window)[None], None
 
 
 @contextlib.contextmanager

@@ -18,28 +18,37 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ShardedAdam:
-    """parameters: DTensors by name, tied ones once; their gradients are kept allocated and added to by backward."""
+    """parameters: DTensors by name, tied ones once; their gradients are kept allocated and added to by backward.
+
+    The optimizer knows this rank's shares only, as plain tensors on the memory of the DTensors; a share may be empty. On a GPU
+    it is torch's fused kernel, which needs no memory of its own.
+    """
 
     def __init__(self, parameters: Mapping[str, Any], device: str) -> None:
         self.parameters = dict(parameters)
         self.device = device
         self.steps_taken = 0
-        for parameter in self.parameters.values():
+        self._shares: dict[str, torch.nn.Parameter] = {}
+        self._moments: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in self.parameters.items():
             parameter.grad = torch.zeros_like(parameter)
+            self._shares[name] = torch.nn.Parameter(local(parameter))
+            self._moments[name] = {moment: torch.zeros_like(local(parameter)) for moment in _MOMENTS}
+        held = {name: share for name, share in self._shares.items() if share.numel()}
         groups = [
-            {"params": [each for each in self.parameters.values() if (each.dim() > 1) == decayed], "decayed": decayed}
+            {"params": [share for share in held.values() if (share.dim() > 1) == decayed], "decayed": decayed}
             for decayed in (True, False)
         ]
-        self._adam = torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, foreach=True)
-        for parameter in self.parameters.values():
-            state = self._adam.state[parameter]
-            state["step"] = torch.tensor(0.0)
-            state |= {name: torch.zeros_like(parameter) for name in _MOMENTS}
+        kernel: dict[str, bool] = {"fused": True} if device == "cuda" else {"foreach": True}
+        wanted: Any = [group for group in groups if group["params"]]
+        self._adam = torch.optim.AdamW(wanted, lr=0.0, **kernel)
+        for name, share in held.items():
+            step = torch.zeros((), dtype=torch.float32, device=device if device == "cuda" else "cpu")
+            self._adam.state[share] = {"step": step, **self._moments[name]}
 
     def begin(self) -> None:
         """Forget the gradients of the step before."""
-        for gradient in self.gradients():
-            gradient.zero_()
+        torch._foreach_zero_(self.gradients())
 
     def step(self, options: OptimizerOptions) -> dict[str, float]:
         """Clip by the global norm and update. A norm that is not finite skips the update on all ranks.
@@ -52,8 +61,9 @@ class ShardedAdam:
         rate = learning_rate(options, self.steps_taken)
         self.steps_taken += 1
         if options.clip_grad_norm and (scale := options.clip_grad_norm / (norm + 1e-6)) < 1.0:
-            for gradient in self.gradients():
-                gradient.mul_(scale)
+            torch._foreach_mul_(self.gradients(), scale)
+        for share, gradient in zip(self._shares.values(), self.gradients(), strict=True):
+            share.grad = gradient
         for group in self._adam.param_groups:
             group["lr"], group["eps"] = rate, options.epsilon
             group["betas"] = (options.beta1, options.beta2)
@@ -71,11 +81,7 @@ class ShardedAdam:
 
     def moments(self) -> dict[str, Tensor]:
         """This rank's shares of the moments by name; the tensors themselves."""
-        return {
-            f"{name}/{moment}": local(self._adam.state[parameter][moment])
-            for name, parameter in self.parameters.items()
-            for moment in _MOMENTS
-        }
+        return {f"{name}/{moment}": tensor for name, own in self._moments.items() for moment, tensor in own.items()}
 
     def step_counts(self) -> Tensor:
         """steps_taken: every parameter has been updated as often."""
@@ -86,14 +92,16 @@ class ShardedAdam:
         for name, moment in self.moments().items():
             moment.copy_(found[name])
         self.steps_taken = steps_taken
-        for parameter in self.parameters.values():
-            self._adam.state[parameter]["step"] = torch.tensor(float(steps_taken))
+        for state in self._adam.state.values():
+            state["step"].fill_(float(steps_taken))
 
     def _global_norm(self) -> float:
         """Every element lies on exactly one rank."""
-        squares = torch.zeros((), dtype=torch.float64, device=self.device)
-        for gradient in self.gradients():
-            squares += torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2
+        held = [gradient for gradient in self.gradients() if gradient.numel()]
+        norms = (
+            torch.stack(torch._foreach_norm(held, 2.0, dtype=torch.float64)) if held else torch.zeros(1, dtype=torch.float64)
+        )
+        squares = norms.to(self.device).square().sum()
         dist.all_reduce(squares)
         total = float(squares)
         return math.sqrt(total) if math.isfinite(total) else total

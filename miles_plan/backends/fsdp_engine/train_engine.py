@@ -19,7 +19,7 @@ from miles_plan.backends.engine import (
     WhichModel,
 )
 from miles_plan.backends.fsdp_engine.full_weights import fill_full, full_tensors
-from miles_plan.backends.fsdp_engine.model import ShardedModel, build, local
+from miles_plan.backends.fsdp_engine.model import PackedBounds, ShardedModel, build, local
 from miles_plan.backends.fsdp_engine.options import FsdpEngineOptions
 from miles_plan.backends.fsdp_engine.routing import ReplayedRouters
 from miles_plan.backends.fsdp_engine.sharded_adam import ShardedAdam
@@ -28,7 +28,13 @@ from miles_plan.backends.training.batch_loss import BatchLoss, missing_columns
 from miles_plan.backends.training.cluster_trainer import ClusterTrainer
 from miles_plan.backends.training.host_store import HostStore
 from miles_plan.backends.training.micro_batches import micro_batches_of_rank
-from miles_plan.backends.training.packed_samples import PackedSamples, batch_problems, pack_samples, predicting_nothing
+from miles_plan.backends.training.packed_samples import (
+    PackedSamples,
+    batch_problems,
+    on_device,
+    pack_samples,
+    predicting_nothing,
+)
 from miles_plan.backends.training.scores import VocabParallelScores
 from miles_plan.backends.training.state_files import check_state, read_state, write_state
 from miles_plan.backends.weight_transport.publisher import WeightPublisher
@@ -200,7 +206,7 @@ class FsdpTrainEngine(ClusterTrainer):
         parts = []
         for share in shares:
             samples = answered[share] if len(share) else answered[[int(np.argmin(batch.length[answered]))]]
-            part = pack_samples(batch, samples, replay_routing=replay_routing, device=self.options.device)
+            part = pack_samples(batch, samples, replay_routing=replay_routing, device=self.options.device, buckets=False)
             parts.append(part if len(share) else predicting_nothing(part))
         return parts
 
@@ -208,14 +214,14 @@ class FsdpTrainEngine(ClusterTrainer):
         self, model: ShardedModel, part: PackedSamples, routers: ReplayedRouters, temperature: float
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies at the response tokens, float32 [r]; logits exist of no other rows."""
-        bounds = np.concatenate([[0], np.cumsum(part.sequences.lengths)]).tolist()
+        rows = np.concatenate([[0], np.cumsum(part.sequences.lengths)])
         routers.begin(part.replay)
         output = model.module(
             input_ids=part.tokens[None],
             position_ids=part.sequences.positions[None],
             logits_to_keep=part.predicting,
             use_cache=False,
-            bounds=bounds,
+            bounds=PackedBounds(tuple(rows.tolist()), on_device(rows.astype(np.int32), self.options.device)),
         )
         routers.end()
         scores: Any = VocabParallelScores

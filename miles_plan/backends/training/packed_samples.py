@@ -62,11 +62,13 @@ class PackedSamples:
 
     def column(self, values: Array) -> Tensor:
         """This micro-batch's part of a per-response-token column, float32 [r]."""
-        return torch.from_numpy(values[self.answers].astype(np.float32)).to(self.tokens.device)
+        return on_device(values[self.answers].astype(np.float32), self.tokens.device)
 
 
-def pack_samples(batch: SampleBatch, samples: Array, *, replay_routing: bool, device: str = "cpu") -> PackedSamples:
-    """Pack these samples in the order given; each must have a response."""
+def pack_samples(
+    batch: SampleBatch, samples: Array, *, replay_routing: bool, device: str = "cpu", buckets: bool = True
+) -> PackedSamples:
+    """Pack these samples in the order given; each must have a response. buckets: with what only our own attention reads."""
     start, fed = batch.start[samples], batch.length[samples] - 1
     prompts, responses = batch.prompt_length[samples], batch.response_length[samples]
     token_rows = ragged_rows(start, fed)
@@ -74,20 +76,33 @@ def pack_samples(batch: SampleBatch, samples: Array, *, replay_routing: bool, de
     replay = None
     if replay_routing:
         assert batch.routing is not None, "replay without a routing record"
-        replay = torch.from_numpy(batch.routing[token_rows].astype(np.int64)).to(device)
+        replay = on_device(batch.routing[token_rows].astype(np.int64), device)
 
     def tokens_at(rows: Array) -> Tensor:
-        return torch.from_numpy(batch.tokens[rows].astype(np.int64)).to(device)
+        return on_device(batch.tokens[rows].astype(np.int64), device)
 
     return PackedSamples(
         samples=samples,
-        sequences=pack_sequences(fed.tolist(), device=device),
+        sequences=pack_sequences(fed.tolist(), device=device) if buckets else _without_buckets(fed, device),
         tokens=tokens_at(token_rows),
-        predicting=torch.from_numpy(ragged_rows(packed_start + prompts - 1, responses)).to(device),
+        predicting=on_device(ragged_rows(packed_start + prompts - 1, responses), device),
         targets=tokens_at(ragged_rows(start + prompts, responses)),
         answers=ragged_rows(batch.response_start[samples], responses),
         replay=replay,
     )
+
+
+def _without_buckets(lengths: Array, device: str) -> PackedSequences:
+    positions = ragged_rows(np.zeros_like(lengths, dtype=np.int64), lengths)
+    return PackedSequences(tuple(lengths.tolist()), on_device(positions, device), ())
+
+
+def on_device(values: Array, device: torch.device | str) -> Tensor:
+    """The values as a tensor. On a GPU they arrive in the order of its work, and the host does not wait for them."""
+    tensor = torch.from_numpy(values)
+    if torch.device(device).type != "cuda" or not values.size:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def predicting_nothing(part: PackedSamples) -> PackedSamples:
