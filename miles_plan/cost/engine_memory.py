@@ -32,10 +32,18 @@ SCORED_CHUNK_BYTES = 8.0
 """Bytes of float32 that an element of such a chunk holds at the peak: the shifted logits and their exponents."""
 
 
-def _scored_head_bytes(model: ModelArchitecture, columns: LayoutColumns, options: TrainMemoryOptions) -> Floats:
-    """Logits of the scored rows in this package's trainers: in bf16, in a step with their gradient, and float32 of a chunk."""
-    rows = (1.0 if options.forward_only else 2.0) * 2.0 * options.scored_tokens + SCORED_CHUNK_BYTES * SCORED_CHUNK_TOKENS
-    return np.asarray(rows * model.vocab_size / columns.tp)
+def _scored_row_bytes(options: TrainMemoryOptions) -> float:
+    """Of the scored rows in this package's trainers, by vocabulary entry: their bf16 logits, in a step with their gradient."""
+    return (1.0 if options.forward_only else 2.0) * 2.0 * options.scored_tokens
+
+
+def _scored_chunk_terms(model: ModelArchitecture, columns: LayoutColumns, options: TrainMemoryOptions) -> dict[str, Floats]:
+    """Float32 of a chunk of scored rows on the last stage, [n, pp]; counted beside a layer's backward too, to be affine."""
+    if not options.scored_tokens:
+        return {}
+    last = np.arange(columns.pp) == columns.pp - 1
+    chunk = SCORED_CHUNK_BYTES * SCORED_CHUNK_TOKENS * model.vocab_size / columns.tp
+    return {"score chunk": np.where(last, chunk[:, None], 0.0)}
 
 
 def _head_bytes(model: ModelArchitecture, columns: LayoutColumns, options: TrainMemoryOptions) -> Floats:
@@ -52,7 +60,8 @@ def _head_bytes(model: ModelArchitecture, columns: LayoutColumns, options: Train
     whole += kept * tokens * options.mtp_layers
     if options.logits_chunk_tokens:  # the bf16 logits stay whole, and so does their gradient
         whole = np.minimum(whole, (2.0 if options.forward_only else 4.0) * tokens + element * options.logits_chunk_tokens)
-    logits = _scored_head_bytes(model, columns, options) if options.scored_tokens else whole * model.vocab_size / columns.tp
+    whole = _scored_row_bytes(options) if options.scored_tokens else whole
+    logits = whole * model.vocab_size / columns.tp
     norm = 2.0 * tokens * model.hidden_size * options.element_bytes / columns.sequence_split
     return np.asarray(logits + norm)
 
@@ -74,6 +83,7 @@ def megatron_terms(
     # The head's peak and a layer's backward do not meet: the rank feels the larger.
     working = backward_bytes(model, columns, options)[:, None] + terms.pop("recomputed layer")
     terms["logits"] = np.broadcast_to(head, shape).copy()
+    terms |= _scored_chunk_terms(model, columns, options)
     terms["backward"] = np.where(last, np.maximum(0.0, working - head), working)
     p2p = 2.0 * tokens * model.hidden_size * options.element_bytes / columns.sequence_split
     terms["pipeline buffers"] = np.where(last, 0.0, p2p[:, None]) * np.ones(shape)
@@ -134,14 +144,11 @@ def fsdp_terms(
     final_norm = (3.0 * size + 4.0) * tokens * model.hidden_size / columns.sequence_split  # one copy of it in fp32
     whole = 0.0 if options.async_tp else 2.0 * size * tokens * model.hidden_size  # a gathered input and its gradient
     gathered = np.where(columns.sequence_parallel & (columns.tp > 1), whole, 0.0)
-    logits = (
-        _scored_head_bytes(model, columns, options)
-        if options.scored_tokens
-        else element * chunk * model.vocab_size / columns.tp
-    )
-    head[:, -1] = logits + final_norm + gathered
+    whole_rows = _scored_row_bytes(options) if options.scored_tokens else element * chunk
+    head[:, -1] = whole_rows * model.vocab_size / columns.tp + final_norm + gathered
     working = (backward_bytes(model, columns, options) + gathered)[:, None] + terms.pop("recomputed layer")
     terms["logits"] = head
+    terms |= _scored_chunk_terms(model, columns, options)
     terms["backward"] = np.maximum(0.0, working - head)
     if options.merged_outputs:
         kept = np.zeros_like(sharded)

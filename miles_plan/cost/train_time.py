@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from miles_plan.catalog.architecture import ModelArchitecture
 from miles_plan.catalog.ffns import MoeFfn
 from miles_plan.catalog.gpus import Cluster
-from miles_plan.cost.columns import Floats, LayoutColumns, group_layouts, stage_kinds
+from miles_plan.cost.columns import LayoutColumns, group_layouts, stage_kinds
 from miles_plan.cost.communication import Links, collective_s, links_of, point_to_point_s, ranks_in_domain
 from miles_plan.cost.gemms import Gemm
 from miles_plan.cost.interval import Interval, Term, around

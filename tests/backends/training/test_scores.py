@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from miles_plan.backends.training import scores
 from miles_plan.backends.training.scores import SumOverGroup, VocabParallelScores
+from miles_plan.cost import engine_memory
 
 ROWS, VOCAB, PADDED = 7, 41, 48
 Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -84,3 +85,7 @@ def test_no_rows_are_fine():
     log_probs, entropy = apply(logits, torch.zeros(0, dtype=torch.int64), 0, 8, 1.0, None)
     (log_probs.sum() + entropy.sum()).backward()
     assert log_probs.shape == entropy.shape == (0,)
+
+
+def test_the_planner_counts_chunks_of_this_size():
+    assert engine_memory.SCORED_CHUNK_TOKENS == scores.CHUNK_ROWS
