@@ -28,8 +28,9 @@ that of the picked entries; split over tensor parallelism (loss_parallel) also b
 
 SCORED_CHUNK_TOKENS = 1024
 """Rows of which this package's trainers hold float32 at a time (`backends.training.scores`)."""
-SCORED_CHUNK_BYTES = 8.0
-"""Bytes of float32 that an element of such a chunk holds at the peak: the shifted logits and their exponents."""
+SCORED_CHUNK_BYTES, GRADED_CHUNK_BYTES = 8.0, 10.0
+"""Bytes that an element of such a chunk holds at the peak: the shifted logits and their exponents in float32, and in the
+backward the gradient in bf16 (measured: benchmarks/engines/trainer_memory.py)."""
 
 
 def _scored_row_bytes(options: TrainMemoryOptions) -> float:
@@ -42,7 +43,8 @@ def _scored_chunk_terms(model: ModelArchitecture, columns: LayoutColumns, option
     if not options.scored_tokens:
         return {}
     last = np.arange(columns.pp) == columns.pp - 1
-    chunk = SCORED_CHUNK_BYTES * SCORED_CHUNK_TOKENS * model.vocab_size / columns.tp
+    element = SCORED_CHUNK_BYTES if options.forward_only else GRADED_CHUNK_BYTES
+    chunk = element * SCORED_CHUNK_TOKENS * model.vocab_size / columns.tp
     return {"score chunk": np.where(last, chunk[:, None], 0.0)}
 
 

@@ -32,15 +32,7 @@ class VocabParallelScores(torch.autograd.Function):
         rows = len(logits)
         highest, log_sum, log_probs, entropy = (logits.new_empty(rows, dtype=torch.float32) for _ in range(4))
         for span in _chunks(rows):
-            scaled = logits[span, : stop - first].float() / temperature
-            top = scaled.amax(dim=-1) if scaled.shape[1] else scaled.new_full((len(scaled),), float("-inf"))
-            _reduce(top, group, dist.ReduceOp.MAX)
-            shifted = scaled.sub_(top[:, None])
-            here, column = _own_targets(targets[span], first, stop)
-            chosen = torch.where(here, shifted.gather(1, column[:, None]).squeeze(1), 0.0) if stop > first else top * 0
-            weights = shifted.exp()
-            sums = torch.stack([weights.sum(dim=-1), shifted.mul_(weights).sum(dim=-1), chosen])
-            _reduce(sums, group, dist.ReduceOp.SUM)
+            top, sums = _chunk_scores(logits[span], targets[span], first, stop, temperature, group)
             highest[span], log_sum[span] = top, sums[0].log()
             log_probs[span] = sums[2] - log_sum[span]
             entropy[span] = log_sum[span] - sums[1] / sums[0]
@@ -55,14 +47,45 @@ class VocabParallelScores(torch.autograd.Function):
         first, stop = ctx.columns
         gradient = torch.zeros_like(logits)
         for span in _chunks(len(logits)):
-            log_q = logits[span, : stop - first].float() / ctx.temperature - (highest[span] + log_sum[span])[:, None]
-            q = log_q.exp()
-            part = log_q.add_(entropy[span, None]).mul_(-grad_entropy[span, None]).sub_(grad_log_probs[span, None]).mul_(q)
-            here, column = _own_targets(targets[span], first, stop)
-            if stop > first:
-                part.scatter_add_(1, column[:, None], torch.where(here, grad_log_probs[span], 0.0)[:, None])
-            gradient[span, : stop - first] = part.div_(ctx.temperature).to(gradient.dtype)
+            log_norm = highest[span] + log_sum[span]
+            given = grad_log_probs[span], grad_entropy[span], entropy[span]
+            part = _chunk_gradient(logits[span], targets[span], first, stop, ctx.temperature, log_norm, given)
+            gradient[span, : stop - first] = part
         return gradient, None, None, None, None, None
+
+
+def _chunk_scores(
+    logits: Tensor, targets: Tensor, first: int, stop: int, temperature: float, group: Any
+) -> tuple[Tensor, Tensor]:
+    """A chunk's maxima [r], and [3, r]: its sums of exponents, of shifted logits times exponents, and its targets' own.
+
+    A function, so that its two float32 copies are gone when the next chunk makes its own.
+    """
+    shifted = logits[:, : stop - first].to(torch.float32, copy=True).div_(temperature)
+    top = shifted.amax(dim=-1) if shifted.shape[1] else shifted.new_full((len(shifted),), float("-inf"))
+    _reduce(top, group, dist.ReduceOp.MAX)
+    shifted.sub_(top[:, None])
+    here, column = _own_targets(targets, first, stop)
+    chosen = torch.where(here, shifted.gather(1, column[:, None]).squeeze(1), 0.0) if stop > first else top * 0
+    weights = shifted.exp()
+    sums = torch.stack([weights.sum(dim=-1), shifted.mul_(weights).sum(dim=-1), chosen])
+    _reduce(sums, group, dist.ReduceOp.SUM)
+    return top, sums
+
+
+def _chunk_gradient(
+    logits: Tensor, targets: Tensor, first: int, stop: int, temperature: float, log_norm: Tensor, given: tuple[Tensor, ...]
+) -> Tensor:
+    """A chunk's gradient in the logits' dtype. given: gradients of log-probs and entropies, and the entropies, [r] each."""
+    grad_log_probs, grad_entropy, entropy = given
+    part = logits[:, : stop - first].to(torch.float32, copy=True).div_(temperature).sub_(log_norm[:, None])
+    q = part.exp()
+    part.add_(entropy[:, None]).mul_(-grad_entropy[:, None]).sub_(grad_log_probs[:, None]).mul_(q)
+    del q
+    here, column = _own_targets(targets, first, stop)
+    if stop > first:
+        part.scatter_add_(1, column[:, None], torch.where(here, grad_log_probs, 0.0)[:, None])
+    return part.div_(temperature).to(logits.dtype)
 
 
 class SumOverGroup(torch.autograd.Function):
