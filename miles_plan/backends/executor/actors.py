@@ -11,7 +11,7 @@ import faulthandler
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -31,6 +31,15 @@ class Timed(Generic[T]):
     peak_bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """Something that was put into a slot: the process that holds it, and the seconds it took, with parts where it names any."""
+
+    pid: int
+    seconds: float
+    parts_s: Mapping[str, float]
+
+
 class Actor:
     """What runs inside a worker process."""
 
@@ -42,12 +51,14 @@ class Actor:
         self.threads = threads
         self.gpu = next(iter(visible_gpus()), None) if on_gpu else None
 
-    def make(self, slot: str, factory: Callable[..., Any], *arguments: Any) -> Timed[int]:
-        """Put what `factory` returns into a slot; reports the process id."""
+    def make(self, slot: str, source: str, factory: Callable[..., Any], *arguments: Any) -> Timed[Made]:
+        """Put what `factory` returns into a slot. source: a slot whose object it takes over as first argument, "" for none."""
         began = time.perf_counter()
+        given = (self.slots.pop(source, None), *arguments) if source else arguments
         with watched(self.gpu) as peak:
-            self.slots[slot] = factory(*arguments)
-        return Timed(os.getpid(), time.perf_counter() - began, peak.used_bytes)
+            self.slots[slot] = factory(*given)
+        seconds = time.perf_counter() - began
+        return Timed(Made(os.getpid(), seconds, dict(getattr(self.slots[slot], "start_s", {}))), seconds, peak.used_bytes)
 
     def apply(self, slot: str, function: Callable[..., Any], *arguments: Any) -> Timed[Any]:
         """Call `function` with the slot's object first."""
@@ -118,9 +129,13 @@ class Members:
         """Other actors, in rank order."""
         self.actors = tuple(actors)
 
-    def make(self, factory: Callable[..., Any], arguments_of_rank: Callable[[int], tuple[Any, ...]]) -> Calls:
-        """Build each rank's engine from arguments of its own."""
-        made = (actor.make.remote(self.slot, factory, *arguments_of_rank(rank)) for rank, actor in enumerate(self.actors))
+    def make(
+        self, factory: Callable[..., Any], arguments_of_rank: Callable[[int], tuple[Any, ...]], *, source: str = ""
+    ) -> Calls:
+        """Build each rank's engine from arguments of its own, before them what its process holds in slot `source`."""
+        made = (
+            actor.make.remote(self.slot, source, factory, *arguments_of_rank(rank)) for rank, actor in enumerate(self.actors)
+        )
         return Calls(self.slot, tuple(made))
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Calls:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,17 +35,40 @@ class Places:
     port: int = 0
 
 
-def make_train_rank(plan: Plan, group: DeviceGroup, places: Places, rank: int, threads: int, version: int) -> TrainRank:
+def launch_rank(plan: Plan, group: DeviceGroup, places: Places, rank: int) -> Any:
+    """Whatever of a rank's engine can begin before the initial weights are there and the GPU is free; returns at once."""
+    if group.engine != "sglang":
+        return None
+    from miles_plan.backends.sglang_engine.factory import launch_engine
+
+    return launch_engine(
+        plan, group, model_directory=places.model, rank=rank, rendezvous=places.rendezvous, log_directory=places.logs
+    )
+
+
+def import_engines(engines: Sequence[str]) -> None:
+    """Load what these engines need while others are busy with something else. What is missing is named when it is used."""
+    for name in [module for engine in engines for module in MODULES[engine]]:
+        with contextlib.suppress(Exception):  # a library that lacks another may raise anything
+            importlib.import_module(name)
+
+
+def make_train_rank(
+    launched: None, plan: Plan, group: DeviceGroup, places: Places, rank: int, threads: int, version: int
+) -> TrainRank:
     """One rank of a trainer, in the process that calls this. Collective over the group."""
     return TrainRank(TRAINERS[group.engine](plan, group, places, rank, threads), rank, version)
 
 
-def make_rollout_rank(plan: Plan, group: DeviceGroup, places: Places, rank: int, threads: int) -> RolloutRank:
-    """One rank of a rollout engine, in the process that calls this. Collective over the engine's ranks."""
+def make_rollout_rank(launched: Any, plan: Plan, group: DeviceGroup, places: Places, rank: int, threads: int) -> RolloutRank:
+    """One rank of a rollout engine, in the process that calls this. Collective over the engine's ranks.
+
+    launched: what `launch_rank` gave this rank.
+    """
     layout = group.rollout_layout
     assert layout is not None, "a rollout group has a rollout layout"
     index, rank_in_engine = divmod(rank, layout.gpus_per_engine)
-    engine = ROLLOUT_ENGINES[group.engine](plan, group, places, rank, threads)
+    engine = ROLLOUT_ENGINES[group.engine](launched, plan, group, places, rank, threads)
     return RolloutRank(engine, index, layout.engines, rank_in_engine)
 
 
@@ -97,7 +122,9 @@ def _trainer_arguments(places: Places, group: DeviceGroup, rank: int, threads: i
     }
 
 
-def torch_rollout_engine(plan: Plan, group: DeviceGroup, places: Places, rank: int, threads: int) -> RolloutEngine:
+def torch_rollout_engine(
+    launched: None, plan: Plan, group: DeviceGroup, places: Places, rank: int, threads: int
+) -> RolloutEngine:
     """The embedded rollout engine."""
     import torch
 
@@ -126,13 +153,11 @@ def torch_rollout_engine(plan: Plan, group: DeviceGroup, places: Places, rank: i
     return TorchRolloutEngine(options, rank=rank_in_engine, rendezvous=rendezvous)
 
 
-def sglang_engine(plan: Plan, group: DeviceGroup, places: Places, rank: int, threads: int) -> Any:
+def sglang_engine(launched: Any, plan: Plan, group: DeviceGroup, places: Places, rank: int, threads: int) -> Any:
     """SGLang: the first rank of an engine starts it on the GPUs of all of them."""
     from miles_plan.backends.sglang_engine.factory import make_engine
 
-    return make_engine(
-        plan, group, model_directory=places.model, rank=rank, rendezvous=places.rendezvous, log_directory=places.logs
-    )
+    return make_engine(plan, launched, model_directory=places.model)
 
 
 TRAINERS: dict[str, Callable[..., TrainEngine]] = {
@@ -141,6 +166,17 @@ TRAINERS: dict[str, Callable[..., TrainEngine]] = {
     "fsdp2": fsdp_trainer,
 }
 ROLLOUT_ENGINES: dict[str, Callable[..., Any]] = {"torch": torch_rollout_engine, "sglang": sglang_engine}
+MODULES: dict[str, tuple[str, ...]] = {
+    "torch": ("miles_plan.backends.torch_engine.rollout_engine", "miles_plan.backends.torch_engine.train_engine"),
+    "megatron": (
+        "miles_plan.backends.megatron_engine.train_engine",
+        "miles_plan.backends.megatron_engine.model",
+        "megatron.core.models.gpt.gpt_layer_specs",  # imports Transformer Engine where there is one
+        "megatron.core.optimizer",
+    ),
+    "fsdp2": ("miles_plan.backends.fsdp_engine.train_engine", "torch.distributed.fsdp", "transformers.modeling_utils"),
+    "sglang": ("miles_plan.backends.sglang_engine.factory",),
+}
 FACTORIES: dict[str, Callable[..., Any]] = {"train": make_train_rank, "rollout": make_rollout_rank}
 
 

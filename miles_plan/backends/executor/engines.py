@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,11 @@ class TrainRank:
     rank: int
     version: int = 0
     senders: dict[str, Any] = field(default_factory=dict)  # process groups to rollout engines, by name
+
+    @property
+    def start_s(self) -> Mapping[str, float]:
+        """What its start was made of, in seconds, where the engine says so."""
+        return getattr(self.engine, "start_s", {})
 
     def at(self, version: int) -> TrainEngine:
         """The engine, sure to hold that version. EngineError if the driver and this rank disagree."""
@@ -37,6 +43,11 @@ class RolloutRank:
     engines: int
     rank: int  # within the engine
     version: int | None = None
+
+    @property
+    def start_s(self) -> Mapping[str, float]:
+        """What its start was made of, in seconds, where the engine says so."""
+        return getattr(self.engine, "start_s", {})
 
     def serving(self, version: int) -> RolloutEngine:
         """The engine, sure to serve that version. EngineError if no sync delivered it."""

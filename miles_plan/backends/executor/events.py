@@ -17,6 +17,7 @@ EventKind = Literal[
     "run_failed",
     "interrupted",
     "cluster_started",
+    "start_step",
     "actors_started",
     "loop_started",
     "task_started",

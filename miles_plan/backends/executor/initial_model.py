@@ -31,9 +31,12 @@ def finish_initial_model(plan: Plan, folder: Path, process: int | None) -> None:
     while process is not None and not folder.exists() and _alive(process):
         time.sleep(POLL_S)
     if plan.run.model.checkpoint is None and not folder.exists():
+        import torch
+
         from miles_plan.backends.torch_engine.weights import initialise_checkpoint
 
-        initialise_checkpoint(dict(plan.run.model.hf_config or {}), folder, plan.run.seed)
+        dtype = torch.float32 if plan.run.train_dtype == "fp32" else torch.bfloat16
+        initialise_checkpoint(dict(plan.run.model.hf_config or {}), folder, plan.run.seed, large_dtype=dtype)
 
 
 def _alive(process: int) -> bool:

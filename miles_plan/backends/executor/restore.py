@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,16 +52,25 @@ def restore(services: Services, crew: Crew, log: RunLog) -> Waiting[Restored]:
         log.event("checkpoint_refused", "restore", str(refusal.path), reason=refusal.reason)
     if manifest is None:
         _refuse_to_start_over(log, refusals)
+    began = time.monotonic()
     crew.start()
     yield from crew.build(0)
     (end_token,) = yield Wait("host: the end token", crew.host.call(end_token_of))
-    log.event("actors_started", "restore", f"{len(crew.gpus)} GPU processes and the host's", pids=dict(crew.pids))
+    log.event(
+        "actors_started",
+        "restore",
+        f"{len(crew.gpus)} GPU processes and the host's",
+        seconds=_since(began),
+        pids=dict(crew.pids),
+    )
     services = replace(services, end_token=end_token)
     if manifest is None or folder is None:
         return Restored(services, services.flow.start(), RunState(), None, None)
     trainer = crew.members[next(group.name for group in services.flow.graph.groups if group.role == "train")]
+    began = time.monotonic()
     yield Wait(f"{places(trainer)}: load {folder.name}", trainer.call(load_rank, folder, manifest.weight_version))
-    log.event("checkpoint_loaded", "restore", folder.name, loop=manifest.loop, iteration=manifest.iteration)
+    about = {"loop": manifest.loop, "iteration": manifest.iteration}
+    log.event("checkpoint_loaded", "restore", folder.name, seconds=_since(began), **about)
     state = RunState(
         trainer_version=manifest.weight_version,
         published=_older_weights(folder, manifest, trainer.slot, Path(crew.session.belongings.temporary)),
@@ -70,6 +80,11 @@ def restore(services: Services, crew: Crew, log: RunLog) -> Waiting[Restored]:
     )
     yield from _publish_again(services, manifest.done, state)
     return Restored(services, manifest.done, state, manifest.loop, manifest)
+
+
+def _since(began: float) -> float:
+    """Seconds since a time of `time.monotonic`."""
+    return round(time.monotonic() - began, 2)
 
 
 def _publish_again(services: Services, done: Done, state: RunState) -> Waiting[None]:

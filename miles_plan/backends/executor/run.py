@@ -136,6 +136,7 @@ def _in_session(plan: Plan, directory: RunDirectory, settings: Settings, flow: D
             session=session,
             model_folder=model_folder,
             model_process=model_process,
+            event=log.event,
             data_folder=directory.data,
             logs_folder=directory.logs,
             threads=settings.threads,

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -16,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from miles_plan.backends.engine import EngineError
-from miles_plan.backends.sglang_engine.engine_process import ABORT, CLOSE
+from miles_plan.backends.sglang_engine.engine_process import ABORT, CLOSE, TURN
 
 START_DEADLINE_S = 600.0
 _POLL_S = 0.5
 _LOG_LINES = 12
 _ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt)(: |$)")
+# SGLang's bars at their end: "Capturing batches (bs=1): 100%|####| 36/36 [00:04<00:00"
+_BAR = re.compile(r"([A-Z][\w -]*?)(?: \([^)]*\))?:\s+100%[^\[\r\n]*\[(?:(\d+):)?(\d+):(\d+)<")
 
 
 class EngineDiedError(EngineError):
@@ -29,7 +32,11 @@ class EngineDiedError(EngineError):
 
 
 class EngineLink:
-    """One engine process. Calls block; `abort` may come from another thread. Failures are EngineErrors with the log's end."""
+    """One engine process. Calls block; `abort` may come from another thread. Failures are EngineErrors with the log's end.
+
+    started_s: what its start was made of, in seconds: `imports` (SGLang's, in the engine's own process), `early` (from the
+    process's start until its engine had its turn), `engine` (from then until it served), SGLang's own bars in whole seconds.
+    """
 
     def __init__(
         self,
@@ -39,12 +46,20 @@ class EngineLink:
         environment: Mapping[str, str],
         name: str = "sglang",
         module: str = "miles_plan.backends.sglang_engine.engine_process",
+        needed: Path | None = None,
     ) -> None:
-        """Start the process; `start` waits for the engine in it. log: where all that it prints goes; module: what it runs."""
+        """Start the process, which does what needs no GPU; `start` lets the engine go on and waits for it.
+
+        log: where all that it prints goes; module: what it runs; needed: a file that will be there before `start` is called.
+        """
         ours, theirs = socket.socketpair()
         self.name, self.log = name, log
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log_start = log.stat().st_size if log.exists() else 0
+        self._began = time.monotonic()
+        self.started_s: dict[str, float] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="mplan-turn-")
+        self._turn = Path(self._folder.name) / "turn"
         with log.open("ab") as sink:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, str(theirs.fileno())],
@@ -53,11 +68,11 @@ class EngineLink:
                 stderr=sink,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
-                env={**os.environ, **environment},
+                env={**os.environ, **environment, TURN: str(self._turn)},
             )
         theirs.close()
         self._connection = Connection(ours.detach())
-        self._connection.send(dict(arguments))
+        self._connection.send((dict(arguments), None if needed is None else str(needed)))
 
     @property
     def pid(self) -> int:
@@ -65,8 +80,13 @@ class EngineLink:
         return self._process.pid
 
     def start(self, deadline_s: float = START_DEADLINE_S) -> dict[str, Any]:
-        """Wait until the engine serves; returns its effective configuration."""
-        info: dict[str, Any] = self._answer("start", deadline_s)
+        """Let the engine have its GPUs and wait until it serves; returns its effective configuration."""
+        turn = time.monotonic()
+        self._turn.touch()
+        info: dict[str, Any]
+        info, imports_s = self._answer("start", deadline_s)
+        self.started_s = {"imports": imports_s, "early": turn - self._began, "engine": time.monotonic() - turn}
+        self.started_s |= bars(self._logged())
         return info
 
     def call(self, method: str, *, deadline_s: float | None = None, **given: Any) -> Any:
@@ -96,6 +116,7 @@ class EngineLink:
             self._process.wait(5.0)
         self._kill()
         self._connection.close()
+        self._folder.cleanup()
 
     def _answer(self, method: str, deadline_s: float | None) -> Any:
         ends = None if deadline_s is None else time.monotonic() + deadline_s
@@ -149,6 +170,12 @@ class EngineLink:
 def last_error(lines: Sequence[str]) -> str:
     """The last line that ends a traceback, where there is one: schedulers die of an exception and their parent of a signal."""
     return next((line for line in reversed(lines) if _ERROR.match(line)), "")
+
+
+def bars(lines: Sequence[str]) -> dict[str, float]:
+    """Seconds that SGLang's progress bars showed at their end, by what they were of."""
+    found = (match for line in lines for match in _BAR.finditer(line))
+    return {name: 3600.0 * int(h or 0) + 60.0 * int(m) + float(s) for name, h, m, s in (each.groups() for each in found)}
 
 
 def _group_alive(group: int) -> bool:

@@ -3,6 +3,9 @@
 SGLang's `Engine` takes the process it lives in for its own: signal handlers, event loop, start method, environment, and every
 child on shutdown. The actor that holds a rank of a trainer too could not bear that. The owner's death is the socket's end of
 file; then this process and its schedulers end.
+
+A process can be started before its engine may touch a GPU: it imports SGLang, waits for the model to be there, and starts
+schedulers that import theirs and then wait for their turn. That takes as long as the rest of an engine's start.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import traceback
 from importlib import import_module
 from importlib.metadata import entry_points
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from miles_plan.backends.sglang_engine.generation import Responses, Routed, responses
@@ -24,24 +28,39 @@ from miles_plan.backends.sglang_engine.generation import Responses, Routed, resp
 ABORT, CLOSE = "abort", "close"
 KERNELS_SWITCH = "MILES_PLAN_SGLANG_KERNELS"
 KERNEL_HOOKS = "miles_plan.kernels.cuda.hooks_sglang"
+TURN = "MILES_PLAN_SGLANG_TURN"  # names a file that appears when the schedulers may touch their GPUs
+_POLL_S = 0.02
 
 
 def engine_class() -> Any:
-    """SGLang's Engine; where the environment asks for this package's kernels, one whose schedulers run on them."""
+    """SGLang's Engine; its schedulers run on this package's kernels, and wait for their turn, where the environment says so."""
     from sglang.srt.entrypoints.engine import Engine  # `sglang.Engine` is a proxy, which no class can derive from
 
-    if os.environ.get(KERNELS_SWITCH) != "1":
+    with_kernels = os.environ.get(KERNELS_SWITCH) == "1"
+    if with_kernels:
+        take_kernels()
+    elif not os.environ.get(TURN):
         return Engine
-    take_kernels()
     return type("Engine", (Engine,), {"run_scheduler_process_func": staticmethod(run_scheduler)})
 
 
 def run_scheduler(*arguments: Any) -> None:
-    """What each scheduler's process runs: the kernels are in place before it loads the model."""
+    """What each scheduler's process runs: it has its turn, and the kernels are in place, before it loads the model."""
     from sglang.srt.managers.scheduler import run_scheduler_process
 
-    take_kernels()
+    if os.environ.get(KERNELS_SWITCH) == "1":
+        take_kernels()
+    _wait_for_turn()
     run_scheduler_process(*arguments)
+
+
+def _wait_for_turn() -> None:
+    """Return when the file that `TURN` names is there; end where the process that started this one is gone."""
+    turn, parent = os.environ.get(TURN), os.getppid()
+    while turn and not os.path.exists(turn):
+        if os.getppid() != parent:
+            os._exit(1)
+        time.sleep(_POLL_S)
 
 
 def take_kernels() -> None:
@@ -116,8 +135,12 @@ class EngineServer:
 
 
 def serve(connection: Connection) -> None:
-    """Read the arguments, start the engine, answer until told to close or until the owner is gone."""
-    arguments = connection.recv()
+    """Read the arguments, start the engine, answer until told to close or until the owner is gone.
+
+    With the arguments comes a file that must be there before the engine is made, None where it is there.
+    """
+    began = time.perf_counter()
+    arguments, needed = connection.recv()
     server: EngineServer | None = None
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
@@ -137,8 +160,12 @@ def serve(connection: Connection) -> None:
 
     threading.Thread(target=listen, daemon=True).start()
     try:
+        engine_class()
+        imported_s = time.perf_counter() - began
+        while needed is not None and not Path(needed).exists():
+            time.sleep(_POLL_S)
         server = EngineServer(arguments)
-        connection.send((True, server.info()))
+        connection.send((True, (server.info(), imported_s)))
     except BaseException as error:
         connection.send((False, _described(error)))
         _end()

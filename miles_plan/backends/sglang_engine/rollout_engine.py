@@ -39,21 +39,29 @@ class SglangOptions:
     name: str = "sglang"
 
 
+def launch(arguments: ServerArguments, *, gpus: Sequence[str], log: Path, name: str, needed: Path | None = None) -> EngineLink:
+    """Start an engine's process, which touches no GPU before its turn; see `EngineLink`."""
+    environment = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+    if arguments.attention_backend == OWN_KERNELS:
+        environment[KERNELS_SWITCH] = "1"
+    return EngineLink(arguments.as_mapping(), log=log, environment=environment, name=name, needed=needed)
+
+
 class SglangRolloutEngine:
     """The first rank of an engine: starts its process on all of its GPUs and speaks for it; a `RolloutEngine`.
 
     EngineError when the package is missing, the engine does not start, or it runs otherwise than it was asked to.
     """
 
-    def __init__(self, options: SglangOptions) -> None:
-        """Start the engine; returns when it serves the weights of its model directory, as version 0."""
+    def __init__(self, options: SglangOptions, link: EngineLink | None = None) -> None:
+        """Start the engine; returns when it serves the weights of its model directory, as version 0.
+
+        link: a process that was launched with the same arguments and waits for its turn.
+        """
         self.options = options
         began = time.perf_counter()
         self._verdicts = tempfile.TemporaryDirectory(prefix="mplan-sglang-")
-        environment = {"CUDA_VISIBLE_DEVICES": ",".join(options.gpus)}
-        if options.arguments.attention_backend == OWN_KERNELS:
-            environment[KERNELS_SWITCH] = "1"
-        self._link = EngineLink(options.arguments.as_mapping(), log=options.log, environment=environment, name=options.name)
+        self._link = link or launch(options.arguments, gpus=options.gpus, log=options.log, name=options.name)
         try:
             self.effective: Effective = check(options.arguments.as_mapping(), self._link.start())
         except BaseException:
@@ -67,6 +75,11 @@ class SglangRolloutEngine:
         self._group: str | None = None
         self._running = 0
         self._generating_s = 0.0
+
+    @property
+    def start_s(self) -> Mapping[str, float]:
+        """What its start was made of, in seconds."""
+        return self._link.started_s
 
     @property
     def ranks(self) -> int:

@@ -7,6 +7,7 @@ and weight exchange speak Hugging Face's names and full shapes. `parameters` is 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import tempfile
@@ -24,6 +25,8 @@ from miles_plan.backends.training.decoder_config import DecoderConfig
 from miles_plan.ir.layout import TrainLayout
 
 Weights = dict[str, Tensor]
+
+LARGE_PARAMETERS = 50_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,13 +174,17 @@ def gather_full_tensors(
             yield piece.name, torch.cat(slices, dim=piece.dim)
 
 
-def initialise_checkpoint(config: Mapping[str, Any], directory: Path, seed: int) -> None:
-    """Random weights of the real transformers class for this config (a config.json as a mapping), saved as safetensors.
+def initialise_checkpoint(
+    config: Mapping[str, Any], directory: Path, seed: int, *, large_dtype: torch.dtype = torch.float32
+) -> None:
+    """Random weights for this config (a config.json as a mapping), saved as safetensors.
 
-    The same seed gives the same files. They are written aside and moved into place, so a directory is whole or not there.
-    ValueError for a config that the embedded decoder cannot run.
+    Up to `LARGE_PARAMETERS` they are those of the real transformers class in float32, drawn from one generator; larger models
+    get the same distributions in `large_dtype`, drawn piece by piece on all cores. The same seed gives the same files. They are
+    written aside and moved into place, so a directory is whole or not there. ValueError for a config that the embedded decoder
+    cannot run.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from miles_plan.backends.training.decoder_config import decoder_config
 
@@ -187,19 +194,38 @@ def initialise_checkpoint(config: Mapping[str, Any], directory: Path, seed: int)
         full = AutoConfig.for_model(kind, **fields)
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(f"transformers has no model for model_type={kind!r}: {error}") from error
-    decoder_config(full)
+    shapes = full_names(decoder_config(full))
     directory.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}-"))
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            auto: Any = AutoModelForCausalLM  # its methods carry no annotations
-            model = auto.from_config(full, dtype=torch.float32)
-        with _no_progress_bar():
-            model.save_pretrained(aside)
+        if sum(math.prod(shape) for shape in shapes.values()) > LARGE_PARAMETERS:
+            _write_large(full, shapes, aside, seed, large_dtype)
+        else:
+            _write_as_transformers(full, aside, seed)
         os.replace(aside, directory)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_large(full: Any, shapes: Mapping[str, tuple[int, ...]], aside: Path, seed: int, dtype: torch.dtype) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from miles_plan.backends.training.random_model import write_random_weights
+
+    write_random_weights(aside, shapes, dtype=dtype, std=float(full.initializer_range), seed=seed)
+    full.architectures, full.dtype = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[full.model_type]], dtype
+    full.save_pretrained(aside)
+
+
+def _write_as_transformers(full: Any, aside: Path, seed: int) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        auto: Any = AutoModelForCausalLM  # its methods carry no annotations
+        model = auto.from_config(full, dtype=torch.float32)
+    with _no_progress_bar():
+        model.save_pretrained(aside)
 
 
 @contextlib.contextmanager

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+import threading
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from miles_plan.backends.sglang_engine import engine_process
-from miles_plan.backends.sglang_engine.engine_process import KERNEL_HOOKS, KERNELS_SWITCH, engine_class, run_scheduler
+from miles_plan.backends.sglang_engine.engine_process import KERNEL_HOOKS, KERNELS_SWITCH, TURN, engine_class, run_scheduler
 from miles_plan.backends.sglang_engine.server_arguments import OWN_KERNELS
 
 
@@ -64,6 +66,20 @@ def test_an_installed_plugin_is_not_called_twice(calls: list[str], monkeypatch: 
     monkeypatch.setattr(engine_process, "entry_points", lambda group: [installed])
     engine_class()
     assert calls == ["load_plugins"]
+
+
+def test_a_scheduler_touches_nothing_before_its_turn(calls: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(KERNELS_SWITCH, raising=False)
+    monkeypatch.setenv(TURN, str(tmp_path / "turn"))
+    assert engine_class().run_scheduler_process_func is run_scheduler
+    waiting = threading.Thread(target=run_scheduler, args=("server_args",))
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    assert calls == []
+    (tmp_path / "turn").touch()
+    waiting.join(10.0)
+    assert calls == ["scheduler('server_args',)"]
 
 
 def test_the_names_are_those_of_the_kernels_hooks() -> None:

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from miles_plan.backends.engine import EngineError, Request, RolloutEngine, WeightBucket
-from miles_plan.backends.sglang_engine.engine_link import EngineDiedError, EngineLink, last_error
-from miles_plan.backends.sglang_engine.rollout_engine import SglangOptions, SglangRolloutEngine
+from miles_plan.backends.sglang_engine.engine_link import EngineDiedError, EngineLink, bars, last_error
+from miles_plan.backends.sglang_engine.rollout_engine import SglangOptions, SglangRolloutEngine, launch
 from miles_plan.backends.sglang_engine.server_arguments import ServerArguments
 from miles_plan.backends.weight_transport.shared_memory import BucketPlan, SharedMemoryWriter
 from miles_plan.ir.options import SamplingOptions
@@ -202,6 +202,38 @@ def test_the_reason_is_the_last_error_that_was_printed() -> None:
     assert last_error(lines) == "RuntimeError: Blocked unsafe class loading (a.b)"
     assert last_error(["torch.OutOfMemoryError: CUDA out of memory."]) == "torch.OutOfMemoryError: CUDA out of memory."
     assert last_error(["no error here", "Errors: none"]) == ""
+
+
+def test_an_engine_launched_early_waits_for_its_model_and_says_what_its_start_took(with_stand_in: None, tmp_path: Path) -> None:
+    model = tmp_path / "config.json"
+    link = launch(ARGUMENTS, gpus=("0",), log=tmp_path / "engine.log", name="sglang", needed=model)
+    time.sleep(1.5)
+    assert link.alive()
+    model.touch()
+    engine = SglangRolloutEngine(options(tmp_path), link)
+    assert engine.generate(requests(1), OPTIONS, min_version=0).num_samples == 1
+    assert engine.start_s.keys() == {"imports", "early", "engine"}
+    assert engine.start_s["early"] >= 1.5
+    engine.close()
+    assert not link.alive()
+
+
+def test_a_process_whose_model_never_comes_ends_with_its_owner(with_stand_in: None, tmp_path: Path) -> None:
+    link = launch(ARGUMENTS, gpus=("0",), log=tmp_path / "engine.log", name="sglang", needed=tmp_path / "never")
+    time.sleep(1.0)
+    link._connection.close()  # what the owner's death looks like
+    assert link._process.wait(10.0) == -9
+    with pytest.raises(EngineError):
+        launch(ARGUMENTS, gpus=("0",), log=tmp_path / "log", name="sglang", needed=tmp_path / "never").start(1.0)
+
+
+def test_the_seconds_of_progress_bars_are_read_where_they_end() -> None:
+    lines = [
+        "Multi-thread loading shards:  50% Completed | 1/2 [00:01<00:01]",
+        "Multi-thread loading shards: 100% Completed | 2/2 [00:02<00:00,  1s/it]",
+        "Capturing batches (bs=1 avail_mem=125.25 GB): 100%|##########| 36/36 [01:04<00:00, 7.95it/s]",
+    ]
+    assert bars(lines) == {"Multi-thread loading shards": 2.0, "Capturing batches": 64.0}
 
 
 def test_an_engine_that_runs_otherwise_than_asked_is_refused_and_ended(with_stand_in: None, tmp_path: Path) -> None:
