@@ -2,8 +2,9 @@
 
     python -m benchmarks.engines.trainers_on_gpus OUT.jsonl [--gpus 2] [--only NAME,NAME] [--limit-s 200]
 
-Each GPU has one process that lives through all cases: first each runs its own list of one-GPU cases, then all run the cases of
-several ranks. A case prints and writes one line; one that fails says why and the next goes on. Weights are random.
+Each GPU has one process: first each runs its own list of one-GPU cases, then all run the cases of several ranks, those that
+say most first. A case prints and writes one line a rank. One that fails says why; one that takes longer than it may says where
+its ranks stand; the processes of either are replaced before the next case. Weights are random.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import os
 import queue
 import shutil
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +34,8 @@ from miles_plan.data.batch import SampleBatch, ragged_rows
 from miles_plan.ir.layout import TrainLayout
 from miles_plan.ir.options import LossOptions, OptimizerOptions
 
-HANGS_AFTER_S = 22.0
+CASE_LIMIT_S = 60.0  # kernels that torch and Triton compile for a first case take half of it
+PEERS_LIMIT_S = 5.0  # for the other ranks, once one has failed
 WORK = Path(tempfile.gettempdir()) / "trainers_on_gpus"
 DENSE: dict[str, Any] = {  # Qwen3-0.6B's shape
     "model_type": "qwen3",
@@ -69,7 +73,7 @@ ADAM = OptimizerOptions(learning_rate=1e-5)
 
 @dataclass(frozen=True)
 class Case:
-    """One trainer to build and measure. model: of MODELS; options: of the engine, beyond the common ones."""
+    """One trainer to build and measure. model: of MODELS; options: of the engine, beyond the common ones; batch: of LENGTHS."""
 
     name: str
     model: str
@@ -77,49 +81,63 @@ class Case:
     engine: str = "megatron"
     options: dict[str, Any] = field(default_factory=dict)
     phases: bool = False  # measure offloading, streaming and times too
-    like: str = ""  # the case whose log-probs, loss and gradient norm it should have
+    like: str = ""  # the case whose log-probs, loss, gradient norm and times it should have
+    batch: str = ""  # "small" or "full" as the model is, if not said
+    limit_s: float = CASE_LIMIT_S
 
 
 SP = {"tp": 2, "sequence_parallel": True}
+COMPILES_S = 150.0  # our kernels' variants, which Triton compiles when they are first used
+INVARIANT = {"layer_spec": "batch_invariant"}
 ALONE = [
     Case("dense", "dense", phases=True),
-    Case("small", "small"),
-    Case("small local", "small", options={"layer_spec": "local"}, like="small"),
-    Case("small invariant", "small", options={"layer_spec": "batch_invariant"}, like="small"),
+    Case("dense fsdp", "dense", engine="fsdp", phases=True, like="dense"),
+    Case("answers", "dense", batch="answers"),
+    Case("answers fsdp", "dense", engine="fsdp", batch="answers", like="answers"),
     Case("dense recompute full", "dense", options={"recompute": "full"}, phases=True, like="dense"),
     Case("dense optimizer offload", "dense", options={"optimizer_offload": True}, like="dense"),
-    Case("small fsdp", "small", engine="fsdp", like="small"),
+    Case("dense fsdp recompute full", "dense", engine="fsdp", options={"recompute": "full"}, like="dense fsdp"),
 ]
 ALONE_TOO = [
+    Case("small", "small"),
     Case("small_moe", "small_moe"),
+    Case("small fsdp", "small", engine="fsdp", like="small"),
+    Case("small_moe fsdp", "small_moe", engine="fsdp", like="small_moe"),
+    Case("small local", "small", options={"layer_spec": "local"}, like="small"),
     Case("moe", "moe", phases=True),
     Case("small fp8", "small", options={"fp8": True}, like="small"),
     Case("moe recompute experts", "moe", options={"recompute": "selective", "recompute_modules": ("moe",)}, like="moe"),
     Case("small_moe local", "small_moe", options={"layer_spec": "local"}, like="small_moe"),
-    Case("small_moe invariant", "small_moe", options={"layer_spec": "batch_invariant"}, like="small_moe"),
-    Case("dense fsdp", "dense", engine="fsdp", phases=True, like="dense"),
+    Case("small invariant", "small", options=INVARIANT, like="small", limit_s=COMPILES_S),
+    Case("small_moe invariant", "small_moe", options=INVARIANT, like="small_moe", limit_s=COMPILES_S),
 ]
 TOGETHER = [
-    Case("small tp2", "small", TrainLayout(tp=2), like="small"),
     Case("small pp2", "small", TrainLayout(pp=2), like="small"),
-    Case("small dp2", "small", TrainLayout(dp=2), like="small"),
+    Case("small fsdp dp2", "small", TrainLayout(dp=2), engine="fsdp", like="small"),
     Case("small cp2", "small", TrainLayout(cp=2), like="small"),
     Case("small_moe ep2", "small_moe", TrainLayout(dp=2, ep=2), like="small_moe"),
-    Case("small fsdp dp2", "small", TrainLayout(dp=2), engine="fsdp", like="small"),
-    Case("dense dp2", "dense", TrainLayout(dp=2), phases=True, like="dense"),
-    Case("small_moe tp2 sp etp2", "small_moe", TrainLayout(**SP, etp=2), like="small_moe"),
-    Case("small_moe tp2 sp ep2", "small_moe", TrainLayout(**SP, ep=2), like="small_moe"),
     Case("small tp2 sp", "small", TrainLayout(**SP), like="small"),
-    Case("small tp2 invariant", "small", TrainLayout(tp=2), options={"layer_spec": "batch_invariant"}, like="small invariant"),
     Case("small pp2 vpp2", "small", TrainLayout(pp=2, vpp=2), like="small"),
+    Case("small dp2", "small", TrainLayout(dp=2), like="small"),
+    Case("small_moe tp2 sp ep2", "small_moe", TrainLayout(**SP, ep=2), like="small_moe"),
+    Case("small_moe tp2 sp etp2", "small_moe", TrainLayout(**SP, etp=2), like="small_moe"),
+    Case("dense dp2", "dense", TrainLayout(dp=2), phases=True, like="dense"),
+    Case("dense fsdp dp2", "dense", TrainLayout(dp=2), engine="fsdp", phases=True, like="dense dp2"),
+    Case("small tp2", "small", TrainLayout(tp=2), like="small"),
+    Case("small tp2 invariant", "small", TrainLayout(tp=2), options=INVARIANT, like="small invariant", limit_s=COMPILES_S),
 ]
+LENGTHS: dict[str, Callable[[np.random.Generator], np.ndarray]] = {  # tokens of each sample
+    "full": lambda _: np.full(16, 2048),
+    "small": lambda draw: draw.integers(60, 400, size=12),
+    "answers": lambda draw: draw.integers(12, 24, size=256),  # the quickstart's sums and what they come to
+}
 
 
-def batch_of(model: str) -> SampleBatch:
-    """Random tokens: 16 samples of 2048 for the full shapes, 12 of different lengths for the small; experts at random."""
+def batch_of(case: Case) -> SampleBatch:
+    """Random tokens in samples of the case's lengths; experts at random."""
     draw = np.random.default_rng(0)
-    config = MODELS[model]
-    lengths = draw.integers(60, 400, size=12) if model.startswith("small") else np.full(16, 2048)
+    config = MODELS[case.model]
+    lengths = LENGTHS[case.batch or ("small" if case.model.startswith("small") else "full")](draw)
     prompt_length = np.minimum(lengths // 4, 256).astype(np.int32)
     total, count = int(lengths.sum()), int((lengths - prompt_length).sum())
     routing = None
@@ -226,7 +244,7 @@ def measure(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
 def _measure(case: Case, engine: Any, found: dict[str, Any], base: int) -> None:
     import torch
 
-    batch = batch_of(case.model)
+    batch = batch_of(case)
     replay = batch.routing is not None
     found["built_bytes"] = torch.cuda.memory_allocated() - base
     with peak(found, "log_probs", base):
@@ -243,6 +261,7 @@ def _measure(case: Case, engine: Any, found: dict[str, Any], base: int) -> None:
         found["steps"].append(metrics)
     found["after_step_bytes"] = torch.cuda.memory_allocated() - base
     found["parts"] = dict(engine.memory().device_bytes)
+    found["weights_sha256"] = engine.weights_sha256()
     found["scores"] = (scored.sample_index.tolist(), scored.log_probs.astype(float).round(6).tolist())
     if case.phases:
         _measure_phases(engine, found, base)
@@ -307,27 +326,88 @@ def peak(found: dict[str, Any], name: str, base: int) -> Iterator[None]:
     found[f"{name}_reserved_bytes"] = torch.cuda.max_memory_reserved()
 
 
-def work(gpu: int, orders: Any, answers: Any) -> None:
-    """One GPU's process: run each case that is ordered, answer with a line."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+def work(gpu: str, orders: Any, answers: Any) -> None:
+    """One GPU's process: run each case that is ordered, answer with a line. The first failure is its last case."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    import torch
+
+    torch.zeros(1, device="cuda")
     for rank, rendezvous, case in iter(orders.get, None):
-        faulthandler.dump_traceback_later(HANGS_AFTER_S, exit=False)  # where a case hangs
+        with stacks_of(case, rank).open("w") as stacks:
+            faulthandler.dump_traceback_later(case.limit_s - 2.0, exit=False, file=stacks)
+            try:
+                answers.put(measure(case, rank, rendezvous))
+            except Exception:
+                answers.put({"case": case.name, "rank": rank, "error": traceback.format_exc()[-1800:]})
+                return
+            finally:
+                faulthandler.cancel_dump_traceback_later()
+
+
+def stacks_of(case: Case, rank: int) -> Path:
+    """Where a rank that takes too long leaves what its threads are doing."""
+    return WORK / f"stacks-{case.name.replace(' ', '-')}-{rank}"
+
+
+class Lane:
+    """The process of one GPU, replaced after a failure."""
+
+    def __init__(self, gpu: str) -> None:
+        """gpu: as CUDA_VISIBLE_DEVICES names it."""
+        self.gpu = gpu
+        self.start()
+
+    def start(self) -> None:
+        """A fresh process, with fresh queues: nothing of an older one can answer."""
+        context = multiprocessing.get_context("spawn")
+        self.orders, self.answers = context.Queue(), context.Queue()
+        self.process = context.Process(target=work, args=(self.gpu, self.orders, self.answers), daemon=True)
+        self.process.start()
+
+    def replace(self) -> None:
+        """End the process, whatever it does, and start another."""
+        self.process.kill()
+        self.process.join()
+        self.start()
+
+    def poll(self, case: Case, rank: int) -> dict[str, Any] | None:
+        """The answer if it has come; an error if none can come any more."""
+        ended = not self.process.is_alive()  # before a look at what it left behind
         try:
-            answers.put(measure(case, rank, rendezvous))
-        except Exception:
-            answers.put({"case": case.name, "rank": rank, "error": traceback.format_exc()[-1800:]})
-            leave_groups()
+            found: dict[str, Any] = self.answers.get(timeout=0.02)
+        except queue.Empty:
+            if not ended:
+                return None
+            return {"case": case.name, "rank": rank, "error": f"its process ended with {self.process.exitcode}"}
+        return found
 
 
-def leave_groups() -> None:
-    """End what a failed case left, so that the next can begin."""
-    import torch.distributed as dist
-    from megatron.core import parallel_state
+def run_case(lanes: Sequence[Lane], case: Case, deadline: float) -> list[dict[str, Any]]:
+    """The case on these lanes, a rank each; they are fresh again if it failed. deadline: of time.monotonic."""
+    meet = f"file://{WORK}/meet{os.getpid()}-{case.name.replace(' ', '-')}" if len(lanes) > 1 else None
+    until = min(deadline, time.monotonic() + case.limit_s)
+    for rank, lane in enumerate(lanes):
+        lane.orders.put((rank, meet, case))
+    rows: dict[int, dict[str, Any]] = {}
+    while len(rows) < len(lanes) and time.monotonic() < until:
+        for rank in set(range(len(lanes))) - set(rows):
+            if (row := lanes[rank].poll(case, rank)) is None:
+                continue
+            rows[rank] = row
+            if "error" in row:
+                until = min(until, time.monotonic() + PEERS_LIMIT_S)
+    rows |= {rank: late(case, rank) for rank in set(range(len(lanes))) - set(rows)}
+    if any("error" in row for row in rows.values()):
+        for lane in lanes:
+            lane.replace()
+    return [rows[rank] for rank in range(len(lanes))]
 
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+
+def late(case: Case, rank: int) -> dict[str, Any]:
+    """The line of a rank that has not answered: where it stands."""
+    stacks = stacks_of(case, rank)
+    found = stacks.read_text()[-2500:] if stacks.is_file() else ""
+    return {"case": case.name, "rank": rank, "error": f"no answer in time; {found or 'no stack yet'}"}
 
 
 def compare(rows: dict[str, list[dict[str, Any]]], case: Case, own: list[dict[str, Any]]) -> None:
@@ -335,7 +415,7 @@ def compare(rows: dict[str, list[dict[str, Any]]], case: Case, own: list[dict[st
     like = rows.get(case.like)
     if not like or any("error" in each for each in (*like, *own)):
         return
-    ours, theirs = (_in_order(case.model, each) for each in (own, like))
+    ours, theirs = (_in_order(case, each) for each in (own, like))
     steps = [[row["steps"][number] for row in (own[0], like[0])] for number in (0, 2)]
     own[0]["against"] = {
         "case": case.like,
@@ -343,16 +423,38 @@ def compare(rows: dict[str, list[dict[str, Any]]], case: Case, own: list[dict[st
         "log_prob_mean": float(np.abs(ours - theirs).mean()),
         "loss": [a["loss"] - b["loss"] for a, b in steps],
         "grad_norm": [a["grad_norm"] / b["grad_norm"] - 1 for a, b in steps],
+        "step_time": round(own[0]["step2_s"] / like[0]["step2_s"], 3),
     }
 
 
-def _in_order(model: str, rows: list[dict[str, Any]]) -> np.ndarray:
-    batch = batch_of(model)
+def _in_order(case: Case, rows: list[dict[str, Any]]) -> np.ndarray:
+    batch = batch_of(case)
     flat = np.full(len(batch.rollout_log_probs), np.nan)
     for row in rows:
         index, values = np.asarray(row["scores"][0], dtype=np.int64), np.asarray(row["scores"][1])
         flat[ragged_rows(batch.response_start[index], batch.response_length[index])] = values
     return flat
+
+
+@dataclass
+class Session:
+    """Lanes under one deadline (of time.monotonic), and the rows of every case so far, written as they come."""
+
+    lanes: list[Lane]
+    deadline: float
+    sink: Any
+    rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    writing: threading.Lock = field(default_factory=threading.Lock)
+
+    def run(self, lanes: Sequence[Lane], cases: Sequence[Case]) -> None:
+        """The cases one after the other, a rank on each of these lanes."""
+        for case in cases:
+            if time.monotonic() < self.deadline:
+                own = run_case(lanes, case, self.deadline)
+                with self.writing:
+                    self.rows[case.name] = own
+                    compare(self.rows, case, own)
+                    report(self.sink, own)
 
 
 def main() -> None:
@@ -365,43 +467,23 @@ def main() -> None:
     asked = parser.parse_args()
     WORK.mkdir(exist_ok=True)
     deadline = time.monotonic() + asked.limit_s
-    context = multiprocessing.get_context("spawn")
-    lanes = [(context.Queue(), context.Queue()) for _ in range(asked.gpus)]
-    workers = [context.Process(target=work, args=(gpu, *lane), daemon=True) for gpu, lane in enumerate(lanes)]
-    for worker in workers:
-        worker.start()
-    rows: dict[str, list[dict[str, Any]]] = {}
-    alone = [ALONE, ALONE_TOO] if asked.gpus > 1 else [[*ALONE, *ALONE_TOO]]
     only = {each.strip() for each in asked.only.split(",")} - {""}
-    wanted = [[case for case in cases if not only or case.name in only] for cases in alone]
+    alone = [ALONE, ALONE_TOO] if asked.gpus > 1 else [[*ALONE_TOO, *ALONE]]
+    alone = [[case for case in cases if not only or case.name in only] for cases in alone]
+    together = [case for case in TOGETHER if asked.gpus > 1 and (not only or case.name in only)]
     with asked.out.open("w") as sink:
-        for lane, cases in zip(lanes, wanted, strict=False):
-            for case in cases:
-                lane[0].put((0, None, case))
-        for lane, cases in zip(lanes, wanted, strict=False):
-            for case in cases:
-                rows[case.name] = [_answer(lane, case, 0, deadline)]
-        for case in (case for cases in wanted for case in cases):
-            compare(rows, case, rows[case.name])
-            report(sink, rows[case.name])
-        for number, case in enumerate(TOGETHER if asked.gpus > 1 else ()):
-            if (only and case.name not in only) or time.monotonic() > deadline:
-                continue
-            for rank, lane in enumerate(lanes):
-                lane[0].put((rank, f"file://{WORK}/meet{os.getpid()}-{number}", case))
-            rows[case.name] = [_answer(lane, case, rank, deadline) for rank, lane in enumerate(lanes)]
-            compare(rows, case, rows[case.name])
-            report(sink, rows[case.name])
-    for worker in workers:
-        worker.kill()
+        session = Session([Lane(gpu) for gpu in visible(asked.gpus)], deadline, sink)
+        with ThreadPoolExecutor(len(session.lanes)) as threads:
+            list(threads.map(lambda lane, cases: session.run([lane], cases), session.lanes, alone))
+        session.run(session.lanes, together)
+    for lane in session.lanes:
+        lane.process.kill()
 
 
-def _answer(lane: Any, case: Case, rank: int, deadline: float) -> dict[str, Any]:
-    try:
-        answer: dict[str, Any] = lane[1].get(timeout=max(1.0, deadline - time.monotonic()))
-    except queue.Empty:
-        return {"case": case.name, "rank": rank, "error": "no answer within the limit"}
-    return answer
+def visible(gpus: int) -> list[str]:
+    """The first of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return named.split(",")[:gpus] if named else [str(gpu) for gpu in range(gpus)]
 
 
 def report(sink: Any, rows: list[dict[str, Any]]) -> None:

@@ -140,8 +140,8 @@ def _packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [1, heads, t, d] in, [1, t, heads, d] out; bounds come through the model's call."""
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    where = {"bounds": bounds.rows, "offsets": bounds.offsets}
-    return packed_causal_attention(q, k, v, **where, scale=scaling, window=sliding_window)[None], None
+    out = packed_causal_attention(q, k, v, bounds.rows, scale=scaling, window=sliding_window, offsets=bounds.offsets)
+    return out[None], None
 
 
 @contextlib.contextmanager

@@ -39,9 +39,8 @@ class ShardedAdam:
             {"params": [share for share in held.values() if (share.dim() > 1) == decayed], "decayed": decayed}
             for decayed in (True, False)
         ]
-        kernel: dict[str, bool] = {"fused": True} if device == "cuda" else {"foreach": True}
         wanted: Any = [group for group in groups if group["params"]]
-        self._adam = torch.optim.AdamW(wanted, lr=0.0, **kernel)
+        self._adam = torch.optim.AdamW(wanted, lr=0.0, fused=device == "cuda", foreach=device != "cuda")
         for name, share in held.items():
             step = torch.zeros((), dtype=torch.float32, device=device if device == "cuda" else "cpu")
             self._adam.state[share] = {"step": step, **self._moments[name]}

@@ -78,8 +78,8 @@ def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
 class _FlashAttention(torch.autograd.Function):
     """apply(query, key, value, offsets, longest, scale, left) -> out; left: earlier keys that a query sees, -1 for all.
 
-    The operators behind torch.nn.attention.varlen, called directly: they take grouped queries in every release, which varlen_attn
-    does from 2.12 on, and the backward alone runs with deterministic algorithms, while varlen_attn's would need them for all.
+    The operators behind torch.nn.attention.varlen, called directly: they take grouped queries in every release, varlen_attn
+    from 2.12 on, and here the backward alone is told to be deterministic, not every operator of a step.
     """
 
     @staticmethod

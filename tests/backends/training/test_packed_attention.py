@@ -40,17 +40,27 @@ def by_definition(query, key, value, bounds, *, scale, window=None):
     return torch.einsum("hqk,khd->qhd", weights, v).to(query.dtype)
 
 
+def same_bits(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
+
+
+@pytest.fixture
+def _on_gpu() -> None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("needs an NVIDIA GPU that FlashAttention runs on")
+
+
 @pytest.mark.parametrize("window", [None, 1, 7, 100, 5000])
 def test_sequences_see_themselves_and_windows(window):
     tensors = inputs(torch.float32, "cpu")
-    for ours, theirs in zip(run(packed_causal_attention, tensors, window=window), run(by_definition, tensors, window=window)):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+    ours, theirs = (run(function, tensors, window=window) for function in (packed_causal_attention, by_definition))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
 
 
 def test_a_window_as_long_as_every_sequence_changes_no_bit():
     tensors = inputs(torch.float32, "cpu")
-    for ours, theirs in zip(run(packed_causal_attention, tensors, window=300), run(packed_causal_attention, tensors)):
-        assert torch.equal(ours, theirs)
+    assert same_bits(run(packed_causal_attention, tensors, window=300), run(packed_causal_attention, tensors))
 
 
 def test_a_cpu_takes_sequences_one_by_one():
@@ -59,42 +69,43 @@ def test_a_cpu_takes_sequences_one_by_one():
 
 
 @pytest.mark.gpu
-class TestOnGpu:
-    """One FlashAttention call for all sequences."""
+@pytest.mark.usefixtures("_on_gpu")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "groups", "width"), [(16, 8, 128), (4, 4, 64), (6, 2, 20), (8, 1, 256)])
+@pytest.mark.parametrize("window", [None, 7, 100, 5000])
+def test_one_call_is_as_near_the_truth_as_a_call_a_sequence(dtype, heads, groups, width, window):
+    tensors = inputs(dtype, "cuda", heads=heads, groups=groups, width=width)
+    assert flash_takes(*tensors[:3])
+    exact = [each.detach().double().requires_grad_(number < 3) for number, each in enumerate(tensors)]
+    found, looped, truth = (
+        run(function, given, window=window)
+        for function, given in ((packed_causal_attention, tensors), (attention_of_each, tensors), (by_definition, exact))
+    )
+    for ours, theirs, true in zip(found, looped, truth, strict=True):
+        assert ours.dtype == dtype
+        error, usual = (float((each.double() - true).abs().max()) for each in (ours, theirs))
+        assert error < 2.0 * usual + 4e-3 * float(true.abs().max())
 
-    @pytest.fixture(autouse=True)
-    def _gpu(self) -> None:
-        if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
-            pytest.skip("needs an NVIDIA GPU that FlashAttention runs on")
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize(("heads", "groups", "width"), [(16, 8, 128), (4, 4, 64), (6, 2, 20), (8, 1, 256)])
-    @pytest.mark.parametrize("window", [None, 7, 100, 5000])
-    def test_one_call_is_what_each_sequence_gives(self, dtype, heads, groups, width, window):
-        tensors = inputs(dtype, "cuda", heads=heads, groups=groups, width=width)
-        assert flash_takes(*tensors[:3])
-        found = run(packed_causal_attention, tensors, window=window)
-        looped = run(attention_of_each, tensors, window=window)
-        exact = run(by_definition, [each.detach().double().requires_grad_(number < 3) for number, each in enumerate(tensors)],
-                    window=window)  # fmt: skip
-        for ours, theirs, truth in zip(found, looped, exact):
-            assert ours.dtype == dtype
-            error, usual = (float((each.double() - truth).abs().max()) for each in (ours, theirs))
-            assert error < 2.0 * usual + 1e-3 * float(truth.abs().max())
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_on_gpu")
+def test_gradients_have_the_same_bits_every_time():
+    tensors = inputs(torch.bfloat16, "cuda", heads=16, groups=8, width=128)
+    first = run(packed_causal_attention, tensors)
+    assert all(same_bits(first, run(packed_causal_attention, tensors)) for _ in range(5))
+    assert not torch.are_deterministic_algorithms_enabled()
 
-    def test_gradients_have_the_same_bits_every_time(self):
-        tensors = inputs(torch.bfloat16, "cuda", heads=16, groups=8, width=128)
-        first = run(packed_causal_attention, tensors)
-        for _ in range(5):
-            assert all(torch.equal(a, b) for a, b in zip(first, run(packed_causal_attention, tensors)))
-        assert not torch.are_deterministic_algorithms_enabled()
 
-    def test_offsets_on_the_device_change_nothing(self):
-        tensors = inputs(torch.bfloat16, "cuda")
-        offsets = torch.tensor(BOUNDS, dtype=torch.int32, device="cuda")
-        given = run(packed_causal_attention, tensors, offsets=offsets)
-        assert all(torch.equal(a, b) for a, b in zip(given, run(packed_causal_attention, tensors)))
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_on_gpu")
+def test_offsets_on_the_device_change_nothing():
+    tensors = inputs(torch.bfloat16, "cuda")
+    offsets = torch.tensor(BOUNDS, dtype=torch.int32, device="cuda")
+    assert same_bits(run(packed_causal_attention, tensors, offsets=offsets), run(packed_causal_attention, tensors))
 
-    def test_float32_and_wide_heads_go_one_by_one(self):
-        assert not flash_takes(*inputs(torch.float32, "cuda")[:3])
-        assert not flash_takes(*inputs(torch.bfloat16, "cuda", width=264)[:3])
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_on_gpu")
+def test_float32_and_wide_heads_go_one_by_one():
+    assert not flash_takes(*inputs(torch.float32, "cuda")[:3])
+    assert not flash_takes(*inputs(torch.bfloat16, "cuda", width=264)[:3])
