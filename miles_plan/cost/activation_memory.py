@@ -30,7 +30,27 @@ def layer_saved_bytes(
     if "core_attn" in modules and isinstance(kind.mixer, GroupedQuery) and kind.mixer.qk_norm != "none":
         # The checkpoint keeps the rotated query and key beside what the norms keep (measured, Megatron-core 0.19).
         total += (kind.mixer.query_dim + kind.mixer.kv_dim) * options.element_bytes / columns.tp
-    return total + _score_bytes(kind, columns, options, modules)
+    return total + _score_bytes(kind, columns, options, modules) + _unfused_bytes(kind, hidden, columns, options)
+
+
+def _unfused_bytes(kind: LayerKind, hidden: int, columns: LayoutColumns, options: TrainMemoryOptions) -> Floats | float:
+    """What layers keep beyond Transformer Engine's fused ones, shape [n].
+
+    Batch-invariant ones keep each residual sum. Transformers' keep float32 copies of what a norm gets, and a gate's
+    activation apart from its product (both measured on an H200: benchmarks/results/trainer_memory_h200.json).
+    """
+    wide = hidden * options.element_bytes / columns.sequence_split
+    norms = float(kind.mixer is not None) + float(kind.ffn is not None)
+    if options.layers == "batch_invariant":
+        return np.asarray(norms * wide)
+    if options.layers == "transformers":
+        total = norms * 2.0 * wide
+        if isinstance(kind.mixer, GroupedQuery) and kind.mixer.qk_norm != "none":
+            total = total + 4.0 * (kind.mixer.query_dim + kind.mixer.kv_dim) / columns.tp
+        if isinstance(kind.ffn, DenseFfn):
+            total = total + kind.ffn.size * options.element_bytes / columns.tp
+        return np.asarray(total)
+    return 0.0
 
 
 def _score_bytes(

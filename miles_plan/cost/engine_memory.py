@@ -34,8 +34,12 @@ backward the gradient in bf16 (measured: benchmarks/engines/trainer_memory.py)."
 
 
 def _scored_row_bytes(options: TrainMemoryOptions) -> float:
-    """Of the scored rows in this package's trainers, by vocabulary entry: their bf16 logits, in a step with their gradient."""
-    return (1.0 if options.forward_only else 2.0) * 2.0 * options.scored_tokens
+    """Of the scored rows in this package's trainers, by vocabulary entry: their bf16 logits, in a step with their gradient.
+
+    Batch-invariant layers score twice, log-probs with their own kernel and entropies with the other, and add two gradients.
+    """
+    copies = 1.0 if options.forward_only else 3.0 if options.layers == "batch_invariant" else 2.0
+    return copies * 2.0 * options.scored_tokens
 
 
 def _scored_chunk_terms(model: ModelArchitecture, columns: LayoutColumns, options: TrainMemoryOptions) -> dict[str, Floats]:
@@ -138,7 +142,11 @@ def fsdp_terms(
         "reference model": sharded * size * (1.0 if options.reference == "resident" else 0.0),
     }
     terms |= draft_terms(columns, options, sharded)
-    terms |= _gathered_terms(model, columns, params.total, options)
+    gathered_units = _gathered_terms(model, columns, params.total, options)
+    if options.scored_tokens:  # a rank alone has whole units, which are cast where they are used (measured)
+        alone = (columns.dp * columns.cp == 1)[:, None]
+        gathered_units = {name: np.where(alone, 0.0, term) for name, term in gathered_units.items()}
+    terms |= gathered_units
     terms |= activation_terms(model, columns, options)
     head = np.zeros_like(sharded)
     chunk = np.minimum(tokens, options.logits_chunk_tokens) if options.logits_chunk_tokens else tokens

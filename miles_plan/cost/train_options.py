@@ -10,6 +10,8 @@ from miles_plan.ir.layout import Recompute
 
 Engine = Literal["megatron", "fsdp2", "torch"]
 TrainPrecision = Literal["bf16", "fp16", "fp32", "fp8", "mxfp8", "nvfp4"]
+Layers = Literal["fused", "batch_invariant", "transformers"]
+"""Transformer Engine's (or torchtitan's), this package's batch-invariant ones, or transformers' own, one operator at a time."""
 
 QUANTIZED: frozenset[str] = frozenset({"fp8", "mxfp8", "nvfp4"})
 
@@ -56,7 +58,8 @@ class TrainMemoryOptions:
     (Megatron's uniform method), of which only the first one's input is kept. moe_imbalance: tokens of the fullest
     expert-parallel rank over the mean. logits_chunk_tokens: head and loss in chunks of that many tokens; 0 = at once.
     scored_tokens: rows that the head of this package's trainers computes, in bf16, with float32 of `SCORED_CHUNK_TOKENS` of
-    them at a time; 0 = another trainer's head, which computes every token's row.
+    them at a time; 0 = another trainer's head, which computes every token's row. layers: whose layers run, which says what
+    they keep for the backward.
     logits_bytes: bytes an element of the logits holds at the peak; 0 takes what the engine is known to hold. entropy:
     the loss has an entropy term. reference: a frozen copy of the weights for a KL term, resident on the GPU or swapped
     through host memory. trainable_fraction: below 1 for adapters. forward_only: a log-prob pass. primary_fp8: fp8
@@ -82,6 +85,7 @@ class TrainMemoryOptions:
     moe_imbalance: float = 1.0
     logits_chunk_tokens: int = 0
     scored_tokens: float = 0.0
+    layers: Layers = "fused"
     logits_bytes: float = 0.0
     entropy: bool = False
     fused_gradient_accumulation: bool = True

@@ -15,11 +15,12 @@ from miles_plan.cost.communication import links_of
 from miles_plan.cost.draft import draft_of
 from miles_plan.cost.profile import profile_for
 from miles_plan.cost.software_release import release_compute
-from miles_plan.cost.train_options import OptimizerOptions, TrainMemoryOptions
+from miles_plan.cost.train_options import Layers, OptimizerOptions, TrainMemoryOptions
 from miles_plan.cost.train_time import TrainTimeOptions, TrainWorkload, fed_tokens
 from miles_plan.ir.graph import TaskGraph
 from miles_plan.ir.layout import Recompute, TrainLayout
 from miles_plan.ir.tasks import TrainStep
+from miles_plan.passes.align_precision import choose_alignment
 from miles_plan.passes.base import PassContext
 from miles_plan.passes.layout_space import (
     ANY_SIZES,
@@ -260,6 +261,7 @@ def memory_options(
         engine=ctx.job.train.engine,
         tokens_per_gpu=options.tokens_per_gpu,
         scored_tokens=scored,
+        layers=layers_of(ctx),
         seq_len=workload.longest_tokens,
         num_microbatches=max(1, microbatches),
         precision=COST_PRECISION[ctx.job.precision.train],
@@ -276,6 +278,14 @@ def fed(ctx: PassContext, workload: StepWorkload, choice: TrainChoice) -> TrainC
     """The choice with the tokens that its fullest micro-batch holds in place of its budget: what its memory is counted by."""
     batch = train_workload(ctx, workload, choice.tokens_per_gpu)
     return replace(choice, tokens_per_gpu=int(fed_tokens(batch, choice.tokens_per_gpu, choice.layout.dp, choice.layout.cp)))
+
+
+def layers_of(ctx: PassContext) -> Layers:
+    """Whose layers the trainer runs."""
+    if ctx.job.train.engine == "fsdp2":
+        return "transformers"
+    exact = ctx.job.train.engine == "megatron" and choose_alignment(ctx)[0] == "exact"
+    return "batch_invariant" if exact else "fused"
 
 
 def scored_share(workload: StepWorkload) -> float:
