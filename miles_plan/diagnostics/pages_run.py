@@ -28,7 +28,8 @@ PAGES: tuple[Page, ...] = (
         title="rollout and trainer disagree on a log-prob",
         what="For a token sampled with the very weights that the trainer holds, the two log-probs differ by more than the "
         "plan allows.",
-        why="The policy gradient is computed for another policy than the one that sampled.",
+        why="The policy gradient is computed for another policy than the one that sampled. The trainer is asked a second time: "
+        "where it does not repeat itself, the fault is on its side.",
         example="error[MP502]: old_log_probs@3: rollout and trainer differ by 0.041 in the log-prob of a token, the plan "
         "allows 0",
         fix="Set `precision.alignment` to `corrected` to train with importance weights, or to `off` to only watch the "

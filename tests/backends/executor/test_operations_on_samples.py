@@ -188,7 +188,7 @@ def test_comparison_looks_only_at_tokens_of_the_same_weights() -> None:
     found = compare_log_probs(batch, log_probs, 5)
     assert found.mismatches == 1
     assert 0.0 < found.max_abs_diff < 1e-6
-    assert found.worst_sample == 10
+    assert (found.worst_sample, found.worst_token) == (10, 3 - int(batch.response_start[batch.sample_id == 10][0]))
     log_probs[5] = np.nan
     assert compare_log_probs(batch, log_probs, 5).max_abs_diff == np.inf
 

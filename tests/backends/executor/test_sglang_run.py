@@ -26,10 +26,10 @@ STAND_IN = ROOT / "tests" / "backends" / "sglang_engine" / "stand_in"
 pytestmark = pytest.mark.slow
 
 
-def start(root: Path) -> subprocess.Popen[str]:
+def start(root: Path, *how: str) -> subprocess.Popen[str]:
     path = os.pathsep.join((str(STAND_IN), os.environ.get("PYTHONPATH", "")))
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.backends.executor.run_sglang", str(root)],
+        [sys.executable, "-m", "tests.backends.executor.run_sglang", str(root), *how],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -76,3 +76,12 @@ def test_an_engine_whose_process_dies_is_made_anew_and_the_run_goes_on(tmp_path:
     assert versions[-1] == "version 3"
     text = (root / "logs" / "sglang-rollout-0.arguments").read_text()
     assert "tp_size = 1" in text
+
+
+def test_log_probs_that_differ_stop_an_exact_run_and_the_trainer_is_asked_twice(tmp_path: Path) -> None:
+    process = start(tmp_path / "run", "exact")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 4
+    assert "error[MP502]" in output
+    assert "of the response of sample" in output
+    assert "asked again, the trainer gives the same log-probs" in " ".join(output.split())

@@ -44,6 +44,7 @@ class Comparison:
     mean_abs_diff: float
     mismatches: int
     worst_sample: int | None
+    worst_token: int | None  # of its response, counted from 0
 
 
 def assemble_log_probs(
@@ -83,16 +84,18 @@ def compare_log_probs(samples: SampleBatch, log_probs: Array, version: int) -> C
     same = samples.weight_version == version
     difference = np.abs(log_probs[same].astype(np.float64) - samples.rollout_log_probs[same].astype(np.float64))
     difference = np.where(np.isnan(difference), np.inf, difference)
-    worst = None
+    worst = token = None
     if len(difference) and difference.max() > 0:
-        sample_of_token = np.repeat(np.arange(samples.num_samples), samples.response_length)[same]
-        worst = int(samples.sample_id[sample_of_token[int(np.argmax(difference))]])
+        at = int(np.flatnonzero(same)[int(np.argmax(difference))])
+        sample = int(np.searchsorted(samples.response_start, at, side="right")) - 1
+        worst, token = int(samples.sample_id[sample]), at - int(samples.response_start[sample])
     return Comparison(
         tokens_compared=int(same.sum()),
         max_abs_diff=float(difference.max(initial=0.0)),
         mean_abs_diff=float(difference.mean()) if len(difference) else 0.0,
         mismatches=int((difference > 0).sum()),
         worst_sample=worst,
+        worst_token=token,
     )
 
 
@@ -111,19 +114,39 @@ def logprobs(context: Context) -> Operation:
     if task.replay_routing:
         figures |= _judged_routing(context, reports)
     if report["comparison"] is not None:
-        figures |= _judged(context, task, report["comparison"])
+        if _too_far(task, report["comparison"]):
+            again = context.group.produce(rank_log_probs, task, version, samples, routing)
+            yield Wait(f"{places(context.group)}: the same log-probs again, to see which side is at fault", again)
+            repeated = context.host.call(differing_log_probs, samples, host.values[0], *again.values)
+            (changed,) = yield Wait("host: compare the two", repeated)
+            raise _refusal(context, task, report["comparison"], changed)
+        figures |= _compared(report["comparison"])
     return Outcome(values={"log_probs": host.values[0]}, figures=figures, digest=report["digest"], weight_version=version)
 
 
-def _judged(context: Context, task: Logprobs, found: Comparison) -> dict[str, float]:
-    if task.max_log_prob_diff is not None and not found.max_abs_diff <= task.max_log_prob_diff:
-        raise RunError(
-            "MP502",
-            f"{context.instance}: rollout and trainer differ by {found.max_abs_diff:.3g} in the log-prob of a token, "
-            f"the plan allows {task.max_log_prob_diff:.3g}; {found.mismatches} of {found.tokens_compared} tokens differ, "
-            f"the worst in sample {found.worst_sample}",
-            help="set precision.alignment to 'corrected' to train with importance weights, or 'off' to only watch it",
-        )
+def differing_log_probs(host: Any, samples: SampleBatch, first: Array, *shares: RankLogProbs) -> int:
+    """How many log-probs the trainer gives otherwise when it is asked a second time."""
+    again, _ = joined_shares(samples, shares)
+    return int((again != first).sum())
+
+
+def _too_far(task: Logprobs, found: Comparison) -> bool:
+    return task.max_log_prob_diff is not None and not found.max_abs_diff <= task.max_log_prob_diff
+
+
+def _refusal(context: Context, task: Logprobs, found: Comparison, changed: int) -> RunError:
+    twice = f"gives {changed} other log-probs: it does not repeat itself" if changed else "gives the same log-probs"
+    return RunError(
+        "MP502",
+        f"{context.instance}: rollout and trainer differ by {found.max_abs_diff:.3g} in the log-prob of a token, "
+        f"the plan allows {task.max_log_prob_diff:.3g}; {found.mismatches} of {found.tokens_compared} tokens differ, "
+        f"the worst is token {found.worst_token} of the response of sample {found.worst_sample}; "
+        f"asked again, the trainer {twice}",
+        help="set precision.alignment to 'corrected' to train with importance weights, or 'off' to only watch it",
+    )
+
+
+def _compared(found: Comparison) -> dict[str, float]:
     return {
         "max_abs_log_prob_diff": found.max_abs_diff,
         "mean_abs_log_prob_diff": found.mean_abs_diff,
