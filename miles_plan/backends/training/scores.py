@@ -41,7 +41,8 @@ class VocabParallelScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of this rank's columns."""
-        gradient = scores_gradient(*ctx.saved_tensors, grad_log_probs, grad_entropy, **ctx.columns)
+        logits, targets, log_sum_exp, entropy = ctx.saved_tensors
+        gradient = scores_gradient(logits, targets, log_sum_exp, entropy, grad_log_probs, grad_entropy, **ctx.columns)
         return gradient, None, None, None, None, None
 
 
