@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
+from . import arguments
 from .device import runs_triton
 from .toolchain import jit, tl
 
@@ -76,9 +77,12 @@ def row_statistics(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """m float32 [r], and float32 [3, r]: s, w and x - m of the target (0 where these columns do not hold it).
 
-    logits: [r, v], last dimension contiguous, of which the first `columns` stand for tokens first .. first + columns - 1.
-    targets: int64 [r]. Without columns m is -inf and the rest 0.
+    logits: [r, v] bf16, fp16 or fp32, last dimension contiguous, of which the first `columns` stand for tokens first .. first +
+    columns - 1. targets: int64 [r]. temperature: positive. Without columns m is -inf and the rest 0.
+
+    Raises ValueError naming a wrong argument.
     """
+    _check(logits, targets, columns, temperature)
     rows = len(logits)
     top, sums = (torch.empty(*shape, rows, dtype=torch.float32, device=logits.device) for shape in ((), (3,)))
     if not columns:
@@ -155,6 +159,19 @@ def _chunk_gradient(
     here, column = _own_targets(targets, first, logits.shape[1])
     part.scatter_add_(1, column[:, None], torch.where(here, grad_log_probs, 0.0)[:, None])
     return part.div_(temperature).to(logits.dtype)
+
+
+def _check(logits: torch.Tensor, targets: torch.Tensor, columns: int, temperature: float) -> None:
+    arguments.require_dims("logits", logits, 2, "[rows, columns]")
+    arguments.require_dtype("logits", logits, (torch.bfloat16, torch.float16, torch.float32))
+    arguments.require_contiguous_rows("logits", logits)
+    arguments.require_dtype("targets", targets, (torch.int64,))
+    arguments.require_shape("targets", targets, (logits.shape[0],), "[rows]")
+    arguments.require_same_device(logits=logits, targets=targets)
+    if not 0 <= columns <= logits.shape[1]:
+        raise ValueError(f"columns is {columns}; allowed: 0 to the {logits.shape[1]} of logits")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; allowed: a positive number")
 
 
 def _scaled(logits: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -91,6 +91,22 @@ def test_the_planner_counts_chunks_of_this_size():
     assert engine_memory.SCORED_CHUNK_TOKENS == vocab_scores.CHUNK_ROWS
 
 
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"logits": torch.zeros(7, 8, 2)}, "logits"),
+        ({"logits": torch.zeros(7, 8).double()}, "logits"),
+        ({"targets": torch.zeros(6, dtype=torch.int64)}, "targets"),
+        ({"columns": 9}, "columns is 9"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+    ],
+)
+def test_a_wrong_argument_is_named(wrong, named):
+    given = {"logits": torch.zeros(7, 8), "targets": torch.zeros(7, dtype=torch.int64), "columns": 8, "temperature": 1.0}
+    with pytest.raises(ValueError, match=named):
+        vocab_scores.row_statistics(**{**given, **wrong}, first=0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_a_gpu_reads_16_bit_logits_once_and_agrees_with_float64(temperature):
