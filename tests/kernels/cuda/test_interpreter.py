@@ -186,6 +186,23 @@ for vocab in (2048, 1000, 5000 * 16):
         m, s = (torch.cat([part[i] for part in parts], 1) for i in (0, 1))
         assert torch.equal(lp.combine_log_prob(m, s, lp._chosen(x.detach(), t, 0), 0.7)[0], y)
 """,
+    "scores": """
+from miles_plan.kernels.cuda import vocab_scores as vs
+for columns, padded, first, temperature in ((4999, 5000, 0, 1.0), (200, 300, 100, 0.7), (4096, 4096, 2048, 2.0)):
+    logits = torch.randn(5, padded) * 5
+    logits[:, columns:] = 1000.0
+    targets, (g, h) = torch.randint(0, first + columns + 300, (5,)), torch.randn(2, 5)
+    targets[0] = first + 3
+    found = []
+    for vs.runs_triton in (lambda _: True, lambda _: False):
+        top, (s, w, x) = vs.row_statistics(logits, targets, first=first, columns=columns, temperature=temperature)
+        entropy, where = s.log() - w / s, dict(first=first, columns=columns, temperature=temperature)
+        gradient = vs.scores_gradient(logits, targets, top + s.log(), entropy, g, h, **where)
+        found.append((top, s, w, x, entropy, gradient))
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, atol=5e-6, rtol=1e-5)
+    assert not found[0][-1][:, columns:].any()
+""",
 }
 
 

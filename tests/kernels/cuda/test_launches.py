@@ -180,11 +180,21 @@ def test_rows(launched: Launched) -> None:
 
 
 @pytest.mark.slow
+def test_scores_of_a_vocabulary(launched: Launched) -> None:
+    from miles_plan.backends.training.scores import VocabParallelScores
+
+    apply: Any = VocabParallelScores.apply
+    for rows, columns in ((9, 4096), (1, 300)):
+        backward(*apply(half(rows, columns, grad=True), torch.zeros(rows, dtype=torch.int64), 0, columns - 1, 0.7, None))
+    assert {"statistics_kernel", "scores_gradient_kernel"} <= launched
+
+
 def test_a_launch_of_each_kernel_compiles_for_hopper(launched: Launched) -> None:
     test_matrix_products(launched)
     test_fp8_products(launched)
     test_attention(launched)
     test_rows(launched)
+    test_scores_of_a_vocabulary(launched)
     for kernel, given, keywords in launched.first.values():
         assert shared_bytes(kernel, given, keywords) <= SHARED_MEMORY_BYTES, kernel
 
