@@ -26,13 +26,6 @@ EAGER_LOSS_BYTES, PARALLEL_LOSS_BYTES = 12.0, 18.0
 that of the picked entries; split over tensor parallelism (loss_parallel) also bf16 logits, shifted ones, exponents."""
 
 
-SCORED_CHUNK_TOKENS = 1024
-"""Rows of which this package's trainers hold float32 at a time (`backends.training.scores`)."""
-SCORED_CHUNK_BYTES, GRADED_CHUNK_BYTES = 8.0, 10.0
-"""Bytes that an element of such a chunk holds at the peak: the shifted logits and their exponents in float32, and in the
-backward the gradient in bf16 (measured: benchmarks/engines/trainer_memory.py)."""
-
-
 def _scored_row_bytes(options: TrainMemoryOptions) -> float:
     """Of the scored rows in this package's trainers, by vocabulary entry: their bf16 logits, in a step with their gradient.
 
@@ -40,16 +33,6 @@ def _scored_row_bytes(options: TrainMemoryOptions) -> float:
     """
     copies = 1.0 if options.forward_only else 3.0 if options.layers == "batch_invariant" else 2.0
     return copies * 2.0 * options.scored_tokens
-
-
-def _scored_chunk_terms(model: ModelArchitecture, columns: LayoutColumns, options: TrainMemoryOptions) -> dict[str, Floats]:
-    """Float32 of a chunk of scored rows on the last stage, [n, pp]; counted beside a layer's backward too, to be affine."""
-    if not options.scored_tokens:
-        return {}
-    last = np.arange(columns.pp) == columns.pp - 1
-    element = SCORED_CHUNK_BYTES if options.forward_only else GRADED_CHUNK_BYTES
-    chunk = element * SCORED_CHUNK_TOKENS * model.vocab_size / columns.tp
-    return {"score chunk": np.where(last, chunk[:, None], 0.0)}
 
 
 def _head_bytes(model: ModelArchitecture, columns: LayoutColumns, options: TrainMemoryOptions) -> Floats:
@@ -89,7 +72,6 @@ def megatron_terms(
     # The head's peak and a layer's backward do not meet: the rank feels the larger.
     working = backward_bytes(model, columns, options)[:, None] + terms.pop("recomputed layer")
     terms["logits"] = np.broadcast_to(head, shape).copy()
-    terms |= _scored_chunk_terms(model, columns, options)
     terms["backward"] = np.where(last, np.maximum(0.0, working - head), working)
     p2p = 2.0 * tokens * model.hidden_size * options.element_bytes / columns.sequence_split
     terms["pipeline buffers"] = np.where(last, 0.0, p2p[:, None]) * np.ones(shape)
@@ -158,7 +140,6 @@ def fsdp_terms(
     head[:, -1] = whole_rows * model.vocab_size / columns.tp + final_norm + gathered
     working = (backward_bytes(model, columns, options) + gathered)[:, None] + terms.pop("recomputed layer")
     terms["logits"] = head
-    terms |= _scored_chunk_terms(model, columns, options)
     terms["backward"] = np.maximum(0.0, working - head)
     if options.merged_outputs:
         kept = np.zeros_like(sharded)

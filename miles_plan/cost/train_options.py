@@ -57,8 +57,8 @@ class TrainMemoryOptions:
     recomputation by block, layers a pipeline rank recomputes; 0 = all. recompute_chunk: layers that are recomputed together
     (Megatron's uniform method), of which only the first one's input is kept. moe_imbalance: tokens of the fullest
     expert-parallel rank over the mean. logits_chunk_tokens: head and loss in chunks of that many tokens; 0 = at once.
-    scored_tokens: rows that the head of this package's trainers computes, in bf16, with float32 of `SCORED_CHUNK_TOKENS` of
-    them at a time; 0 = another trainer's head, which computes every token's row. layers: whose layers run, which says what
+    scored_tokens: rows that the head of this package's trainers computes, in bf16;
+    0 = another trainer's head, which computes every token's row. layers: whose layers run, which says what
     they keep for the backward.
     logits_bytes: bytes an element of the logits holds at the peak; 0 takes what the engine is known to hold. entropy:
     the loss has an entropy term. reference: a frozen copy of the weights for a KL term, resident on the GPU or swapped

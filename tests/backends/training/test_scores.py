@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 
 from miles_plan.backends.training.scores import SumOverGroup, VocabParallelScores
-from miles_plan.cost import engine_memory
 from miles_plan.kernels.cuda import vocab_scores
 
 ROWS, VOCAB, PADDED = 7, 41, 48
@@ -85,50 +84,3 @@ def test_no_rows_are_fine():
     log_probs, entropy = apply(logits, torch.zeros(0, dtype=torch.int64), 0, 8, 1.0, None)
     (log_probs.sum() + entropy.sum()).backward()
     assert log_probs.shape == entropy.shape == (0,)
-
-
-def test_the_planner_counts_chunks_of_this_size():
-    assert engine_memory.SCORED_CHUNK_TOKENS == vocab_scores.CHUNK_ROWS
-
-
-@pytest.mark.parametrize(
-    ("wrong", "named"),
-    [
-        ({"logits": torch.zeros(7, 8, 2)}, "logits"),
-        ({"logits": torch.zeros(7, 8).double()}, "logits"),
-        ({"targets": torch.zeros(6, dtype=torch.int64)}, "targets"),
-        ({"columns": 9}, "columns is 9"),
-        ({"temperature": 0.0}, "temperature is 0.0"),
-    ],
-)
-def test_a_wrong_argument_is_named(wrong, named):
-    given = {"logits": torch.zeros(7, 8), "targets": torch.zeros(7, dtype=torch.int64), "columns": 8, "temperature": 1.0}
-    with pytest.raises(ValueError, match=named):
-        vocab_scores.row_statistics(**{**given, **wrong}, first=0)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_a_gpu_reads_16_bit_logits_once_and_agrees_with_float64(temperature):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-    torch.manual_seed(0)
-    logits = (torch.randn(700, 151936, device="cuda") * 4).bfloat16().requires_grad_()
-    targets, weights = torch.randint(0, 151936, (700,), device="cuda"), torch.randn(2, 700, device="cuda")
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    apply: Any = VocabParallelScores.apply
-    log_probs, entropy = apply(logits, targets, 0, 151936, temperature, None)
-    (log_probs * weights[0] + entropy * weights[1]).sum().backward()
-    assert torch.cuda.max_memory_allocated() - before < 1.05 * logits.nbytes  # the gradient, and no copy
-    assert logits.grad is not None
-    for start in range(0, 700, 100):
-        rows = slice(start, start + 100)
-        wide = logits[rows].detach().double().requires_grad_()
-        log_q = torch.log_softmax(wide / temperature, dim=-1)
-        chosen, spread = log_q.gather(1, targets[rows, None]).squeeze(1), -(log_q.exp() * log_q).sum(dim=-1)
-        (chosen * weights[0, rows] + spread * weights[1, rows]).sum().backward()
-        assert wide.grad is not None
-        torch.testing.assert_close(log_probs[rows].double(), chosen, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(entropy[rows].double(), spread, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(logits.grad[rows].double(), wide.grad, atol=1e-7, rtol=1e-2)
