@@ -22,7 +22,9 @@ from miles_plan.backends.executor.machine_checks import gpu_names
 from miles_plan.backends.known_versions import NEEDS
 from miles_plan.report.measured import measured, to_json
 from miles_plan.report.run_files import RunRecord, read_run
+from miles_plan.report.start import engine_texts, start_text
 
+EVENTS = ("cluster_started", "start_step", "actors_started", "checkpoint_loaded", "weights_acknowledged", "warning")
 SYNC_TASKS = ("weight_sync", "wake_weights", "wake_cache", "sleep_rollout", "offload_train", "onload_train")
 
 
@@ -69,7 +71,8 @@ def gather(run_dir: Path, settings: list[str]) -> dict[str, Any]:
         "summary": dict(record.summary),
         "figures": figures(record),
         "planned_against_measured": to_json(measured(record)),
-        "events": [row for row in record.events if row["kind"] in ("actors_started", "weights_acknowledged", "warning")][:40],
+        "start": [start_text(record), *engine_texts(record)],
+        "events": [row for row in record.events if row["kind"] in EVENTS][:60],
     }
 
 

@@ -52,6 +52,8 @@ def show_result(result: Result) -> None:
     from miles_plan.report.html import write_run_report
     from miles_plan.report.measured import table, write_measured
     from miles_plan.report.perfetto import write_trace
+    from miles_plan.report.run_files import read_run
+    from miles_plan.report.start import engine_texts, start_text
 
     root = result.directory.root
     report, trace = write_run_report(root), root / "trace.json"
@@ -60,8 +62,10 @@ def show_result(result: Result) -> None:
     summary: Mapping[str, Any] = result.summary
     out = console()
     out.print(f"\n{result.name}: {summary['steps']} steps in {summary['wall_s']:.1f} s", markup=False)
-    for name, text in _figures(summary):
-        out.print(f"  {name:<22} {text}", markup=False)
+    record = read_run(root)
+    start = [("start", start_text(record)), *(("", text) for text in engine_texts(record))]
+    for name, text in [*_figures(summary), *start]:
+        out.print(f"  {name:<22} {text}", markup=False, soft_wrap=True)
     out.print()
     if found.memory:
         for line in (*table(found), ""):

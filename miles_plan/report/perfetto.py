@@ -20,6 +20,7 @@ from miles_plan.report.metrics import NOT_CURVES
 from miles_plan.report.run_facts import SHOWN_AS_SLICES, event_text
 from miles_plan.report.run_files import RunRecord, is_number, read_run
 from miles_plan.report.schedule import PlannedRun, iteration_runs, loop_schedules, runs_in
+from miles_plan.report.start import start_steps
 from miles_plan.report.task_times import iteration_spans
 from miles_plan.report.trace_events import Arrow, Counter, Mark, ProcessTrace, Slice, events_of
 from miles_plan.report.units import GIB, estimate_text
@@ -151,6 +152,8 @@ def _measured(record: RunRecord) -> ProcessTrace:
             process.add("not in the plan", piece)
         else:
             _add_task(process, plan, task, piece)
+    for step in start_steps(record):
+        process.add("start", Slice(step.name, step.start_s, step.end_s, "start", dict(step.parts_s)))
     for loop in plan.graph.loops:
         _add_measured_loop(process, record, loop.name)
     for event in record.events:

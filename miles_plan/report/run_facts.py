@@ -7,6 +7,7 @@ from math import fsum
 from miles_plan.report.metrics import REWARD, ROUTING, Metric, log_prob_verdict, loops_of, series, total
 from miles_plan.report.run_files import Row, RunRecord, is_number
 from miles_plan.report.schedule import loop_schedules
+from miles_plan.report.start import engine_texts, start_text
 from miles_plan.report.units import change_text, number_text, seconds_text
 
 KNOWN_OF_EVENT = frozenset({"time_s", "kind", "owner", "subject"})
@@ -15,6 +16,7 @@ QUIET_EVENTS = frozenset(
         "run_started",
         "run_finished",
         "cluster_started",
+        "start_step",
         "actors_started",
         "loop_started",
         "task_started",
@@ -26,13 +28,15 @@ QUIET_EVENTS = frozenset(
         "checkpoint_written",
     }
 )
-SHOWN_AS_SLICES = frozenset({"task_started", "task_completed"})  # a timeline says the same
+SHOWN_AS_SLICES = frozenset({"task_started", "task_completed", "start_step"})  # a timeline says the same
 EDGE_ITERATIONS = 3  # as in summary.json: one iteration's mean reward is too noisy to begin or end with
 
 
 def run_facts(record: RunRecord) -> list[tuple[str, str]]:
     """(name, sentence) of each result; what is not known is left out."""
     facts = [("state", _state(record))]
+    if start := start_text(record):
+        facts += [("start", start), *(("", text) for text in engine_texts(record))]
     facts += [("reward", sentence) for loop in loops_of(record) if (sentence := _reward(record, loop))]
     if verdict := log_prob_verdict(record):
         facts.append(("log-probs", f"rollout against trainer: {verdict}"))

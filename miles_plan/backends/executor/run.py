@@ -193,7 +193,12 @@ def _finish(plan: Plan, directory: RunDirectory, log: RunLog, exported: Exported
         wall_s=log.journal.seconds_so_far(),
         restarts=restarts,
         final_weights_sha256=exported.weights_sha256,
-        details={"sessions": len(log.journal.sessions()), "digests_differ": log.digests_differ, "finished": True},
+        details={
+            "sessions": len(log.journal.sessions()),
+            "digests_differ": log.digests_differ,
+            "finished": True,
+            "start_s": {step["subject"]: step["seconds"] for step in log.events.earlier("start_step")},
+        },
     )
     write_json(directory.summary, summary)
     return summary
