@@ -11,7 +11,7 @@ from torch import Tensor
 from miles_plan.algorithms.aggregation import response_mask, token_weights
 from miles_plan.algorithms.policy_loss import PolicyTargets, policy_loss
 from miles_plan.algorithms.sft_loss import sft_loss
-from miles_plan.backends.training.packed_samples import PackedSamples, pack_samples
+from miles_plan.backends.training.packed_samples import PackedSamples, on_device, pack_samples
 from miles_plan.data.batch import SampleBatch
 from miles_plan.ir.options import LossOptions
 
@@ -38,7 +38,7 @@ class BatchLoss:
             old_log_probs=part.column(columns["old_log_probs"]),
             advantages=part.column(columns["advantage"]),
             weights=weights,
-            response_length=torch.from_numpy(self.batch.response_length[part.samples].astype(np.int64)).to(weights.device),
+            response_length=on_device(self.batch.response_length[part.samples].astype(np.int64), weights.device),
             num_tokens=self.num_tokens,
             reference_log_probs=optional.get("reference_log_probs"),
             importance_weights=optional.get("importance_weight"),
