@@ -230,7 +230,7 @@ class _Rotary:
         self.head_size, self.size = int(module.head_size), int(module.rotary_dim)
         cache = module.cos_sin_cache
         if plain:
-            inverse = inverse_frequencies(module.base, self.size, cache.device)
+            inverse = inverse_frequencies(module.base, self.size).to(cache.device)
             self.cos, self.sin = rotation_tables(angles_of(inverse, cache.shape[0]))
         else:
             self.cos, self.sin = (half.float().contiguous() for half in cache.chunk(2, -1))

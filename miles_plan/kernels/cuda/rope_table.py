@@ -1,7 +1,8 @@
 """Tables of cos and sin for `rope`, by one way of computing them, so that a rollout engine and a trainer hold the same bits.
 
-Frequencies are base^(-2i / D) (Su et al. 2021, arXiv 2104.09864); an angle is position x frequency, rounded to float32 as both
-Megatron-core and SGLang round it. Everything here is elementwise, so a table's length cannot show in its entries.
+Frequencies are base^(-2i / D) (Su et al. 2021, arXiv 2104.09864), always computed on the CPU, as transformers does: a GPU's power
+differs in the last bit of a few, which flips the rounding of one rotated query in a million and shows in one token in a hundred. An
+angle is position x frequency, rounded to float32. Everything here is elementwise, so a table's length cannot show in its entries.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import torch
 
 
-def inverse_frequencies(base: float, rotary_size: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """float32 [rotary_size / 2], by the expression that Megatron-core 0.19 and SGLang 0.5 evaluate, on `device`."""
-    exponent = torch.arange(0, rotary_size, 2, dtype=torch.float32, device=device) / rotary_size
+def inverse_frequencies(base: float, rotary_size: int) -> torch.Tensor:
+    """float32 [rotary_size / 2] on the CPU, by the expression that transformers, Megatron-core and SGLang evaluate."""
+    exponent = torch.arange(0, rotary_size, 2, dtype=torch.float32) / rotary_size
     return 1.0 / (base**exponent)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+import transformers
 
+from miles_plan.backends.training.decoder_config import decoder_config
 from miles_plan.kernels.cuda.rope_table import angles_of, inverse_frequencies, rotation_tables
 
 
@@ -22,3 +25,13 @@ def test_tables_are_close_to_float64() -> None:
     angle = torch.arange(100, dtype=torch.float64)[:, None] * exact
     torch.testing.assert_close(cos.double(), 1.5 * torch.cos(angle), rtol=0, atol=2e-5)
     torch.testing.assert_close(sin.double(), 1.5 * torch.sin(angle), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("base", "size"), [(10_000, 64), (500_000, 128), (1_000_000, 128), (5_000_000.0, 128)])
+def test_a_trainer_that_reads_the_models_config_has_the_same_frequencies(base: float, size: int) -> None:
+    """The trainers take transformers' frequencies, SGLang's hooks these: one bit of one of them shows in equal bits' runs."""
+    config = transformers.Qwen3Config(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=size, rope_theta=base
+    )
+    theirs = torch.tensor(decoder_config(config).inverse_frequencies, dtype=torch.float32)
+    assert torch.equal(theirs, inverse_frequencies(base, size))
