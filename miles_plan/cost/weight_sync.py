@@ -203,6 +203,11 @@ UNMAP_S = 0.02
 13 GiB (benchmarks/results/engines_gpu_grpo_0_6b_colocated.json)."""
 
 
+STORE_BYTES_PER_S = 4.0e9
+"""Writing and hashing a trainer's state: 8.35 GB of one H200's trainer took 2.07 s into memory (Qwen3-0.6B's shape on
+Megatron-core, 21 November 2026). A slower disk bounds it: hence the interval's width."""
+
+
 def offload_time(
     bytes_per_gpu: float,
     cluster: Cluster,
@@ -216,8 +221,8 @@ def offload_time(
     return _figure({"copy": bytes_per_gpu / rate, "unmap": UNMAP_S}, 0.3, "measured")
 
 
-def checkpoint_time(bytes_on_all_gpus: float, cluster: Cluster, disk_bytes_per_s: float = 2.0e9) -> Interval:
-    """Seconds to write a sharded checkpoint, every node writing its part to storage of that bandwidth a node."""
+def checkpoint_time(bytes_on_all_gpus: float, cluster: Cluster, disk_bytes_per_s: float = STORE_BYTES_PER_S) -> Interval:
+    """Seconds to write and hash a sharded checkpoint, every node writing its part to storage of that bandwidth a node."""
     return _figure({"write": bytes_on_all_gpus / (cluster.num_nodes * disk_bytes_per_s)}, 1.0, "roofline")
 
 

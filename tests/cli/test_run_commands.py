@@ -130,10 +130,14 @@ def test_a_killed_run_says_how_far_it_came_and_what_to_do(tmp_path: Path) -> Non
 def test_progress_in_a_pipe_is_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     progress = progress_for(tiny_plan(iterations=2).graph.loops, sys.stderr)
     assert isinstance(progress, LineProgress)
+    progress.start_step("initial weights", 0.4)
+    progress.start_step("engines of @train, @rollout", 14.06)
     progress.loop_started("rl")
     progress.iteration_over({"loop": "rl", "iteration": 1, "reward_mean": 0.5, "step_s": 0.25, "task_s": {}})
     progress.close()
-    assert capsys.readouterr().err == "rl: 2 iterations\nrl 2/2  reward 0.5  0.25 s\n"
+    assert capsys.readouterr().err == (
+        "start: engines of @train, @rollout  14.1 s\nrl: 2 iterations\nrl 2/2  reward 0.5  0.25 s\n"
+    )
 
 
 def test_progress_on_a_terminal_draws_bars(tmp_path: Path) -> None:

@@ -19,6 +19,9 @@ SHOWN = ("reward_mean", "loss", "max_abs_log_prob_diff", "evaluation_reward_mean
 class Progress:
     """Nothing at all; the base of the two that show something, and what tests use."""
 
+    def start_step(self, what: str, seconds: float) -> None:
+        """A part of the start is over."""
+
     def loop_started(self, loop: str) -> None:
         """A loop begins."""
 
@@ -52,6 +55,11 @@ class LineProgress(Progress):
         self._iterations = {loop.name: loop.iterations for loop in loops}
         self._stream = stream
         self._last = 0.0
+
+    def start_step(self, what: str, seconds: float) -> None:
+        """A line for what took long: before the first loop nothing else shows that the run goes on."""
+        if seconds > LINE_EVERY_S:
+            self._write(f"start: {what}  {seconds:.1f} s")
 
     def loop_started(self, loop: str) -> None:
         """A line for each loop."""

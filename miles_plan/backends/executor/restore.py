@@ -47,13 +47,13 @@ def end_token_of(host: HostTasks) -> int:
 
 def restore(services: Services, crew: Crew, log: RunLog) -> Waiting[Restored]:
     """Build the crew and load the newest good checkpoint. RunError (MP505) where there was one and none can be used."""
+    began = time.monotonic()
+    crew.start()  # its processes come up while files are hashed
     folder, manifest, refusals = newest_good(services.directory.checkpoints, services.plan_sha256)
     for refusal in refusals:
         log.event("checkpoint_refused", "restore", str(refusal.path), reason=refusal.reason)
     if manifest is None:
         _refuse_to_start_over(log, refusals)
-    began = time.monotonic()
-    crew.start()
     yield from crew.build(0)
     (end_token,) = yield Wait("host: the end token", crew.host.call(end_token_of))
     log.event(

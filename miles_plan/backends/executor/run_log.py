@@ -60,6 +60,8 @@ class RunLog:
     def event(self, kind: EventKind, owner: str, subject: str, **fields: Any) -> None:
         """Write an event; warnings reach the terminal too."""
         self.events.write(kind, owner, subject, **fields)
+        if kind == "start_step":
+            self.progress.start_step(subject, float(fields["seconds"]))
         if kind in ("warning", "checkpoint_refused", "digest_differs"):
             self.progress.note(f"{owner}: {subject}" + "".join(f"; {name}: {value}" for name, value in fields.items()))
 

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -58,8 +57,8 @@ class EngineLink:
         self._log_start = log.stat().st_size if log.exists() else 0
         self._began = time.monotonic()
         self.started_s: dict[str, float] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="mplan-turn-")
-        self._turn = Path(self._folder.name) / "turn"
+        self._turn = log.with_name(f".{log.name}.turn")  # there while the engine starts
+        self._turn.unlink(missing_ok=True)
         with log.open("ab") as sink:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, str(theirs.fileno())],
@@ -85,6 +84,7 @@ class EngineLink:
         self._turn.touch()
         info: dict[str, Any]
         info, imports_s = self._answer("start", deadline_s)
+        self._turn.unlink()
         self.started_s = {"imports": imports_s, "early": turn - self._began, "engine": time.monotonic() - turn}
         self.started_s |= bars(self._logged())
         return info
@@ -116,7 +116,7 @@ class EngineLink:
             self._process.wait(5.0)
         self._kill()
         self._connection.close()
-        self._folder.cleanup()
+        self._turn.unlink(missing_ok=True)
 
     def _answer(self, method: str, deadline_s: float | None) -> Any:
         ends = None if deadline_s is None else time.monotonic() + deadline_s

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from miles_plan.backends.engine import WeightBucket
@@ -19,10 +20,22 @@ from miles_plan.ir.tasks import Checkpoint
 DEFAULT_KEEP = 2
 
 
-def save_rank(rank: TrainRank, version: int, folder: Path) -> tuple[FileRecord, ...]:
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A rank's files, and the seconds it took to write them and to hash them."""
+
+    files: tuple[FileRecord, ...]
+    write_s: float
+    hash_s: float
+
+
+def save_rank(rank: TrainRank, version: int, folder: Path) -> Saved:
     """This rank's files below `folder`, on disk and hashed; nobody else reads them on the way."""
+    began = time.monotonic()
     written = rank.at(version).save(folder)
-    return record_files(folder, [_relative(folder, name) for name in written])
+    between = time.monotonic()
+    files = record_files(folder, [_relative(folder, name) for name in written])
+    return Saved(files, between - began, time.monotonic() - between)
 
 
 def save_published(rank: TrainRank, folder: Path, name: str, buckets: Sequence[WeightBucket]) -> tuple[FileRecord, ...]:
@@ -49,13 +62,14 @@ def checkpoint(context: Context) -> Operation:
 
 def saved(context: Context, loop: str, iteration: int, done: dict[str, int], *, keep: int) -> Waiting[Manifest]:
     """Write a checkpoint of the cut `done`; returns its manifest."""
-    state = context.state
+    state, began = context.state, time.monotonic()
     version = state.trainer_version
     trainer = context.members[train_group(context).name]
     folder = open_writing(context.services.directory.checkpoints, version)
     try:
-        reports = yield Wait(f"{places(trainer)}: save weights version {version}", trainer.call(save_rank, version, folder))
-        files = [record for report in reports for record in report]
+        calls = trainer.call(save_rank, version, folder)
+        ranks: list[Saved] = yield Wait(f"{places(trainer)}: save weights version {version}", calls)
+        files = [record for each in ranks for record in each.files]
         older = {}
         for each in sorted(still_wanted(context.flow, done, state) - {version}):
             older[str(each)] = name = f"weights-version-{each:06d}"
@@ -82,5 +96,15 @@ def saved(context: Context, loop: str, iteration: int, done: dict[str, int], *, 
         shutil.rmtree(folder, ignore_errors=True)
     state.saved = dict(done)
     forgotten = keep_newest(context.services.directory.checkpoints, keep)
-    context.event("checkpoint_written", final.name, iteration=iteration, loop=loop, forgotten=forgotten)
+    context.event(
+        "checkpoint_written",
+        final.name,
+        iteration=iteration,
+        loop=loop,
+        bytes=sum(record.size_bytes for record in manifest.files),
+        seconds=round(time.monotonic() - began, 3),
+        write_s=round(max(each.write_s for each in ranks), 3),
+        hash_s=round(max(each.hash_s for each in ranks), 3),
+        forgotten=forgotten,
+    )
     return manifest
