@@ -1,6 +1,6 @@
 """The real engines, one case after another, each under its own time limit, one result file a case.
 
-    python -m benchmarks.engines OUT_FOLDER [case ...] [--run-dir FOLDER] [--list]
+    python -m benchmarks.engines OUT_FOLDER [case ...] [--run-dir FOLDER] [--set path=value ...]
 
 A case that fails or runs out of time leaves its log and what was gathered so far; the others go on. The exit code says whether
 all went well. Cases that need more GPUs than there are, are left out by name.
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.engines.end_to_end import gather
@@ -47,6 +47,7 @@ CASES = {
     "disaggregated": Case("gpu_grpo_0_6b_disaggregated", SHORT, 220, gpus=2),
     "fsdp2": Case("gpu_grpo_0_6b_fsdp2", SHORT, 240),
     "larger": Case("gpu_grpo_1_7b_colocated", SHORT, 260),
+    "long": Case("gpu_grpo_1_7b_long_responses", ("algorithm.steps=3", *NO_SAVES), 330),
     "moe": Case("gpu_grpo_moe_replay", SHORT, 300),
     "moe_exact": Case("gpu_grpo_moe_exact", SHORT, 330, exact=True),
     "exact_tp": Case("gpu_grpo_0_6b_exact_rollout_tp1_train_tp2", SHORT, 330, gpus=2, exact=True),
@@ -102,6 +103,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("cases", nargs="*", metavar="case", help=f"of {', '.join((BRINGUP, *CASES))}; by default all")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="settings", metavar="PATH=VALUE", help="in every case's spec"
+    )
     parser.add_argument("--run-dir", type=Path, help="where runs are written; a folder in memory makes checkpoints quick")
     args = parser.parse_args()
     names = args.cases or [BRINGUP, *CASES]
@@ -117,7 +121,8 @@ def main() -> int:
         elif CASES[name].gpus > gpus:
             print(f"{name:<16} left out: needs {CASES[name].gpus} GPUs, {gpus} here", flush=True)
         else:
-            good &= run_case(name, CASES[name], args.out, folder)
+            case = replace(CASES[name], settings=(*CASES[name].settings, *args.settings))
+            good &= run_case(name, case, args.out, folder)
     return 0 if good else 1
 
 
