@@ -3,8 +3,8 @@
     python -m benchmarks.engines.same_bits OUT.json [--spec specs/gpu_grpo_0_6b_exact.yaml]
 
 A trained model hides small differences behind log-probs near zero; with random weights every token is as likely as the next,
-and one flipped bit of one layer shows. The engine answers 512 prompts by 16 tokens in batches of 512, 64 and 200 (eager and in CUDA
-graphs); the trainer scores all of it in micro-batches of two sizes. Exits with 1 where a log-prob differs.
+and one flipped bit of one layer shows. The engine answers 512 prompts by 16 tokens in batches of 512, 64 and 200 (eager and in
+CUDA graphs); the trainer scores all of it in micro-batches of two sizes. Exits with 1 where a log-prob differs.
 """
 
 from __future__ import annotations
