@@ -95,7 +95,19 @@ def plugin() -> None:
 
 
 def _take_over(runner: Any) -> None:
-    install(runner.model)
+    install(runner.model, scaled=scaled_frequencies(runner.model_config.hf_config))
+
+
+def scaled_frequencies(config: Any) -> torch.Tensor | None:
+    """The inverse frequencies of a model whose RoPE is scaled (linear, llama3), float32 [D / 2] on the CPU, as transformers
+    computes them and the trainers take them; None for a plain RoPE, and for one that scales cos and sin too (YaRN)."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if kind == "default" or kind not in ROPE_INIT_FUNCTIONS:
+        return None
+    inverse, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    return inverse.float() if scaling == 1.0 else None
 
 
 def register() -> None:
@@ -134,10 +146,11 @@ def tree_first(theirs: Callable[..., Any]) -> Callable[..., Any]:
     return all_reduce
 
 
-def install(model: torch.nn.Module, types: LayerTypes | None = None) -> Counter[str]:
+def install(model: torch.nn.Module, types: LayerTypes | None = None, scaled: torch.Tensor | None = None) -> Counter[str]:
     """Take over the layers of a loaded SGLang model; returns how many of each kind.
 
-    types: SGLang's classes, by default the installed package's. Also replaces aten's products and log-softmax in this process
+    types: SGLang's classes, by default the installed package's. scaled: inverse frequencies of rotary embeddings that are not
+    plain (`scaled_frequencies`); without them those keep SGLang's tables, whose last bits a trainer need not share. Also replaces aten's products and log-softmax in this process
     while the model lives (`enable.enable_aten`), which is how the output head, a bare product in SGLang, is reached.
     Raises ValueError naming a layer that is quantised, biased or of an unknown kind; SglangMissing without sglang.
     """
@@ -154,7 +167,7 @@ def install(model: torch.nn.Module, types: LayerTypes | None = None) -> Counter[
             module._forward_method = swiglu
             taken["activation"] += 1
         elif isinstance(module, types.rotary):
-            module._forward_method = _Rotary(name, module, plain=type(module) is types.rotary)
+            module._forward_method = _Rotary(name, module, scaled, plain=type(module) is types.rotary)
             taken["rotary"] += 1
         elif isinstance(module, types.experts):
             _take_experts(name, module, types)
@@ -222,16 +235,16 @@ def _norm(
 
 
 class _Rotary:
-    """The forward of a rotary embedding; plain ones get the tables that `hooks_megatron` computes, others keep their own."""
+    """The forward of a rotary embedding; with the trainers' frequencies at hand also their tables, else SGLang's own."""
 
-    def __init__(self, name: str, module: Any, *, plain: bool) -> None:
+    def __init__(self, name: str, module: Any, scaled: torch.Tensor | None, *, plain: bool) -> None:
         if not module.is_neox_style:
             raise ValueError(f"{name} interleaves its halves; allowed: the half rotation (is_neox_style)")
         self.head_size, self.size = int(module.head_size), int(module.rotary_dim)
         cache = module.cos_sin_cache
-        if plain:
-            inverse = inverse_frequencies(module.base, self.size).to(cache.device)
-            self.cos, self.sin = rotation_tables(angles_of(inverse, cache.shape[0]))
+        inverse = inverse_frequencies(module.base, self.size) if plain else scaled
+        if inverse is not None and 2 * inverse.numel() == self.size:
+            self.cos, self.sin = rotation_tables(angles_of(inverse.to(cache.device), cache.shape[0]))
         else:
             self.cos, self.sin = (half.float().contiguous() for half in cache.chunk(2, -1))
 

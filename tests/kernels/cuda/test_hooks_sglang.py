@@ -9,10 +9,20 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import transformers
 
+from miles_plan.backends.training.decoder_config import decoder_config
 from miles_plan.kernels.cuda import hooks_sglang
 from miles_plan.kernels.cuda.enable import enable_aten
-from miles_plan.kernels.cuda.hooks_sglang import SUM_TO, LayerTypes, install, plugin, register, tree_first
+from miles_plan.kernels.cuda.hooks_sglang import (
+    SUM_TO,
+    LayerTypes,
+    install,
+    plugin,
+    register,
+    scaled_frequencies,
+    tree_first,
+)
 from miles_plan.kernels.cuda.matmul import matmul, tree_partial
 from miles_plan.kernels.cuda.rms_norm import rms_norm
 from miles_plan.kernels.cuda.rope import rope
@@ -203,6 +213,26 @@ def test_rotary_embeddings_have_megatrons_tables_or_their_own() -> None:
     q, _ = model(rotary=scaled)["rotary"](at, x, key)
     cos, sin = (half.contiguous() for half in cache.chunk(2, -1))
     assert torch.equal(q, rope(x.view(5, 3, 16), key.view(5, 1, 16), cos, sin, at)[0].view(5, 48))
+
+
+def test_scaled_rotary_embeddings_take_the_trainers_frequencies() -> None:
+    rope_parameters = {
+        "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    config = transformers.LlamaConfig(
+        hidden_size=16, num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=1, rope_parameters=rope_parameters
+    )
+    inverse = scaled_frequencies(config)
+    assert inverse is not None
+    assert torch.equal(inverse, torch.tensor(decoder_config(config).inverse_frequencies, dtype=torch.float32))
+    holder = torch.nn.ModuleDict({"head": torch.nn.Linear(2, 2), "rotary": ScaledRotary()})
+    install(holder, TYPES, inverse)
+    x, key, at = torch.randn(5, 3 * 16).bfloat16(), torch.randn(5, 16).bfloat16(), torch.tensor([3, 0, 39, 7, 7])
+    q, _ = holder["rotary"](at, x, key)
+    want = rope(x.view(5, 3, 16), key.view(5, 1, 16), *rotation_tables(angles_of(inverse, 40)), at)[0]
+    assert torch.equal(q, want.view(5, 48))
+    assert scaled_frequencies(transformers.LlamaConfig(hidden_size=16, num_attention_heads=1)) is None
 
 
 def test_part_of_a_head_is_rotated_and_the_cache_written() -> None:
