@@ -57,7 +57,7 @@ class EngineLink:
         self._log_start = log.stat().st_size if log.exists() else 0
         self._began = time.monotonic()
         self.started_s: dict[str, float] = {}
-        self._turn = log.with_name(f".{log.name}.turn")  # there while the engine starts
+        self._turn = log.absolute().with_name(f".{log.name}.turn")  # there while the engine starts
         self._turn.unlink(missing_ok=True)
         with log.open("ab") as sink:
             self._process = subprocess.Popen(
