@@ -15,17 +15,9 @@ from miles_plan.diagnostics import Diagnostic
 from miles_plan.ir.graph import Fact, TaskGraph
 from miles_plan.ir.plan import Decision, NumericsRow
 from miles_plan.ir.tasks import Correct, Edge, Logprobs, Quantize, Rollout
+from miles_plan.passes.alignment import Alignment, choose_alignment, exact_obstacles
 from miles_plan.passes.base import Outcome, Pass, PassContext
-from miles_plan.passes.number_formats import ANY_CHIP, HOPPER
 from miles_plan.spec.job import JobSpec
-
-Alignment = Literal["exact", "replay", "corrected", "off"]
-
-# Engine pairs whose every op can run on one set of kernels, and the chips those kernels are made for.
-SHARED_KERNELS: dict[tuple[str, str], frozenset[str]] = {
-    ("torch", "torch"): ANY_CHIP,
-    ("megatron", "sglang"): HOPPER,
-}
 
 
 @dataclass(frozen=True)
@@ -63,53 +55,10 @@ class AlignPrecision(Pass):
         )
 
 
-def choose_alignment(ctx: PassContext) -> tuple[Alignment, str]:
-    """The alignment asked for, or under `auto` the strictest that costs nothing; with the reason."""
-    asked = ctx.job.precision.alignment
-    if asked != "auto":
-        return asked, "the spec asks for it"
-    if ctx.job.train.engine == "torch" and ctx.job.rollout.engine == "torch" and not any(_exact_obstacles(ctx)):
-        return "exact", "both engines run the same batch-invariant kernels"
-    if ctx.job.precision.rollout != ctx.job.precision.train:
-        return "corrected", "the two sides compute in different formats, so importance weights correct the difference"
-    if ctx.model.moe is not None:
-        return "replay", "a mixture-of-experts model on two engines: routing is replayed, the rest stays small"
-    return "corrected", "two engines differ in kernels; importance weights correct the difference at no extra forward pass"
-
-
-def _exact_obstacles(ctx: PassContext) -> Iterator[tuple[str, str, str]]:
-    """What stands between this job and equal bits: (spec field, what is wrong, what to do)."""
-    job = ctx.job
-    chips = SHARED_KERNELS.get((job.train.engine, job.rollout.engine))
-    if chips is None:
-        pair = f"{job.train.engine} and {job.rollout.engine}"
-        yield "precision.alignment", f"{pair} share no batch-invariant kernels", "use replay or corrected"
-    elif chips and not {group.gpu.name for group in ctx.cluster.groups} <= chips:
-        yield "precision.alignment", f"the shared kernels are made for {', '.join(sorted(chips))}", "use replay or corrected"
-    if job.precision.train != job.precision.rollout:
-        yield (
-            "precision.rollout",
-            f"the trainer computes in {job.precision.train}, the rollout in {job.precision.rollout}",
-            "give both the same format",
-        )
-    if job.precision.kv_cache not in ("auto", job.precision.rollout):
-        yield (
-            "precision.kv_cache",
-            f"a {job.precision.kv_cache} KV cache rounds keys and values that the trainer does not",
-            "leave kv_cache: auto",
-        )
-    if job.schedule.mode in ("one_step_off", "asynchronous"):
-        yield (
-            "schedule.mode",
-            "samples are older than the weights that score them, so log-probs differ by training, not by rounding",
-            "use schedule.mode: synchronous, or alignment: replay or corrected",
-        )
-
-
 def _misfits(ctx: PassContext) -> Iterator[Diagnostic]:
     job = ctx.job
     if job.precision.alignment == "exact":
-        for where, problem, remedy in _exact_obstacles(ctx):
+        for where, problem, remedy in exact_obstacles(ctx):
             yield ctx.error("MP304", f"alignment: exact cannot be kept: {problem}", where, help=remedy)
     if job.precision.alignment == "replay" and ctx.model.moe is None:
         yield ctx.error(

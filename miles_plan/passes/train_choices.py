@@ -20,7 +20,7 @@ from miles_plan.cost.train_time import TrainTimeOptions, TrainWorkload, fed_toke
 from miles_plan.ir.graph import TaskGraph
 from miles_plan.ir.layout import Recompute, TrainLayout
 from miles_plan.ir.tasks import TrainStep
-from miles_plan.passes.align_precision import choose_alignment
+from miles_plan.passes.alignment import choose_alignment
 from miles_plan.passes.base import PassContext
 from miles_plan.passes.layout_space import (
     ANY_SIZES,

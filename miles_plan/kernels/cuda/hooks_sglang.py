@@ -19,7 +19,7 @@ import contextlib
 import copy
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ from .matmul import matmul, tree_all_reduce, tree_partial
 from .moe_combine import moe_combine
 from .rms_norm import rms_norm
 from .rope import rope
-from .rope_table import angles_of, inverse_frequencies, rotation_tables
+from .rope_table import angles_of, inverse_frequencies, rotation_tables, scaled_frequencies
 from .router import router
 from .swiglu import swiglu
 
@@ -95,19 +95,8 @@ def plugin() -> None:
 
 
 def _take_over(runner: Any) -> None:
-    install(runner.model, scaled=scaled_frequencies(runner.model_config.hf_config))
-
-
-def scaled_frequencies(config: Any) -> torch.Tensor | None:
-    """The inverse frequencies of a model whose RoPE is scaled (linear, llama3), float32 [D / 2] on the CPU, as transformers
-    computes them and the trainers take them; None for a plain RoPE, and for one that scales cos and sin too (YaRN)."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if kind == "default" or kind not in ROPE_INIT_FUNCTIONS:
-        return None
-    inverse, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    return inverse.float() if scaling == 1.0 else None
+    parameters = getattr(runner.model_config.hf_config, "rope_parameters", None) or {}
+    install(runner.model, rope_parameters=parameters)
 
 
 def register() -> None:
@@ -146,11 +135,14 @@ def tree_first(theirs: Callable[..., Any]) -> Callable[..., Any]:
     return all_reduce
 
 
-def install(model: torch.nn.Module, types: LayerTypes | None = None, scaled: torch.Tensor | None = None) -> Counter[str]:
+def install(
+    model: torch.nn.Module, types: LayerTypes | None = None, rope_parameters: Mapping[str, Any] | None = None
+) -> Counter[str]:
     """Take over the layers of a loaded SGLang model; returns how many of each kind.
 
-    types: SGLang's classes, by default the installed package's. scaled: inverse frequencies of rotary embeddings that are not
-    plain (`scaled_frequencies`); without them those keep SGLang's tables, whose last bits a trainer need not share. Also replaces aten's products and log-softmax in this process
+    types: SGLang's classes, by default the installed package's. rope_parameters: transformers' field of that name, by
+    which scaled rotary embeddings get the trainers' tables; without it, or scaled otherwise than linear or llama3, they keep
+    SGLang's, whose last bits a trainer need not share. Also replaces aten's products and log-softmax in this process
     while the model lives (`enable.enable_aten`), which is how the output head, a bare product in SGLang, is reached.
     Raises ValueError naming a layer that is quantised, biased or of an unknown kind; SglangMissing without sglang.
     """
@@ -167,7 +159,7 @@ def install(model: torch.nn.Module, types: LayerTypes | None = None, scaled: tor
             module._forward_method = swiglu
             taken["activation"] += 1
         elif isinstance(module, types.rotary):
-            module._forward_method = _Rotary(name, module, scaled, plain=type(module) is types.rotary)
+            module._forward_method = _Rotary(name, module, rope_parameters or {}, plain=type(module) is types.rotary)
             taken["rotary"] += 1
         elif isinstance(module, types.experts):
             _take_experts(name, module, types)
@@ -237,14 +229,15 @@ def _norm(
 class _Rotary:
     """The forward of a rotary embedding; with the trainers' frequencies at hand also their tables, else SGLang's own."""
 
-    def __init__(self, name: str, module: Any, scaled: torch.Tensor | None, *, plain: bool) -> None:
+    def __init__(self, name: str, module: Any, rope_parameters: Mapping[str, Any], *, plain: bool) -> None:
         if not module.is_neox_style:
             raise ValueError(f"{name} interleaves its halves; allowed: the half rotation (is_neox_style)")
         self.head_size, self.size = int(module.head_size), int(module.rotary_dim)
         cache = module.cos_sin_cache
-        inverse = inverse_frequencies(module.base, self.size) if plain else scaled
-        if inverse is not None and 2 * inverse.numel() == self.size:
-            self.cos, self.sin = rotation_tables(angles_of(inverse.to(cache.device), cache.shape[0]))
+        inverse = inverse_frequencies(module.base, self.size)
+        scaled = inverse if plain else scaled_frequencies(inverse, rope_parameters)
+        if scaled is not None:
+            self.cos, self.sin = rotation_tables(angles_of(scaled.to(cache.device), cache.shape[0]))
         else:
             self.cos, self.sin = (half.float().contiguous() for half in cache.chunk(2, -1))
 

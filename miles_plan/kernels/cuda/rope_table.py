@@ -7,6 +7,10 @@ angle is position x frequency, rounded to float32. Everything here is elementwis
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 
@@ -14,6 +18,27 @@ def inverse_frequencies(base: float, rotary_size: int) -> torch.Tensor:
     """float32 [rotary_size / 2] on the CPU, by the expression that transformers, Megatron-core and SGLang evaluate."""
     exponent = torch.arange(0, rotary_size, 2, dtype=torch.float32) / rotary_size
     return 1.0 / (base**exponent)
+
+
+def scaled_frequencies(inverse: torch.Tensor, parameters: Mapping[str, Any]) -> torch.Tensor | None:
+    """The frequencies of a scaled RoPE, by the expressions of transformers' `modeling_rope_utils`, to the bit; None for other kinds.
+
+    parameters: transformers' `rope_parameters`. `linear` divides all; `llama3` (Llama 3.1) divides long waves, leaves short ones
+    and goes smoothly from one to the other.
+    """
+    kind = parameters.get("rope_type")
+    if kind == "linear":
+        return inverse / parameters["factor"]
+    if kind != "llama3":
+        return None
+    factor, low, high = (parameters[name] for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    context = parameters["original_max_position_embeddings"]
+    wave = 2 * math.pi / inverse
+    longest, shortest = context / low, context / high
+    divided = torch.where(wave > longest, inverse / factor, inverse)
+    smooth = (context / wave - low) / (high - low)
+    between = (1 - smooth) * divided / factor + smooth * divided
+    return torch.where(~(wave < shortest) & ~(wave > longest), between, divided)
 
 
 def rotation_tables(angles: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,7 +20,6 @@ from miles_plan.kernels.cuda.hooks_sglang import (
     install,
     plugin,
     register,
-    scaled_frequencies,
     tree_first,
 )
 from miles_plan.kernels.cuda.matmul import matmul, tree_partial
@@ -223,16 +222,13 @@ def test_scaled_rotary_embeddings_take_the_trainers_frequencies() -> None:
     config = transformers.LlamaConfig(
         hidden_size=16, num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=1, rope_parameters=rope_parameters
     )
-    inverse = scaled_frequencies(config)
-    assert inverse is not None
-    assert torch.equal(inverse, torch.tensor(decoder_config(config).inverse_frequencies, dtype=torch.float32))
+    inverse = torch.tensor(decoder_config(config).inverse_frequencies, dtype=torch.float32)
     holder = torch.nn.ModuleDict({"head": torch.nn.Linear(2, 2), "rotary": ScaledRotary()})
-    install(holder, TYPES, inverse)
+    install(holder, TYPES, config.rope_parameters)
     x, key, at = torch.randn(5, 3 * 16).bfloat16(), torch.randn(5, 16).bfloat16(), torch.tensor([3, 0, 39, 7, 7])
     q, _ = holder["rotary"](at, x, key)
     want = rope(x.view(5, 3, 16), key.view(5, 1, 16), *rotation_tables(angles_of(inverse, 40)), at)[0]
     assert torch.equal(q, want.view(5, 48))
-    assert scaled_frequencies(transformers.LlamaConfig(hidden_size=16, num_attention_heads=1)) is None
 
 
 def test_part_of_a_head_is_rotated_and_the_cache_written() -> None:

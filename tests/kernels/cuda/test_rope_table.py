@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from miles_plan.backends.training.decoder_config import decoder_config
-from miles_plan.kernels.cuda.rope_table import angles_of, inverse_frequencies, rotation_tables
+from miles_plan.kernels.cuda.rope_table import angles_of, inverse_frequencies, rotation_tables, scaled_frequencies
 
 
 def test_a_tables_length_does_not_show() -> None:
@@ -35,3 +35,19 @@ def test_a_trainer_that_reads_the_models_config_has_the_same_frequencies(base: f
     )
     theirs = torch.tensor(decoder_config(config).inverse_frequencies, dtype=torch.float32)
     assert torch.equal(theirs, inverse_frequencies(base, size))
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3"])
+@pytest.mark.parametrize(("base", "size", "context"), [(10_000.0, 64, 64), (500_000.0, 128, 8192)])
+def test_scaled_frequencies_are_transformers_to_the_bit(kind: str, base: float, size: int, context: int) -> None:
+    parameters = {"rope_type": kind, "rope_theta": base, "factor": 8.0}
+    if kind == "llama3":
+        parameters |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": context}
+    config = transformers.LlamaConfig(
+        hidden_size=size, num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=1, rope_parameters=parameters
+    )
+    theirs = torch.tensor(decoder_config(config).inverse_frequencies, dtype=torch.float32)
+    ours = scaled_frequencies(inverse_frequencies(base, size), config.rope_parameters)
+    assert ours is not None
+    assert torch.equal(ours, theirs)
+    assert scaled_frequencies(ours, {"rope_type": "yarn"}) is None
