@@ -28,7 +28,7 @@ def scaled_frequencies(inverse: torch.Tensor, parameters: Mapping[str, Any]) -> 
     """
     kind = parameters.get("rope_type")
     if kind == "linear":
-        return inverse / parameters["factor"]
+        return inverse / float(parameters["factor"])
     if kind != "llama3":
         return None
     factor, low, high = (parameters[name] for name in ("factor", "low_freq_factor", "high_freq_factor"))
