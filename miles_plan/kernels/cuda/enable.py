@@ -142,7 +142,7 @@ def _sdpa(
         raise ValueError(f"dropout_p is {dropout_p}; allowed: 0.0")
     batch, heads, q_len, d = query.shape
     kv_heads, kv_len = key.shape[1:3]
-    first, window, causal = visible_range(attn_mask, batch, q_len, kv_len, is_causal)
+    first, window, causal = visible_range(attn_mask, batch, q_len, kv_len, is_causal, query.device)
     q = query.transpose(1, 2)
     k, v = (x.transpose(1, 2).reshape(batch * kv_len, kv_heads, x.shape[-1]) for x in (key, value))
     starts = torch.arange(batch, device=query.device, dtype=torch.int32) * kv_len + first
@@ -163,9 +163,9 @@ def _sdpa(
 
 
 def visible_range(
-    mask: torch.Tensor | None, batch: int, q_len: int, kv_len: int, is_causal: bool
+    mask: torch.Tensor | None, batch: int, q_len: int, kv_len: int, is_causal: bool, device: torch.device | None = None
 ) -> tuple[torch.Tensor, int | None, bool]:
-    """What a mask says: each sequence's first key, the window, and whether attention is causal.
+    """What a mask says: each sequence's first key (on `device`, or where the mask is), the window, and whether attention is causal.
 
     Understood: no mask (causal only where queries and keys are as many, as torch has it), and masks, boolean or additive
     [batch, 1, q_len, kv_len], that mean causal attention over left-padded sequences, with or without a sliding window.
@@ -173,7 +173,7 @@ def visible_range(
     if mask is None:
         if is_causal and q_len != kv_len:
             raise ValueError(f"is_causal is set for {q_len} queries and {kv_len} keys; allowed: as many of each, or a mask")
-        return torch.zeros(batch, dtype=torch.int32), None, is_causal
+        return torch.zeros(batch, device=device, dtype=torch.int32), None, is_causal
     if mask.dim() != 4 or mask.shape[1] != 1:
         raise ValueError(f"attn_mask has shape {list(mask.shape)}; allowed: [batch, 1, queries, keys]")
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from miles_plan.kernels.cuda.enable import enable, enable_aten, visible_range
+from miles_plan.kernels.cuda.enable import _sdpa, enable, enable_aten, visible_range
 from miles_plan.kernels.cuda.log_prob import log_softmax
 from miles_plan.kernels.cuda.matmul import matmul
 
@@ -52,6 +52,22 @@ def test_other_masks_are_refused() -> None:
         visible_range(holes[0, 0], 1, 4, 4, False)
     with pytest.raises(ValueError, match="is_causal is set for 2 queries and 4 keys"):
         visible_range(None, 1, 2, 4, True)
+
+
+def test_attention_is_called_with_tensors_of_the_querys_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Where the default device is another one than the model's, as on a GPU; "meta" lets a CPU tell the two apart.
+    called: list[torch.Tensor] = []
+
+    def stand_in(q: torch.Tensor, *tensors: torch.Tensor, **named: Any) -> torch.Tensor:
+        called.extend([*tensors, *(value for value in named.values() if isinstance(value, torch.Tensor))])
+        return q
+
+    monkeypatch.setattr("miles_plan.kernels.cuda.enable.attention", stand_in)
+    q, k = torch.zeros(2, 4, 5, 16, device="meta"), torch.zeros(2, 2, 5, 16, device="meta")
+    out = _sdpa(q, k, k, is_causal=True)
+    assert out.shape == q.shape
+    assert len(called) >= 5
+    assert {x.device.type for x in called} == {"meta"}
 
 
 SIZES = {
