@@ -10,10 +10,11 @@ import torch
 from .device import multiprocessors, runs_gluon
 from .gemm_direct import gemm_direct_kernel
 from .gemm_kernel import gemm_kernel
+from .gemm_pieces import gemm_pieces_kernel
 from .gemm_portable import gemm_portable_kernel
 from .gemm_skinny import gemm_skinny_kernel
 from .toolchain import gl, gluon_descriptor, triton
-from .tuning import DIRECT, RING, SKINNY, GemmProblem, GemmTile, choose
+from .tuning import DIRECT, PIECES, RING, SKINNY, GemmProblem, GemmTile, choose
 
 TREE_LEAVES = 8  # slices of K in the tree family: what tensor-parallel sizes 1, 2, 4 and 8 share
 HALF = (torch.bfloat16, torch.float16)
@@ -77,8 +78,8 @@ def gemm(
 
 
 def fit_height(tile: GemmTile, height: int) -> GemmTile:
-    """The tile, or one with the row height that an existing plan was made for."""
-    if tile.height == height:
+    """The tile, or one of RING with the row height that an existing plan was made for."""
+    if tile.height == height and tile.engine != PIECES:
         return tile
     if height == 64:
         return GemmTile(RING, False, 64, 1, 128, 0, 64, 6, 8, tile.store)
@@ -92,7 +93,7 @@ def _launch_hopper(
         _launch_skinny(a, b, out, problem, tile)
         return
     if tile.store == 1 and not addressable(out):
-        tile = replace(tile, store=0)
+        tile = replace(fit_height(tile, tile.height), store=0)
     m, n = problem.m, problem.n
     stride_m, stride_n = out.stride(0), out.stride(1)
     a_km, b_kn = problem.a_km, problem.b_kn
@@ -106,6 +107,15 @@ def _launch_hopper(
             STAGES=tile.stages, ROWS=tile.height, COLS=tile.cols, DEPTH=tile.depth, LEAVES=problem.leaves,
             COALESCE=tile.store == 2, WARPS=4 * tile.consumers, num_warps=4 * tile.consumers,
             RELEASE=tile.overlap == 2, launch_pdl=tile.overlap > 0,
+        )  # fmt: skip
+        return
+    if tile.engine == PIECES:
+        tiles = triton.cdiv(m, tile.height) * triton.cdiv(n, tile.width)
+        gemm_pieces_kernel[(min(multiprocessors(out.device), tiles),)](
+            descriptor(a, (tile.rows, tile.depth)), descriptor(b, (tile.cols, tile.depth)), descriptor(out, (tile.rows, tile.cols)),
+            m, n, problem.k, GROUP=tile.group, CONSUMERS=tile.consumers, STAGES=tile.stages, PIECE=tile.cols,
+            COUNT=tile.width // tile.cols, LEAVES=problem.leaves, RELEASE=tile.overlap == 2, num_warps=4, maxnreg=168,
+            launch_pdl=tile.overlap > 0,
         )  # fmt: skip
         return
     a_desc = descriptor(a, (tile.depth, tile.rows) if a_km else (tile.rows, tile.depth))

@@ -25,10 +25,11 @@ TABLE_VARIABLE = "MILES_PLAN_KERNEL_TABLE"
 BARRIER_BYTES = 1_024  # barriers and alignment, rounded up
 LARGEST_BUCKET = 65_536
 MOST_STAGES = 12
+FEW_ROWS = 32  # for so few a tile in pieces was never the fastest
 FINALISTS = 3  # tiles whose launch is tuned too
 LONG_S = 2e-4  # of products that take this long the launch does not matter
 
-RING, DIRECT, SKINNY = 0, 1, 2  # `gemm_kernel`, `gemm_direct_kernel`, `gemm_skinny_kernel`
+RING, DIRECT, SKINNY, PIECES = 0, 1, 2, 3  # `gemm_kernel`, `gemm_direct_kernel`, `gemm_skinny_kernel`, `gemm_pieces_kernel`
 
 # For `predict_s` only: an H200's rates, and what fits 2,200 measured times of 270 products on one. Over them the tile predicted
 # fastest took 1.4 % more than the fastest (geometric mean; 1.44 times at worst).
@@ -36,9 +37,9 @@ CLOCK_HZ = 1.7e9
 MEMORY_BYTES_PER_S = 4.2e12
 L2_BYTES_PER_CYCLE = 64.0  # into one multiprocessor
 BYTES_IN_FLIGHT = 58_000  # a ring that holds less shows the latency
-START_S = {RING: 4.3e-6, DIRECT: 2.5e-6, SKINNY: 2.3e-6}
-TILE_CYCLES = {RING: 1_200.0, DIRECT: 2_400.0, SKINNY: 1_100.0}  # to begin and end a tile
-STEP_CYCLES = {RING: 27.0, DIRECT: 60.0}  # to pass a stage on
+START_S = {RING: 4.3e-6, PIECES: 4.3e-6, DIRECT: 2.5e-6, SKINNY: 2.3e-6}
+TILE_CYCLES = {RING: 1_200.0, PIECES: 1_500.0, DIRECT: 2_400.0, SKINNY: 1_100.0}  # to begin and end a tile
+STEP_CYCLES = {RING: 27.0, PIECES: 27.0, DIRECT: 60.0}  # to pass a stage on
 SKINNY_CYCLES_PER_TOKEN = 6.5  # of one k16 step in one warp, whatever its few rows
 SHARPNESS = 4.0  # how little the lesser of work and memory adds to the greater
 
@@ -74,6 +75,8 @@ class GemmTile:
     def shared_bytes(self, itemsize: int, out_itemsize: int, leaves: int) -> int:
         """Shared memory the kernel will ask for."""
         ring = self.stages * (self.height + self.width) * self.depth * itemsize
+        if self.engine == PIECES:
+            return ring + self.height * self.width * (4 if leaves else out_itemsize) + BARRIER_BYTES
         staged = self.cols if self.extra == self.cols else self.width  # equal halves leave one after the other
         staging = self.height * staged * out_itemsize if self.store else 0
         stash = self.height * self.cols * 4 if self.stashes(leaves) else 0
@@ -82,7 +85,7 @@ class GemmTile:
 
     def stashes(self, leaves: int) -> bool:
         """A full tree over a tile this wide keeps its uppermost level in shared memory."""
-        return leaves == 8 and self.engine == RING and self.rows * self.cols >= 64 * 128
+        return leaves == 8 and (self.engine == PIECES or (self.engine == RING and self.rows * self.cols >= 64 * 128))
 
     @property
     def defers(self) -> bool:
@@ -98,7 +101,7 @@ class GemmTile:
 
     def per_multiprocessor(self, itemsize: int, out_itemsize: int, leaves: int) -> int:
         """Thread blocks that run beside each other on one multiprocessor; a ring kernel takes it whole."""
-        if self.engine == RING:
+        if self.engine in (RING, PIECES):
             return 1
         return max(1, min(8, SHARED_MEMORY_BYTES // self.shared_bytes(itemsize, out_itemsize, leaves)))
 
@@ -162,7 +165,7 @@ def _mma_cycles(tile: GemmTile, beside: int) -> float:
     wait for their own registers to be filled."""
     if tile.engine == SKINNY:
         return SKINNY_CYCLES_PER_TOKEN * tile.cols / tile.consumers * max(1.0, beside * tile.consumers / 4)
-    parts = [part for part in (tile.cols, tile.extra) if part]
+    parts = [tile.width] if tile.engine == PIECES else [part for part in (tile.cols, tile.extra) if part]
     return beside * sum(max(part / 2, (64 + part) * 32 / 128) for part in parts) * max(tile.height, 16) / 64
 
 
@@ -186,7 +189,7 @@ def _decode_tiles(whole: int) -> Iterable[GemmTile]:
         if cols >= 32:  # for fewer tokens the other kernels start sooner
             yield GemmTile(RING, True, 64, 1, cols, 0, depth, stages, 1, 0)
         yield GemmTile(DIRECT, True, 64, 1, cols, 0, depth, stages, 1, 0)
-    for cols, depth, stages in ((8, 128, 5), (16, 128, 5), (32, 128, 4), (64, 128, 3)):
+    for cols, depth, stages in ((8, 128, 5), (8, 256, 3), (8, 128, 4), (16, 128, 5), (16, 128, 4), (32, 128, 4), (64, 128, 3)):
         yield GemmTile(DIRECT, True, 64, 1, cols, 0, depth, stages, 1, 0)
     for cols, depth, stages in ((16, 128, 8), (32, 128, 8), (64, 128, 6)):
         yield GemmTile(RING, False, 64, 1, cols, 0, depth, stages, 8, 0)
@@ -212,6 +215,17 @@ def _wide_tiles(store: int, whole: int, m: int) -> Iterable[GemmTile]:
     yield GemmTile(RING, True, 64, 2, 64, 0, 64, MOST_STAGES, 8, 0)
 
 
+def _pieced_tiles(m: int) -> Iterable[GemmTile]:
+    """Tiles whose width is no power of two, multiplied at once: with the right one a product fills its last wave."""
+    narrow = ((1, 16, 5), (1, 32, 3), (1, 16, 7), (1, 32, 5), (1, 64, 3))
+    wide = ((2, 16, 5), (2, 32, 3), (2, 16, 7), (2, 16, 9), (2, 32, 5), (2, 16, 11), (2, 64, 3), (2, 16, 13), (2, 32, 7))
+    for consumers, piece, count in narrow + wide:
+        tile = GemmTile(PIECES, False, 64, consumers, piece, piece * (count - 1), 64, MOST_STAGES, 8, 1)
+        yield tile
+        if consumers == 2 and m > 1024:
+            yield replace(tile, group=16)
+
+
 def candidates(problem: GemmProblem, multiprocessors: int = 132) -> list[GemmTile]:
     """Every tile that fits the problem. All of them compute the same bits."""
     aligned = problem.n * problem.out_dtype.itemsize % 16 == 0 and problem.out_dtype.itemsize == 2
@@ -219,6 +233,8 @@ def candidates(problem: GemmProblem, multiprocessors: int = 132) -> list[GemmTil
     store = whole if problem.experts else min(whole, 1)
     plain = not (problem.experts or problem.a_km or problem.b_kn)
     tiles = [*_decode_tiles(whole), *_wide_tiles(store, whole, problem.m)]
+    pieces = plain and aligned and problem.leaves in (0, 8) and problem.m > FEW_ROWS
+    tiles += _pieced_tiles(problem.m) if pieces else []
     itemsizes = (problem.dtype.itemsize, problem.out_dtype.itemsize)
     kept = [tile for tile in _skinny_tiles(problem) if plain and tile.fits(*itemsizes, problem.leaves)]
     leaf = problem.k // problem.leaves if problem.leaves else 0
@@ -237,7 +253,7 @@ def _usual_overlap(tile: GemmTile, problem: GemmProblem, multiprocessors: int) -
     """What was fastest most often: a grid that fills the device, or leaves half of it idle, may let the next one start early; one
     in between would crowd the multiprocessors that happen to be idle."""
     tiles = tile_count(tile, problem)
-    if tile.engine == RING:
+    if tile.engine in (RING, PIECES):
         return 2 if tiles >= multiprocessors else 1
     crowds = multiprocessors < 2 * tiles <= 4 * multiprocessors
     return (0 if tile.engine == SKINNY else 1) if crowds else 2
@@ -258,6 +274,8 @@ def _within_memory(tile: GemmTile | None, problem: GemmProblem) -> GemmTile | No
 
 def _with_depth(tile: GemmTile, leaf: int) -> GemmTile | None:
     """The tile with the deepest stage that divides a leaf, or None where it has a second column block."""
+    if tile.engine == PIECES:
+        return tile if leaf % tile.depth == 0 else None
     depth = next((d for d in (256, 128, 64, 32, 16) if d <= tile.depth and leaf % d == 0), 0)
     if tile.extra or depth == 0:
         return None
@@ -336,11 +354,13 @@ def prove(
     return [tile for tile in tiles if same(run(tile), reference)]
 
 
-def ranked(problem: GemmProblem, multiprocessors: int, keep: int = 10) -> list[GemmTile]:
-    """The tiles worth timing: the `keep` predicted fastest, and every skinny one, whose prediction is coarse."""
+def ranked(problem: GemmProblem, multiprocessors: int, keep: int = 10, keep_pieced: int = 3) -> list[GemmTile]:
+    """The tiles worth timing: the `keep` predicted fastest, `keep_pieced` of those in pieces beside them (many of those are predicted
+    alike), and every skinny one, whose prediction is coarse."""
     tiles = sorted(candidates(problem, multiprocessors), key=lambda tile: predict_s(tile, problem, multiprocessors))
     skinny = [tile for tile in tiles if tile.engine == SKINNY]
-    return skinny + [tile for tile in tiles if tile.engine != SKINNY][:keep]
+    pieced = [tile for tile in tiles if tile.engine == PIECES]
+    return skinny + [tile for tile in tiles if tile.engine not in (SKINNY, PIECES)][:keep] + pieced[:keep_pieced]
 
 
 def overlaps_of(tile: GemmTile) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_matrix_products(launched: Launched) -> None:
             gemm(half(tokens, 512), half(1024, 512), half(tokens, 1024), tile=tile)
     counts = torch.tensor([30, 0, 34], dtype=torch.int32)
     backward(grouped_matmul(half(64, 256, grad=True), half(3, 128, 256, grad=True), counts))
-    assert "gemm_kernel" in launched or "gemm_portable_kernel" in launched
+    assert {"gemm_kernel", "gemm_pieces_kernel"} <= launched or "gemm_portable_kernel" in launched
     assert {"plan_kernel", "weight_gradient_kernel"} <= launched
 
 
@@ -199,8 +200,29 @@ def test_a_launch_of_each_kernel_compiles_for_hopper(launched: Launched) -> None
         assert shared_bytes(kernel, given, keywords) <= SHARED_MEMORY_BYTES, kernel
 
 
+@pytest.mark.parametrize("launched", ["hopper"], indirect=True)
+@pytest.mark.parametrize("leaves", [0, 8])
+def test_the_ring_of_pieces_lies_first_in_shared_memory(launched: Launched, leaves: int) -> None:
+    from miles_plan.kernels.cuda.gemm import gemm
+    from miles_plan.kernels.cuda.tuning import PIECES, GemmProblem, candidates
+
+    problem = GemmProblem(512, 7168, 2048, leaves=leaves)
+    tile = next(tile for tile in candidates(problem) if tile.engine == PIECES and tile.width == 112)
+    gemm(half(512, 2048), half(7168, 2048), half(512, 7168), leaves=leaves, tile=tile)
+    text = compiled(*launched.first["gemm_pieces_kernel"]).asm["llir"]
+    ring = tile.stages * (tile.height + tile.width) * tile.depth * 2
+    others = [int(offset) for offset in re.findall(r"@global_smem, i(?:32|64) (\d+)", text)]
+    assert others
+    assert min(others) >= ring
+
+
 def shared_bytes(kernel: Any, given: tuple[object, ...], keywords: dict[str, object]) -> int:
-    """Compile a launch as Triton would on an H200, and return the shared memory it asks for."""
+    """The shared memory that a launch asks for on an H200."""
+    return int(compiled(kernel, given, keywords).metadata.shared)
+
+
+def compiled(kernel: Any, given: tuple[object, ...], keywords: dict[str, object]) -> Any:
+    """A launch compiled as Triton would on an H200."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile, make_backend
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -212,4 +234,4 @@ def shared_bytes(kernel: Any, given: tuple[object, ...], keywords: dict[str, obj
     bound, specialization, options = bind(*given, **keywords)
     options, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
-    return int(compile(source, target=hopper, options=options.__dict__).metadata.shared)
+    return compile(source, target=hopper, options=options.__dict__)

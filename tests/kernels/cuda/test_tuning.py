@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from miles_plan.kernels.cuda import tuning
 from miles_plan.kernels.cuda.tuning import (
+    PIECES,
     RING,
     GemmProblem,
     GemmTile,
@@ -50,7 +51,19 @@ def test_every_candidate_fits_and_is_priced(problem: GemmProblem) -> None:
         assert predict_s(tile, problem, SMS) > 0
         if problem.leaves:
             assert problem.k // problem.leaves % tile.depth == 0, "a stage must not cross a leaf"
-            assert tile.extra == 0
+            assert tile.extra == 0 or tile.engine == PIECES
+
+
+def test_a_width_that_fills_the_last_wave_is_among_those_timed() -> None:
+    # 5,120 columns and 256 rows are 128 tiles of 128 x 80 and 80 of 128 x 128; 7,168 are 128 of 128 x 112.
+    for problem, width in ((GemmProblem(256, 5120, 2048), 80), (GemmProblem(256, 7168, 2048, leaves=8), 112)):
+        assert width in {tile.width for tile in tuning.ranked(problem, SMS) if tile.engine == PIECES}
+    for other in (
+        GemmProblem(256, 5120, 2048, b_kn=True),
+        GemmProblem(256, 5120, 2048, experts=8),
+        GemmProblem(256, 5121, 2048),
+    ):
+        assert all(tile.engine != PIECES for tile in candidates(other, SMS))
 
 
 @settings(max_examples=40, deadline=None)
