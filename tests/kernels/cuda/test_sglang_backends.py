@@ -260,6 +260,7 @@ def test_the_plugin_registers_everything_and_takes_loaded_models_over(backends: 
     assert target.endswith("ModelRunner.maybe_enable_batch_invariant_mode")
     assert kind == "replace"
     taken: list[object] = []
-    monkeypatch.setattr(hooks_sglang, "install", taken.append)
-    take_over(SimpleNamespace(model="the model"))
-    assert taken == ["the model"]
+    monkeypatch.setattr(hooks_sglang, "install", lambda model, rope_parameters: taken.extend((model, rope_parameters)))
+    config = SimpleNamespace(hf_config=SimpleNamespace(rope_parameters={"rope_type": "default"}))
+    take_over(SimpleNamespace(model="the model", model_config=config))
+    assert taken == ["the model", {"rope_type": "default"}]
