@@ -16,6 +16,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,12 +25,15 @@ import torch
 from miles_plan.kernels.cuda.attention import attention
 from miles_plan.kernels.cuda.draw import differing
 from miles_plan.kernels.cuda.embedding import embedding
+from miles_plan.kernels.cuda.gemm import gemm
+from miles_plan.kernels.cuda.hooks_sglang import _Rotary
 from miles_plan.kernels.cuda.log_prob import log_prob
 from miles_plan.kernels.cuda.matmul import matmul
 from miles_plan.kernels.cuda.rms_norm import rms_norm
 from miles_plan.kernels.cuda.rope import rope
-from miles_plan.kernels.cuda.rope_table import angles_of, inverse_frequencies, rotation_tables
+from miles_plan.kernels.cuda.rope_table import rotation_tables
 from miles_plan.kernels.cuda.swiglu import swiglu
+from miles_plan.kernels.cuda.tuning import DIRECT, RING, GemmTile
 
 pytestmark = pytest.mark.gpu
 
@@ -36,6 +41,7 @@ HIDDEN, HEADS, KV_HEADS, HEAD, FFN, VOCABULARY, PAGE = 1024, 16, 8, 128, 3072, 1
 GROUP = HEADS // KV_HEADS
 CONTEXT = 40_960  # what a captured decode step allows for, as SGLang's backend does: it splits keys into chunks
 SMALLEST, LARGEST = 8, 22  # tokens of a sequence
+THETA = 1_000_000
 
 BUSY = """
 import random, sys, time, torch
@@ -130,6 +136,7 @@ class Model:
     final: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
+    rotary: Any
     ids: torch.Tensor
     targets: torch.Tensor
     positions: torch.Tensor
@@ -190,7 +197,8 @@ def rollout_layer(
     else:
         q, k = rms_norm(q.reshape(-1, HEAD), layer.q_norm), rms_norm(k.reshape(-1, HEAD), layer.k_norm)
     rows = x.shape[0]
-    seen["q"], seen["k"] = rope(q.view(rows, HEADS, HEAD), k.view(rows, KV_HEADS, HEAD), model.cos, model.sin, positions)
+    q, k = model.rotary(positions, q.view(rows, HEADS * HEAD), k.view(rows, KV_HEADS * HEAD))
+    seen["q"], seen["k"] = q.view(rows, HEADS, HEAD), k.view(rows, KV_HEADS, HEAD)
     seen["v"] = v.view(rows, KV_HEADS, HEAD)
     seen["attention"] = attend(at, seen["q"], seen["k"], seen["v"]).flatten(1)
     seen["o"] = matmul(seen["attention"], layer.o, order="tree")
@@ -327,6 +335,21 @@ class DecodeStep:
         return from_pools(model, seen, self.where[:count]) if self.lean else seen
 
 
+def trainer_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the Megatron engine turns queries by: frequencies of the model's config, computed on the host."""
+    frequencies = 1.0 / (THETA ** (torch.arange(0, HEAD, 2, dtype=torch.float32) / HEAD))
+    places = torch.arange(LARGEST, device=device, dtype=torch.float32)
+    return rotation_tables(torch.outer(places, torch.tensor(frequencies.tolist(), device=device)))
+
+
+def rollout_rotary(device: torch.device) -> Any:
+    """What takes the place of SGLang's rotary embedding."""
+    theirs = SimpleNamespace(
+        is_neox_style=True, head_size=HEAD, rotary_dim=HEAD, base=THETA, cos_sin_cache=torch.empty(4096, HEAD, device=device)
+    )
+    return _Rotary("rotary_emb", theirs, plain=True)
+
+
 def make_model(layers: int, sequences: int, device: torch.device, seed: int = 0, tails: bool = False) -> Model:
     """The model, and its intermediates by one packed prefill."""
     dice = random.Random(seed)
@@ -338,10 +361,11 @@ def make_model(layers: int, sequences: int, device: torch.device, seed: int = 0,
     table = torch.randn(VOCABULARY, HIDDEN, device=device, generator=generator) * 0.05
     table = (heavy(table, generator) if tails else table).to(torch.bfloat16)
     ids, targets = (torch.randint(0, 300, (starts[-1],), device=device, generator=generator) for _ in range(2))
-    cos, sin = rotation_tables(angles_of(inverse_frequencies(1e6, HEAD, device), 4096))
+    cos, sin = trainer_tables(device)
     positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
     gain = torch.ones(HIDDEN, device=device, dtype=torch.bfloat16)
-    model = Model(make_layers(layers, device, seed, tails), table, gain, cos, sin, ids, targets, positions, starts)
+    rotary = rollout_rotary(device)
+    model = Model(make_layers(layers, device, seed, tails), table, gain, cos, sin, rotary, ids, targets, positions, starts)
     for _ in range(layers):
         unwritten = [torch.full(((sequences + 1) * PAGE, KV_HEADS, HEAD), float("nan"), device=device) for _ in range(2)]
         model.pools.append((unwritten[0].to(torch.bfloat16), unwritten[1].to(torch.bfloat16)))
@@ -470,6 +494,22 @@ def hammer(bench: Bench, seconds: float, kinds: list[str], most: int = 1 << 30) 
         if turn % 4 == 0:
             bench.tally.settle()
     bench.tally.settle()
+
+
+def test_a_wide_tile_of_the_direct_kernel_waits_for_both_warp_groups(gpu: torch.device) -> None:
+    """The last stage of the ring lies where the finished tile is laid out anew: no warp may write there while another reads."""
+    for k in (2048, 3584, 5120):
+        x, weight = (torch.randn(n, k, device=gpu).to(torch.bfloat16) for n in (512, 4096))
+        want = torch.empty(512, 4096, device=gpu, dtype=torch.bfloat16)
+        gemm(x, weight, want, tile=GemmTile(RING, False, 64, 2, 128, 0, 64, 4, 8, 0))
+        wrong = torch.zeros((), device=gpu, dtype=torch.int64)
+        for stages in (3, 4, 5, 6):
+            tile = GemmTile(DIRECT, False, 64, 2, 128, 0, 64, stages, 8, 2)
+            for _ in range(200):
+                out = torch.empty_like(want)
+                gemm(x, weight, out, tile=tile)
+                wrong += differing(out, want)
+        assert int(wrong) == 0, f"K={k}"
 
 
 @pytest.mark.parametrize("tails", [False, True])
