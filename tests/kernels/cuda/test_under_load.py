@@ -347,7 +347,7 @@ def rollout_rotary(device: torch.device) -> Any:
     theirs = SimpleNamespace(
         is_neox_style=True, head_size=HEAD, rotary_dim=HEAD, base=THETA, cos_sin_cache=torch.empty(4096, HEAD, device=device)
     )
-    return _Rotary("rotary_emb", theirs, plain=True)
+    return _Rotary("rotary_emb", theirs, {}, plain=True)
 
 
 def make_model(layers: int, sequences: int, device: torch.device, seed: int = 0, tails: bool = False) -> Model:
