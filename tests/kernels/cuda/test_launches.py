@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import miles_plan.kernels.cuda as package
+from miles_plan.kernels.cuda.gemm import gemm
 from miles_plan.kernels.cuda.toolchain import HAVE_GLUON
-from miles_plan.kernels.cuda.tuning import SHARED_MEMORY_BYTES
+from miles_plan.kernels.cuda.tuning import DIRECT, SHARED_MEMORY_BYTES, GemmTile
 
 OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl", "launch_cooperative_grid"}
 STAND_INS: dict[str, Any] = {"runs_triton": lambda _: True, "multiprocessors": lambda _: 132}
@@ -199,8 +200,24 @@ def test_a_launch_of_each_kernel_compiles_for_hopper(launched: Launched) -> None
         assert shared_bytes(kernel, given, keywords) <= SHARED_MEMORY_BYTES, kernel
 
 
+def test_the_direct_kernel_waits_for_every_warp_before_it_lays_a_tile_out_anew(launched: Launched) -> None:
+    """Triton puts the memory that takes into the ring's, and no barrier of its own before a product of another warp."""
+    tile = GemmTile(DIRECT, False, 64, 2, 128, 0, 64, 6, 8, 2)
+    gemm(half(300, 2048), half(512, 2048), half(300, 512), tile=tile)
+    if "gemm_direct_kernel" not in launched:
+        pytest.skip("not launched on this GPU")
+    ptx: str = compiled(*launched.first["gemm_direct_kernel"]).asm["ptx"]
+    end = ptx[ptx.rindex("wgmma.wait_group.sync.aligned") :]
+    assert end.index("bar.sync") < end.index("st.shared")
+
+
 def shared_bytes(kernel: Any, given: tuple[object, ...], keywords: dict[str, object]) -> int:
-    """Compile a launch as Triton would on an H200, and return the shared memory it asks for."""
+    """The shared memory that a launch asks for on an H200."""
+    return int(compiled(kernel, given, keywords).metadata.shared)
+
+
+def compiled(kernel: Any, given: tuple[object, ...], keywords: dict[str, object]) -> Any:
+    """Compile a launch as Triton would on an H200."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile, make_backend
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -212,4 +229,4 @@ def shared_bytes(kernel: Any, given: tuple[object, ...], keywords: dict[str, obj
     bound, specialization, options = bind(*given, **keywords)
     options, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
-    return int(compile(source, target=hopper, options=options.__dict__).metadata.shared)
+    return compile(source, target=hopper, options=options.__dict__)
