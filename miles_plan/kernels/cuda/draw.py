@@ -23,11 +23,13 @@ def differing(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 class Draw:
     """A seeded source of shapes and values, and the comparisons made with them.
 
-    Shapes come from a generator on the host, values from one on the device, so a seed gives the same shapes everywhere.
+    Shapes come from a generator on the host, values from one on the device, so a seed gives the same shapes everywhere. Every
+    third seed has `heavy` values.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.device = device
+        self.heavy = seed % 3 == 2
         self._dice = torch.Generator().manual_seed(seed)
         self._generator = torch.Generator(device=device).manual_seed(seed)
         self._labels: list[str] = []
@@ -56,6 +58,22 @@ class Draw:
     def normal(self, *shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> torch.Tensor:
         """Random normal values."""
         return (torch.randn(shape, device=self.device, generator=self._generator) * scale).to(dtype)
+
+    def values(self, *shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> torch.Tensor:
+        """What a model might hold: normal values or, in a heavy draw, columns of log-normal size among which a few are a thousand
+        times larger and a few are zero, and some subnormal elements. Their root mean square is about `scale` all the same."""
+        if not self.heavy:
+            return self.normal(*shape, dtype=dtype, scale=scale)
+        width = shape[-1]
+        size = torch.exp(1.5 * self.normal(width, dtype=torch.float32))
+        kind = self._uniform(width)
+        size = torch.where(kind < 0.004, size * 1e3, size) * (kind < 0.97)
+        size = size / size.square().mean().sqrt().clamp(min=1e-6)
+        plain = self.normal(*shape, dtype=torch.float32) * size * scale
+        return torch.where(self._uniform(*shape) < 0.002, torch.finfo(dtype).tiny / 3, plain).to(dtype)
+
+    def _uniform(self, *shape: int) -> torch.Tensor:
+        return torch.rand(shape, device=self.device, generator=self._generator)
 
     def ints(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         """Random integers in [low, high)."""

@@ -116,4 +116,5 @@ def gemm_direct_kernel(
     limit = n_end
     if COALESCE:
         limit = N
+        gl.thread_barrier()  # the tile is laid out anew in the ring's memory, from which another warp may still multiply
     store_tile(out, stride_m, stride_n, total, row, col, M, limit, COALESCE, WARPS)

@@ -40,7 +40,7 @@ RANKS = (2, 4, 8)
 
 
 def _weight(draw: Draw, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
-    return draw.normal(n, k, dtype=dtype, scale=k**-0.5)
+    return draw.values(n, k, dtype=dtype, scale=k**-0.5)
 
 
 def _rows(rows: slice, of: int) -> str:
@@ -51,7 +51,7 @@ def check_matmul_rows(draw: Draw, dtype: torch.dtype) -> None:
     """Rows alone against the same rows in a batch, by whatever tiles the tuner takes for each."""
     n, k = draw.pick([(256, 512), (1024, 1024), (768, 2048), (512, 4096), (256, 8192), (128, 16_384), (200, 1000)])
     tokens = draw.integer(1, 700)
-    x, weight = draw.normal(tokens, k, dtype=dtype), _weight(draw, n, k, dtype)
+    x, weight = draw.values(tokens, k, dtype=dtype), _weight(draw, n, k, dtype)
     order: Order = draw.pick(("chain", "tree")) if k % 128 == 0 else "chain"
     whole = matmul(x, weight, order=order)
     for rows in draw.spans(tokens):
@@ -59,27 +59,28 @@ def check_matmul_rows(draw: Draw, dtype: torch.dtype) -> None:
 
 
 def check_matmul_tiles(draw: Draw, dtype: torch.dtype) -> None:
-    """Tiles of the tuner's list against each other, float32 results."""
-    n, k, most = draw.pick([(512, 1024, 300), (384, 2048, 300), (6144, 768, 1500)])
+    """Tiles of the tuner's list against each other, rounded results (which leave in three ways) and float32 ones."""
+    n, k, most = draw.pick([(512, 1024, 300), (384, 2048, 300), (6144, 768, 1500), (1024, 3584, 600), (2304, 640, 1500)])
     leaves = draw.pick([0, 0, TREE_LEAVES])
-    problem = GemmProblem(draw.integer(1, most), n, k, dtype, torch.float32, leaves)
-    x, weight = draw.normal(problem.m, k, dtype=dtype), _weight(draw, n, k, dtype)
+    out_dtype = draw.pick([dtype, dtype, torch.float32])
+    problem = GemmProblem(draw.integer(1, most), n, k, dtype, out_dtype, leaves)
+    x, weight = draw.values(problem.m, k, dtype=dtype), _weight(draw, n, k, dtype)
     tiles = candidates(problem, multiprocessors(draw.device))
     first = draw.pick(tiles)
-    want = torch.empty(problem.m, n, device=draw.device)
+    want = torch.empty(problem.m, n, device=draw.device, dtype=out_dtype)
     gemm(x, weight, want, leaves=leaves, tile=first)
-    for _ in range(2):
+    for _ in range(3):
         other = draw.pick(tiles)
         out = torch.empty_like(want)
         gemm(x, weight, out, leaves=leaves, tile=other)
-        draw.compare(want, out, f"M={problem.m}, N={n}, K={k}, leaves={leaves}, {first} against {other}")
+        draw.compare(want, out, f"M={problem.m}, N={n}, K={k}, leaves={leaves}, {out_dtype}, {first} against {other}")
 
 
 def check_matmul_ranks(draw: Draw, dtype: torch.dtype) -> None:
     """The tree product, and the gradient of a column-parallel layer's input, on 2, 4 and 8 simulated ranks against one."""
     n, k = draw.pick([(256, 1024), (512, 4096), (2048, 768)])
     tokens = draw.integer(1, 300)
-    x, weight, grad = draw.normal(tokens, k, dtype=dtype), _weight(draw, n, k, dtype), draw.normal(tokens, n, dtype=dtype)
+    x, weight, grad = draw.values(tokens, k, dtype=dtype), _weight(draw, n, k, dtype), draw.values(tokens, n, dtype=dtype)
     whole, whole_gradient = matmul(x, weight, order="tree"), input_gradient(grad, weight, "tree")
     for ranks in RANKS:
         parts, gradients = [], []
@@ -123,8 +124,8 @@ def check_grouped_rows(draw: Draw, dtype: torch.dtype) -> None:
     """Tokens alone against the batch, and experts split over 2 and 4 simulated ranks against one."""
     experts, n, k = draw.pick([(8, 256, 512), (32, 384, 256)])
     tokens = draw.integer(1, 600)
-    x = draw.normal(tokens, k, dtype=dtype)
-    weight = draw.normal(experts, n, k, dtype=dtype, scale=k**-0.5)
+    x = draw.values(tokens, k, dtype=dtype)
+    weight = draw.values(experts, n, k, dtype=dtype, scale=k**-0.5)
     ids = _routed(draw, tokens, experts)
     whole = _through_experts(x, weight, ids)
     label = f"{experts} experts, N={n}, K={k}"
@@ -194,8 +195,8 @@ def check_attention(draw: Draw, dtype: torch.dtype) -> None:
     lens = [draw.integer(1, 2500) for _ in range(draw.integer(1, 4))]
     window = draw.pick([None, None, 300])
     total = sum(lens)
-    q, k = draw.normal(total, heads, d, dtype=dtype), draw.normal(total, kv_heads, d, dtype=dtype)
-    v = draw.normal(total, kv_heads, dv, dtype=dtype)
+    q, k = draw.values(total, heads, d, dtype=dtype), draw.values(total, kv_heads, d, dtype=dtype)
+    v = draw.values(total, kv_heads, dv, dtype=dtype)
     starts = draw.table(0, *torch.tensor(lens).cumsum(0).tolist())
     whole = attention(q, k, v, q_starts=starts, max_q_len=max(lens), window=window)
     which = draw.integer(0, len(lens) - 1)
@@ -231,7 +232,7 @@ def check_decode(draw: Draw, dtype: torch.dtype) -> None:
     lens = [draw.integer(1, 6000) for _ in range(draw.integer(2, 40))]
     heads, kv_heads, d = draw.pick([(8, 2, 128), (16, 2, 128), (8, 8, 64)])
     total = sum(lens)
-    q, k, v = (draw.normal(n, h, d, dtype=dtype) for n, h in ((len(lens), heads), (total, kv_heads), (total, kv_heads)))
+    q, k, v = (draw.values(n, h, d, dtype=dtype) for n, h in ((len(lens), heads), (total, kv_heads), (total, kv_heads)))
     starts = torch.arange(len(lens) + 1, device=draw.device, dtype=torch.int32)
     whole = attention(q, k, v, q_starts=starts, kv_lens=draw.table(*lens), max_q_len=1, max_kv_len=max(lens))
     for _ in range(3):
@@ -274,8 +275,8 @@ def check_attention_gradients(draw: Draw, dtype: torch.dtype) -> None:
 
 def check_rms_norm(draw: Draw, dtype: torch.dtype) -> None:
     """Rows alone against the batch, with a residual."""
-    rows, width = draw.integer(1, 500), draw.pick([64, 128, 1000, 2048, 4096])
-    x, residual, weight = (draw.normal(*shape, dtype=dtype) for shape in ((rows, width), (rows, width), (width,)))
+    rows, width = draw.integer(1, 1500), draw.pick([64, 128, 1000, 2048, 4096])
+    x, residual, weight = (draw.values(*shape, dtype=dtype) for shape in ((rows, width), (rows, width), (width,)))
     y, total = rms_norm(x, weight, 1e-6, residual)
     for some in draw.spans(rows):
         alone = rms_norm(x[some], weight, 1e-6, residual[some])
@@ -286,7 +287,7 @@ def check_rms_norm(draw: Draw, dtype: torch.dtype) -> None:
 def check_rope(draw: Draw, dtype: torch.dtype) -> None:
     """Tokens and heads alone against the batch, with the per-head norm."""
     tokens, heads, d = draw.integer(1, 300), draw.pick([8, 32]), draw.pick([64, 128])
-    q, k = draw.normal(tokens, heads, d, dtype=dtype), draw.normal(tokens, 4, d, dtype=dtype)
+    q, k = draw.values(tokens, heads, d, dtype=dtype), draw.values(tokens, 4, d, dtype=dtype)
     cos, sin = (draw.normal(4096, d // 2, dtype=torch.float32) for _ in range(2))
     positions = draw.ints(0, 4096, tokens)
     norms: dict[str, Any] = {"q_norm": draw.normal(d, dtype=dtype), "k_norm": draw.normal(d, dtype=dtype)}
@@ -306,7 +307,7 @@ def check_rope(draw: Draw, dtype: torch.dtype) -> None:
 def check_swiglu(draw: Draw, dtype: torch.dtype) -> None:
     """Rows alone against the batch."""
     rows, width = draw.integer(1, 300), draw.pick([96, 768, 3072])
-    x = draw.normal(rows, 2 * width, dtype=dtype)
+    x = draw.values(rows, 2 * width, dtype=dtype)
     whole = swiglu(x)
     for some in draw.spans(rows):
         draw.compare(whole[some], swiglu(x[some]), f"{_rows(some, rows)}, width {width}")
@@ -330,7 +331,7 @@ def check_embedding(draw: Draw, dtype: torch.dtype) -> None:
 def check_log_prob(draw: Draw, dtype: torch.dtype) -> None:
     """Rows alone against the batch, 2 to 16 simulated ranks against one, and log_softmax's column."""
     rows, vocab = draw.integer(1, 40), draw.pick([16_000, 32_000, 151_936, 50_257])
-    logits = draw.normal(rows, vocab, dtype=dtype, scale=4.0)
+    logits = draw.values(rows, vocab, dtype=dtype, scale=4.0)
     targets = draw.ints(0, vocab, rows)
     whole = log_prob(logits, targets, temperature=0.9)
     for some in draw.spans(rows, 4):

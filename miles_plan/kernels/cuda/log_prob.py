@@ -11,6 +11,7 @@ in ascending order, and the 256 lanes are then reduced in one fixed layout.
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -244,7 +245,8 @@ def check_log_prob(logits: torch.Tensor, targets: torch.Tensor, temperature: flo
 
 
 def _scale(temperature: float) -> float:
-    return 1.0 / temperature
+    """Of the temperature in float32, which is how SGLang keeps it; a trainer has it in float64."""
+    return 1.0 / ctypes.c_float(temperature).value
 
 
 def _fused(x: torch.Tensor, factor: float, addend: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import miles_plan.kernels.cuda as package
+from miles_plan.kernels.cuda.gemm import gemm
 from miles_plan.kernels.cuda.toolchain import HAVE_GLUON
-from miles_plan.kernels.cuda.tuning import SHARED_MEMORY_BYTES
+from miles_plan.kernels.cuda.tuning import DIRECT, SHARED_MEMORY_BYTES, GemmTile
 
 OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl", "launch_cooperative_grid"}
 STAND_INS: dict[str, Any] = {"runs_triton": lambda _: True, "multiprocessors": lambda _: 132}
@@ -214,6 +215,17 @@ def test_the_ring_of_pieces_lies_first_in_shared_memory(launched: Launched, leav
     others = [int(offset) for offset in re.findall(r"@global_smem, i(?:32|64) (\d+)", text)]
     assert others
     assert min(others) >= ring
+
+
+def test_the_direct_kernel_waits_for_every_warp_before_it_lays_a_tile_out_anew(launched: Launched) -> None:
+    """Triton puts the memory that takes into the ring's, and no barrier of its own before a product of another warp."""
+    tile = GemmTile(DIRECT, False, 64, 2, 128, 0, 64, 6, 8, 2)
+    gemm(half(300, 2048), half(512, 2048), half(300, 512), tile=tile)
+    if "gemm_direct_kernel" not in launched:
+        pytest.skip("not launched on this GPU")
+    ptx: str = compiled(*launched.first["gemm_direct_kernel"]).asm["ptx"]
+    end = ptx[ptx.rindex("wgmma.wait_group.sync.aligned") :]
+    assert end.index("bar.sync") < end.index("st.shared")
 
 
 def shared_bytes(kernel: Any, given: tuple[object, ...], keywords: dict[str, object]) -> int:

@@ -361,3 +361,11 @@ def test_fp8(error: Error) -> None:
     zeros, ones = quantize_rows(torch.zeros(1, 128))
     assert zeros.float().abs().sum() == 0
     assert ones.item() == 1.0
+
+
+@pytest.mark.parametrize("temperature", [0.85, 0.9, 1.1])
+def test_a_temperature_counts_in_float32(temperature: float) -> None:
+    """SGLang keeps it so; a trainer's plan has it in float64."""
+    kept = float(torch.tensor(temperature, dtype=torch.float32))
+    logits, targets = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)) * 4, torch.arange(64)
+    assert torch.equal(log_prob(logits, targets, temperature=temperature), log_prob(logits, targets, temperature=kept))

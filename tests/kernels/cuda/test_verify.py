@@ -48,6 +48,20 @@ def test_a_seed_gives_the_same_draw() -> None:
     assert sum(size <= 31 for size in sizes) > 100, "small numbers are as likely as large ones"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_third_seed_draws_heavy_values(dtype: torch.dtype) -> None:
+    plain, heavy = Draw(4, CPU), Draw(5, CPU)
+    assert torch.equal(plain.values(50, dtype=dtype), Draw(4, CPU).normal(50, dtype=dtype))
+    x = heavy.values(400, 1000, dtype=dtype, scale=2.0)
+    assert x.isfinite().all()
+    columns = x.double().square().mean(0).sqrt()
+    assert columns.max() > 20
+    assert columns.square().mean().sqrt().item() == pytest.approx(2.0, rel=0.3)
+    assert 5 < (columns < 1e-4).sum() < 100, "columns of zeros"
+    subnormal = (x != 0) & (x.abs() < torch.finfo(dtype).tiny)
+    assert subnormal.sum() > 300
+
+
 def test_the_first_difference_is_named_with_its_seed_and_shape() -> None:
     pairs = [
         (Check("fine", agrees), torch.float16),
