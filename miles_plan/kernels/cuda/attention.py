@@ -14,6 +14,7 @@ import torch
 
 from . import arguments
 from .attention_backward import attention_gradients
+from .attention_decode import attention_decode_kernel, layout_of_sums
 from .attention_kernel import BLOCK_KEYS, EMPTY, TILE_ROWS, attention_kernel
 from .attention_portable import attention_merge_kernel, attention_portable_kernel
 from .device import multiprocessors, runs_gluon, runs_triton
@@ -22,9 +23,8 @@ from .overlap import overlap, overlaps
 from .tuning import SHARED_MEMORY_BYTES
 from .workspace import zeroed_ints
 
-SPLIT_ROWS = 16  # a decode tile of at most this many rows is always split into chunks: its states are small beside its keys
-SPLIT_BELOW = 4  # work items a multiprocessor; with more, larger decode tiles are computed whole
-MERGE_INSIDE_BELOW = 4  # split work items a multiprocessor; with more, the chunks are merged by a kernel of their own
+SPLIT_BELOW = 0.75  # rows of decode tiles a multiprocessor; with more, each is computed whole and not in chunks
+MERGE_INSIDE_UP_TO = 2  # split work items a multiprocessor; with more, the chunks are merged by a kernel of their own
 CHUNK_KEYS = 1024  # keys after which the running state restarts; what a split decode computes alone
 LOG2_E = 1.4426950408889634
 DTYPES = (torch.bfloat16, torch.float16)
@@ -242,43 +242,69 @@ def _rows_view(x: torch.Tensor) -> torch.Tensor | None:
 def _launch_hopper(call: _Call, out: torch.Tensor, lse: torch.Tensor, want_lse: bool) -> None:
     q = call.q
     d, tail = split_head(q.shape[-1])
-    dv = call.v.shape[-1]
-    group = call.group
-    tokens = TILE_ROWS // group
-    heads = call.kv_heads * call.head_tiles
-    # Few queries: the two warp groups of a thread block take turns at work items instead of sharing each.
-    tile_tokens = tokens if call.max_q_len <= tokens else 2 * tokens
-    tiles = -(-call.max_q_len // tile_tokens)
-    items = call.seqs * heads * tiles
-    sms = multiprocessors(q.device)
-    # Splitting pays while whole rows would leave multiprocessors idle, and never changes a bit.
-    kept = _rows_kept(call, tokens)
-    split = call.chunks > 1 and tile_tokens == tokens and (kept <= SPLIT_ROWS or items < SPLIT_BELOW * sms)
-    chunks = call.chunks if split else 1
-    kept = kept if split else TILE_ROWS
-    merge_inside = split and items * chunks < MERGE_INSIDE_BELOW * sms
-    parts = _partials(call, items * chunks, kept, split)
-    key_bytes = (d + tail + dv) * 2 * BLOCK_KEYS
-    free = SHARED_MEMORY_BYTES - 1024 - 2 * TILE_ROWS * (d + tail) * 2
-    stash = not split and call.chunks > 1 and free - 2 * TILE_ROWS * dv * 4 >= 2 * key_bytes
-    stages = max(2, min(6, (free - (2 * TILE_ROWS * dv * 4 if stash else 0)) // key_bytes))
-    page = call.page
-    box = BLOCK_KEYS if page == 0 else min(page, BLOCK_KEYS)
+    dv, page = call.v.shape[-1], call.page
+    tokens = TILE_ROWS // call.group
     k_rows, v_rows = _rows_view(call.k), _rows_view(call.v)
     assert k_rows is not None
     assert v_rows is not None
+    box = BLOCK_KEYS if page == 0 else min(page, BLOCK_KEYS)
     k_desc = descriptor(k_rows, (box, d))
-    attention_kernel[(min(items * chunks, sms),)](
-        q, k_desc, descriptor(k_rows, (box, tail)) if tail else k_desc, descriptor(v_rows, (box, dv)), out, lse, *parts,
-        zeroed_ints(q.device, items) if merge_inside else call.kv_lens, call.q_starts, call.kv_starts, call.kv_lens,
-        call.table if call.table is not None else call.kv_lens, call.table.stride(0) if call.table is not None else 0, call.seqs, heads, tiles, chunks, q.stride(0), q.stride(1),
-        out.stride(0), out.stride(1), lse.stride(0), call.scale * LOG2_E, call.window,
-        CAUSAL=call.causal, SPLIT=int(split) + int(split and not merge_inside), GROUP=group, HEAD_TILES=call.head_tiles,
-        TOKENS=tokens, CHUNK=CHUNK_KEYS, BN=BLOCK_KEYS, PAGE=page, BOX=box, STAGES=stages, D=d, D_TAIL=tail, DV=dv, ROWS_KEPT=kept, LSE=want_lse,
-        TILE_TOKENS=tile_tokens, STASH=stash, num_warps=4, maxnreg=168, launch_pdl=overlaps(q.device),
+    descs = (k_desc, descriptor(k_rows, (box, tail)) if tail else k_desc, descriptor(v_rows, (box, dv)))
+    places = (*q.stride()[:2], *out.stride()[:2], lse.stride(0))
+    options = {
+        "CAUSAL": call.causal, "GROUP": call.group, "HEAD_TILES": call.head_tiles, "TOKENS": tokens, "CHUNK": CHUNK_KEYS,
+        "BN": BLOCK_KEYS, "PAGE": page, "BOX": box, "D": d, "D_TAIL": tail, "DV": dv, "LSE": want_lse, "maxnreg": 168,
+        "launch_pdl": overlaps(q.device),
+    }  # fmt: skip
+    launch = _launch_decode if call.max_q_len <= tokens else _launch_prefill
+    launch(call, out, lse, descs, places, options)
+
+
+def _keys_of(call: _Call) -> tuple[Any, ...]:
+    """Where each sequence's queries and keys lie, as both Hopper kernels take it."""
+    table = call.kv_lens if call.table is None else call.table
+    return call.q_starts, call.kv_starts, call.kv_lens, table, 0 if call.table is None else call.table.stride(0)
+
+
+def _stages(fixed_bytes: int, options: dict[str, Any]) -> int:
+    """Blocks of keys and values that fit beside what else is in shared memory."""
+    block_bytes: int = (options["D"] + options["D_TAIL"] + options["DV"]) * 2 * BLOCK_KEYS
+    return max(2, min(6, (SHARED_MEMORY_BYTES - 1024 - fixed_bytes) // block_bytes))
+
+
+def _launch_prefill(
+    call: _Call, out: torch.Tensor, lse: torch.Tensor, descs: tuple[Any, ...], places: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    heads = call.kv_heads * call.head_tiles
+    tiles = -(-call.max_q_len // (2 * options["TOKENS"]))
+    stages = _stages(2 * TILE_ROWS * call.q.shape[-1] * 2, options)
+    attention_kernel[(min(call.seqs * heads * tiles, multiprocessors(call.q.device)),)](
+        call.q, *descs, out, lse, *_keys_of(call), call.seqs, heads, tiles, *places, call.scale * LOG2_E, call.window,
+        STAGES=stages, num_warps=4, **options,
+    )  # fmt: skip
+
+
+def _launch_decode(
+    call: _Call, out: torch.Tensor, lse: torch.Tensor, descs: tuple[Any, ...], places: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    heads = call.kv_heads * call.head_tiles
+    items, sms = call.seqs * heads, multiprocessors(call.q.device)
+    # Splitting pays while whole rows would leave multiprocessors idle, and never changes a bit.
+    split = call.chunks > 1 and items < SPLIT_BELOW * sms
+    chunks = call.chunks if split else 1
+    merge_inside = split and items * chunks <= MERGE_INSIDE_UP_TO * sms
+    kept = _rows_kept(call, options["TOKENS"])
+    rows = max(8, kept)
+    warps = 4 if merge_inside else 8
+    stages = _stages(rows * (call.q.shape[-1] + 3 * BLOCK_KEYS) * 2, options)  # queries, weights, and weights to be added
+    parts = _partials(call, items * chunks, kept, split)
+    attention_decode_kernel[(min(items * chunks, sms),)](
+        call.q, *descs, out, lse, *parts, zeroed_ints(call.q.device, items) if merge_inside else call.kv_lens, *_keys_of(call),
+        call.seqs, heads, chunks, *places, call.scale * LOG2_E, call.window, SPLIT=int(split) + int(split and not merge_inside),
+        STAGES=stages, ROWS=rows, ROWS_KEPT=kept, SUMS=layout_of_sums(rows, warps), WARPS=warps, num_warps=warps, **options,
     )  # fmt: skip
     if split and not merge_inside:
-        _merge(call, out, lse, parts, items, tiles, chunks, tokens, kept, want_lse)
+        _merge(call, out, lse, parts, items, 1, chunks, options["TOKENS"], kept, want_lse=options["LSE"])
 
 
 def _rows_kept(call: _Call, tokens: int) -> int:

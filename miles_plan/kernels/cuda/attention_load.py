@@ -1,4 +1,4 @@
-"""The Hopper attention kernel's work items, and the warp that streams their keys and values.
+"""The Hopper attention kernels' work items, the warp that streams their keys and values, and the loads of their queries.
 
 An item is a sequence, a head and a tile of tokens, of which a split decode takes one chunk of keys. `attention_kernel` says
 what is computed with them.
@@ -19,21 +19,27 @@ def item_of(turn: gl.tensor) -> gl.tensor:
 
 @gluon_jit
 def span(
-    q_starts: gl.tensor, kv_lens: gl.tensor, item: gl.tensor, items: gl.tensor, SEQS: gl.tensor, HEADS: gl.tensor,
-    TILES: gl.tensor, CHUNKS: gl.tensor, window: gl.tensor, CAUSAL: gl.constexpr, SPLIT: gl.constexpr, TOKENS: gl.constexpr,
-    CHUNK: gl.constexpr, BN: gl.constexpr,
+    lengths: gl.tensor, sizes: gl.tensor, item: gl.tensor, window: gl.tensor, CAUSAL: gl.constexpr, SPLIT: gl.constexpr,
+    TOKENS: gl.constexpr, CHUNK: gl.constexpr, BN: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
-    """What work item `item` covers: its sequence, head, first token, chunk, and the range of key blocks [lo, hi)."""
+    """What work item `item` covers: its sequence, head, first token, chunk, and the range of key blocks [lo, hi).
+
+    Neighbouring programs take the heads of one sequence's keys, which lie side by side in memory.
+    """
+    q_starts, kv_starts, kv_lens = lengths
+    SEQS, HEADS, TILES, CHUNKS = sizes
+    items = SEQS * HEADS * TILES * CHUNKS
     rest = gl.minimum(item, items - 1)
-    chunk = rest % CHUNKS
-    rest = rest // CHUNKS
     head = rest % HEADS
     rest = rest // HEADS
+    chunk = rest % CHUNKS
+    rest = rest // CHUNKS
     seq = rest % SEQS
     first_token = (TILES - 1 - rest // SEQS) * TOKENS  # long rows first
     q_start = gl.load(q_starts + seq)
     q_len = gl.load(q_starts + seq + 1) - q_start
     kv_len = gl.load(kv_lens + seq)
+    kv_start = gl.load(kv_starts + seq)
     position = kv_len - q_len + first_token
     hi = kv_len
     if CAUSAL:
@@ -43,24 +49,32 @@ def span(
         lo = gl.maximum(lo, chunk * CHUNK)
         hi = gl.minimum(hi, (chunk + 1) * CHUNK)
     hi_block = gl.where((first_token < q_len) & (item < items), gl.cdiv(hi, BN), 0)
-    return seq, head, first_token, chunk, q_start, q_len, kv_len, position, lo // BN, hi_block
+    return seq, head, first_token, chunk, q_start, q_len, kv_start, kv_len, position, lo // BN, hi_block
 
 
 @gluon_jit
-def fetch(
-    desc: gl.tensor, ring: gl.tensor, bar: gl.tensor, stage: gl.tensor, pages: gl.tensor, row: gl.tensor, block: gl.tensor,
-    col: gl.tensor, PAGE: gl.constexpr, BN: gl.constexpr, BOX: gl.constexpr,
+def _pages_of(
+    pages: gl.tensor, block: gl.tensor, kv_len: gl.tensor, PAGE: gl.constexpr, BN: gl.constexpr, BOX: gl.constexpr
+) -> gl.tensor:
+    """The pages of a block's boxes, one a lane; past the sequence's end page 0, whose keys will be masked."""
+    key = block * BN + gl.arange(0, BN // BOX, layout=gl.BlockedLayout([1], [32], [1], [0])) * BOX
+    return gl.load(pages + key // PAGE, mask=key < kv_len, other=0)
+
+
+@gluon_jit
+def _fetch(
+    desc: gl.tensor, ring: gl.tensor, bar: gl.tensor, stage: gl.tensor, place: gl.tensor, block: gl.tensor, col: gl.tensor,
+    PAGE: gl.constexpr, BN: gl.constexpr, BOX: gl.constexpr,
 ) -> None:  # fmt: skip
-    """One block of keys (or values) into a stage: a single box from a packed tensor, or one box a page."""
+    """One block of keys (or values) into a stage: a single box from row `place` of a packed tensor, or one box a page."""
     if PAGE == 0:
-        tma.async_copy_global_to_shared(desc, [row + block * BN, col], bar, ring.index(stage))
+        tma.async_copy_global_to_shared(desc, [place + block * BN, col], bar, ring.index(stage))
     else:
+        lane = gl.arange(0, BN // BOX, layout=place.type.layout)
         for part in gl.static_range(BN // BOX):
-            key = block * BN + part * BOX
-            page = gl.load(pages + key // PAGE)
-            tma.async_copy_global_to_shared(
-                desc, [page * PAGE + key % PAGE, col], bar, ring.index(stage).slice(part * BOX, BOX)
-            )
+            page = gl.sum(gl.where(lane == part, place, 0), 0)
+            within = (block * BN + part * BOX) % PAGE
+            tma.async_copy_global_to_shared(desc, [page * PAGE + within, col], bar, ring.index(stage).slice(part * BOX, BOX))
 
 
 @gluon_jit
@@ -71,63 +85,56 @@ def produce(
     PAGE: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr,
     DV: gl.constexpr, HEAD_TILES: gl.constexpr,
 ) -> None:  # fmt: skip
-    """The producer warp: keys and values of every work item of this program, as far ahead as the ring allows."""
+    """The producer warp: keys and values of every work item of this program, as far ahead as the ring allows.
+
+    The page table is read a block ahead, so that its latency is hidden behind the wait for a free stage.
+    """
     k_desc, t_desc, v_desc = descs
     k_ring, t_ring, v_ring = rings
     k_ready, v_ready, k_empty, v_empty = bars
-    q_starts, kv_starts, kv_lens = lengths
     SEQS, HEADS, TILES, CHUNKS = sizes
     K_BYTES: gl.constexpr = BN * (D + D_TAIL) * k_desc.dtype.primitive_bitwidth // 8
     V_BYTES: gl.constexpr = BN * DV * v_desc.dtype.primitive_bitwidth // 8
-    items = SEQS * HEADS * TILES * CHUNKS
     step = 0
-    for turn in range(gl.cdiv(items, gl.num_programs(0))):
-        seq, head, _, _, _, _, _, _, lo, hi = span(
-            q_starts,
-            kv_lens,
-            item_of(turn),
-            items,
-            SEQS,
-            HEADS,
-            TILES,
-            CHUNKS,
-            window,
-            CAUSAL,
-            SPLIT,
-            TOKENS,
-            CHUNK,
-            BN,
+    for turn in range(gl.cdiv(SEQS * HEADS * TILES * CHUNKS, gl.num_programs(0))):
+        seq, head, _, _, _, _, kv_start, kv_len, _, lo, hi = span(
+            lengths, sizes, item_of(turn), window, CAUSAL, SPLIT, TOKENS, CHUNK, BN
         )
         kv_head = head // HEAD_TILES
         pages = table + seq.to(gl.int64) * table_stride
-        row = gl.load(kv_starts + seq)
+        place = kv_start
+        if PAGE:
+            place = _pages_of(pages, lo, kv_len, PAGE, BN, BOX)
         for block in range(lo, hi):
             stage = step % STAGES
             phase = ((step // STAGES) & 1) ^ 1
+            ahead = place
+            if PAGE:
+                ahead = _pages_of(pages, block + 1, kv_len, PAGE, BN, BOX)
             mbarrier.wait(k_empty.index(stage), phase)
             mbarrier.expect(k_ready.index(stage), K_BYTES)
-            fetch(k_desc, k_ring, k_ready.index(stage), stage, pages, row, block, kv_head * (D + D_TAIL), PAGE, BN, BOX)
+            _fetch(k_desc, k_ring, k_ready.index(stage), stage, place, block, kv_head * (D + D_TAIL), PAGE, BN, BOX)
             if D_TAIL:
-                col = kv_head * (D + D_TAIL) + D
-                fetch(t_desc, t_ring, k_ready.index(stage), stage, pages, row, block, col, PAGE, BN, BOX)
+                _fetch(t_desc, t_ring, k_ready.index(stage), stage, place, block, kv_head * (D + D_TAIL) + D, PAGE, BN, BOX)
             mbarrier.wait(v_empty.index(stage), phase)
             mbarrier.expect(v_ready.index(stage), V_BYTES)
-            fetch(v_desc, v_ring, v_ready.index(stage), stage, pages, row, block, kv_head * DV, PAGE, BN, BOX)
+            _fetch(v_desc, v_ring, v_ready.index(stage), stage, place, block, kv_head * DV, PAGE, BN, BOX)
+            place = ahead
             step += 1
 
 
 @gluon_jit
 def load_queries(
-    q: gl.tensor, buffer: gl.tensor, stride_token: gl.tensor, stride_head: gl.tensor, q_start: gl.tensor,
-    first_token: gl.tensor, q_len: gl.tensor, head0: gl.tensor, col: gl.constexpr, GROUP: gl.constexpr,
-    TOKENS: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr,
+    q: gl.tensor, buffer: gl.tensor, strides: gl.tensor, q_start: gl.tensor, first_token: gl.tensor, q_len: gl.tensor,
+    head0: gl.tensor, COL: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr,
+    WARPS: gl.constexpr,
 ) -> None:  # fmt: skip
-    """This warp group's rows of Q into its shared-memory buffer; rows without a query become zeros."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    """Columns [COL, COL + D) of an item's rows of Q into shared memory; rows without a query become zeros."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
     r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     d = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
     token = first_token + r // GROUP
     valid = (r < TOKENS * GROUP) & (token < q_len)
-    offset = (q_start + token).to(gl.int64) * stride_token + (head0 + r % GROUP) * stride_head
-    values = gl.load(q + offset[:, None] + (col + d)[None, :], mask=valid[:, None], other=0.0)
+    offset = (q_start + token).to(gl.int64) * strides[0] + (head0 + r % GROUP) * strides[1]
+    values = gl.load(q + offset[:, None] + (COL + d)[None, :], mask=valid[:, None], other=0.0)
     buffer.store(values)

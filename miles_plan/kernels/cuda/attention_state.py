@@ -9,9 +9,9 @@ from .toolchain import fence_async_shared, gl, gluon_jit
 
 
 @gluon_jit
-def scrub(buffer: gl.tensor, valid_keys: gl.tensor, BN: gl.constexpr, DV: gl.constexpr) -> None:
+def scrub(buffer: gl.tensor, valid_keys: gl.tensor, BN: gl.constexpr, DV: gl.constexpr, WARPS: gl.constexpr) -> None:
     """Zero the value rows past the sequence's end: p is 0 there, but 0 times what memory held may be NaN."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [WARPS, 1], [1, 0])
     for part in gl.static_range(BN // 32):
         rows = buffer.slice(part * 32, 32)
         key = part * 32 + gl.arange(0, 32, layout=gl.SliceLayout(1, layout))
@@ -63,16 +63,6 @@ def fold(total_m: gl.tensor, total_l: gl.tensor, total: gl.tensor, m: gl.tensor,
 
 
 @gluon_jit
-def fold_kept(
-    kept: gl.tensor, folded: gl.tensor, total_m: gl.tensor, total_l: gl.tensor, m: gl.tensor, l: gl.tensor, acc: gl.tensor
-) -> gl.tensor:
-    """`fold` with the row's total in shared memory, which holds another item's until one chunk has been `folded`."""
-    total = kept.load(acc.type.layout)
-    total = gl.where(folded > 0, total, gl.zeros_like(total))
-    return fold(total_m, total_l, total, m, l, acc)
-
-
-@gluon_jit
 def store_rows(
     outs: gl.tensor, strides: gl.tensor, acc: gl.tensor, m: gl.tensor, l: gl.tensor, q_start: gl.tensor,
     first_token: gl.tensor, q_len: gl.tensor, head0: gl.tensor, GROUP: gl.constexpr, TOKENS: gl.constexpr,
@@ -100,32 +90,15 @@ def store_rows(
 
 
 @gluon_jit
-def store_partial(
-    partials: gl.tensor, acc: gl.tensor, m: gl.tensor, l: gl.tensor, slot: gl.tensor, ROWS: gl.constexpr,
-    ROWS_KEPT: gl.constexpr, DV: gl.constexpr,
-) -> None:  # fmt: skip
-    """Leave one chunk's state in memory for `attention_merge`."""
-    part_m, part_l, part_acc = partials
-    layout: gl.constexpr = acc.type.layout
-    rows: gl.constexpr = gl.SliceLayout(1, layout)
-    r = gl.arange(0, ROWS, layout=rows)
-    d = gl.arange(0, DV, layout=gl.SliceLayout(0, layout))
-    at = slot.to(gl.int64) * ROWS_KEPT + r
-    gl.store(part_m + at, gl.convert_layout(m, rows), mask=r < ROWS_KEPT)
-    gl.store(part_l + at, gl.convert_layout(l, rows), mask=r < ROWS_KEPT)
-    gl.store(part_acc + at[:, None] * DV + d[None, :], acc, mask=(r < ROWS_KEPT)[:, None])
-
-
-@gluon_jit
 def merge_chunks(
     outs: gl.tensor, partials: gl.tensor, strides: gl.tensor, slot: gl.tensor, chunks: gl.tensor,
     first_chunk: gl.tensor, last_chunk: gl.tensor, q_start: gl.tensor, first_token: gl.tensor, q_len: gl.tensor,
     head: gl.tensor, GROUP: gl.constexpr, TOKENS: gl.constexpr, ROWS_KEPT: gl.constexpr, DV: gl.constexpr,
-    LSE: gl.constexpr,
+    LSE: gl.constexpr, WARPS: gl.constexpr,
 ) -> None:  # fmt: skip
     """Fold a tile's chunks [first_chunk, last_chunk) in ascending order and write its rows; several chunks' loads at a time."""
     part_m, part_l, part_acc = partials
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // DV, DV // 4], [4, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // DV, DV // 4], [WARPS, 1], [1, 0])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
     r = gl.arange(0, ROWS_KEPT, layout=rows)
     d = gl.arange(0, DV, layout=gl.SliceLayout(0, layout))
