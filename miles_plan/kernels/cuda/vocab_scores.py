@@ -35,7 +35,8 @@ def statistics_kernel(
     w = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, COLUMNS, BLOCK):
         column = start + lane
-        x = tl.load(logits + row * stride + column, mask=column < COLUMNS, other=-1.0e30).to(tl.float32) * in_log2
+        x = tl.load(logits + row * stride + column, mask=column < COLUMNS, other=0.0).to(tl.float32) * in_log2
+        x = tl.where(column < COLUMNS, x, -1.0e30)  # finite, which 16 bits of it need not be
         m_new = tl.maximum(m, x)
         fall, below = m - m_new, x - m_new
         shrunk, own = tl.exp2(fall), tl.exp2(below)
