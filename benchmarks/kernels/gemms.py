@@ -7,8 +7,10 @@ from collections.abc import Callable
 import torch
 
 from miles_plan.kernels.cuda.fp8_matmul import fp8_grouped_matmul, fp8_matmul, quantize_rows, quantize_weight
+from miles_plan.kernels.cuda.gemm import TREE_LEAVES
 from miles_plan.kernels.cuda.grouped_matmul import grouped_matmul
 from miles_plan.kernels.cuda.matmul import input_gradient, matmul, weight_gradient
+from miles_plan.kernels.cuda.tuning import GemmProblem, table_for
 
 from .record import OURS, Record, relative_error
 from .shapes import Shape
@@ -50,6 +52,8 @@ def measure_matmul(shape: Shape) -> Record:
     record = Record(shape, time_side_by_side(contenders, before=LIBRARIES), flop=2.0 * m * n * k)
     whole, rows = matmul(x, weights[0], order=order), _some_rows(m)
     record.same_bits = torch.equal(whole[rows], matmul(x[rows], weights[0], order=order))
+    problem = GemmProblem(m, n, k, dtype, dtype, leaves=TREE_LEAVES if order == "tree" else 0)
+    record.tuned = table_for(torch.cuda.get_device_name()).get(problem) is not None
     exact = x[:CHECKED_ROWS].double() @ weights[0][:CHECKED_COLUMNS].double().T
     theirs = torch.mm(x, weights[0].t())
     record.error = relative_error(whole[:CHECKED_ROWS, :CHECKED_COLUMNS], exact)

@@ -21,6 +21,7 @@ class Record:
     same_bits: bool | None = None  # the op's rows alone equal its rows in the batch (None: not applicable)
     error: float | None = None  # root mean square of the difference from float64 over that of float64
     baseline_error: float | None = None
+    tuned: bool | None = None  # whether a product's tile came from the table, and not from the tuner's prediction
     moved_bytes: int = 0  # what must cross the memory bus, for ops bound by it
     flop: float = 0.0
     failure: str = ""
@@ -50,7 +51,7 @@ class Record:
             out["gb_per_s"] = round(self.gb_per_s)
         if self.flop and OURS in self.us:
             out["tflop_per_s"] = round(self.flop / self.us[OURS] / 1e6, 1)
-        for name in ("same_bits", "error", "baseline_error", "failure"):
+        for name in ("same_bits", "tuned", "error", "baseline_error", "failure"):
             value = getattr(self, name)
             if value not in (None, ""):
                 out[name] = float(f"{value:.3g}") if isinstance(value, float) else value

@@ -45,18 +45,26 @@ RATES: tuple[tuple[str, Rule, float], ...] = (
 )  # fmt: skip
 
 
+def ratio_row(what: str, records: Sequence[Record], least_mean: float, least: float | None) -> dict[str, Any]:
+    """One promise about a ratio: geometric mean and lowest point against their targets."""
+    ratios = [record.ratio for record in records if record.ratio is not None]
+    mean, worst = math.exp(sum(math.log(ratio) for ratio in ratios) / len(ratios)), min(ratios)
+    met = mean >= least_mean and (least is None or worst >= least)
+    target = f">= {least_mean:.2f}x" + ("" if least is None else f", no point under {least:.2f}x")
+    figure = f"{mean:.3f}x geometric mean of {len(ratios)}, lowest {worst:.3f}x (target {target})"
+    return {"what": what, "figure": figure, "mean": round(mean, 3), "lowest": round(worst, 3), "met": met}
+
+
 def summarise(records: Sequence[Record], copy_gb_per_s: float) -> list[dict[str, Any]]:
     """One row a promise: what it is about, the figure, the target, whether it is met. Rows without a record are left out."""
     rows: list[dict[str, Any]] = []
     for what, rule, least_mean, least in RATIOS:
-        ratios = [record.ratio for record in records if rule(record) and record.ratio is not None]
-        if ratios:
-            mean = math.exp(sum(math.log(ratio) for ratio in ratios) / len(ratios))
-            worst = min(ratios)
-            met = mean >= least_mean and (least is None or worst >= least)
-            target = f">= {least_mean:.2f}x" + ("" if least is None else f", no point under {least:.2f}x")
-            figure = f"{mean:.3f}x geometric mean of {len(ratios)}, lowest {worst:.3f}x (target {target})"
-            rows.append({"what": what, "figure": figure, "mean": round(mean, 3), "lowest": round(worst, 3), "met": met})
+        kept = [record for record in records if rule(record) and record.ratio is not None]
+        if kept:
+            rows.append(ratio_row(what, kept, least_mean, least))
+        tuned = [record for record in kept if record.tuned]
+        if tuned and len(tuned) < len(kept):
+            rows.append(ratio_row(f"{what}: of these, on tuned tiles", tuned, least_mean, least))
     for what, rule, least_share in RATES:
         rates = [record.gb_per_s for record in records if rule(record) and record.gb_per_s is not None]
         if rates:

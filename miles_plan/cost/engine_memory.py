@@ -125,9 +125,11 @@ def fsdp_terms(
     }
     terms |= draft_terms(columns, options, sharded)
     gathered_units = _gathered_terms(model, columns, params.total, options)
-    if options.scored_tokens:  # a rank alone has whole units, which are cast where they are used (measured)
+    if options.scored_tokens:  # a rank alone holds whole units: only the root's is cast and stays (measured)
         alone = (columns.dp * columns.cp == 1)[:, None]
-        gathered_units = {name: np.where(alone, 0.0, term) for name, term in gathered_units.items()}
+        root = size * model.vocab_size * model.hidden_size * (1.0 if model.tie_embeddings else 2.0)
+        only = {"gathered units": root, "unsharded gradients": 0.0}
+        gathered_units = {name: np.where(alone, only[name], term) for name, term in gathered_units.items()}
     terms |= gathered_units
     terms |= activation_terms(model, columns, options)
     head = np.zeros_like(sharded)
