@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 # Files of published and measured figures that `make validate` holds the estimates against.
 ROWS ?= ../shared/data/megatron_h200.jsonl ../shared/data/published_numbers.jsonl ../shared/data/launch_configs.jsonl
 
+# Runs on real engines, whose plans were held against what the GPUs showed.
+RUNS ?= $(wildcard benchmarks/results/engines_*_*.json)
+
 .PHONY: run test lint format validate clean
 
 $(VENV)/.installed: pyproject.toml constraints/cpu.txt
@@ -32,7 +35,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 validate: $(VENV)/.installed
-	$(BIN)/miles-plan validate --out docs/accuracy.md $(ROWS)
+	$(BIN)/miles-plan validate --out docs/accuracy.md $(addprefix --run ,$(RUNS)) $(ROWS)
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info
