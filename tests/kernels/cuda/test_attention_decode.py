@@ -21,7 +21,7 @@ def place(bases: list[list[int]], number: int) -> tuple[int, int]:
     return key, row
 
 
-@pytest.mark.parametrize(("rows", "warps"), itertools.product((8, 16, 32, 64), (4, 8)))
+@pytest.mark.parametrize(("rows", "warps"), list(itertools.product((8, 16, 32, 64), (4, 8))))
 def test_four_lanes_add_a_rows_keys_in_ascending_order(rows: int, warps: int) -> None:
     layout = layout_of_sums(rows, warps)
     assert len(layout.warp_bases) == warps.bit_length() - 1

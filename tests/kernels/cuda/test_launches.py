@@ -182,7 +182,6 @@ def test_rows(launched: Launched) -> None:
     } <= launched  # fmt: skip
 
 
-@pytest.mark.slow
 def test_scores_of_a_vocabulary(launched: Launched) -> None:
     from miles_plan.backends.training.scores import VocabParallelScores
 
@@ -192,6 +191,7 @@ def test_scores_of_a_vocabulary(launched: Launched) -> None:
     assert {"statistics_kernel", "scores_gradient_kernel"} <= launched
 
 
+@pytest.mark.slow
 def test_a_launch_of_each_kernel_compiles_for_hopper(launched: Launched) -> None:
     test_matrix_products(launched)
     test_fp8_products(launched)
