@@ -47,7 +47,8 @@ class RolloutMemory:
     pool_tokens: tokens the cache of one engine holds over its attention data-parallel ranks, 0 = it does not start;
     headroom_bytes: what is left of the non-static share after graphs and activations, negative = fails at run time;
     asleep_bytes: what stays when it sleeps: with torch_memory_saver its graphs and what its allocator holds of activations
-    (measured: 2.4 to 2.8 GB of a 0.6B engine). Nothing goes to the host: weights come anew with the sync.
+    (2.4 to 2.8 GB of a 0.6B engine: what a GPU held beside the trainer's known part). Nothing goes to the
+    host: weights come anew with the sync.
     """
 
     weight_bytes: float

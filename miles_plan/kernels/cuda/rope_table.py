@@ -1,7 +1,7 @@
 """Tables of cos and sin for `rope`, by one way of computing them, so that a rollout engine and a trainer hold the same bits.
 
 Frequencies are base^(-2i / D) (Su et al. 2021, arXiv 2104.09864), always computed on the CPU, as transformers does: a GPU's power
-differs in the last bit of a few, which flips the rounding of one rotated query in a million and shows in one token in a hundred. An
+differs in the last bit of a few, which flips a rounding here and there (with random weights in 70 of 512 samples of 16 tokens). An
 angle is position x frequency, rounded to float32. Everything here is elementwise, so a table's length cannot show in its entries.
 """
 
