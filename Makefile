@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 ROWS ?= ../shared/data/megatron_h200.jsonl ../shared/data/published_numbers.jsonl ../shared/data/launch_configs.jsonl
 
 # Runs on real engines, whose plans were held against what the GPUs showed.
-RUNS ?= $(wildcard benchmarks/results/engines_*_*.json)
+RUNS ?= $(wildcard benchmarks/results/engines_*.json)
 
 .PHONY: run test lint format validate clean
 

@@ -77,7 +77,7 @@ def bring_up(out: Path, folder: Path) -> bool:
     plan = folder / "bringup-plan.json"
     compiling = [sys.executable, "-m", "miles_plan", "compile", "specs/gpu_grpo_0_6b_colocated.yaml", "-o", str(plan)]
     subprocess.run(compiling, check=True, stdout=subprocess.DEVNULL)
-    command = [sys.executable, "-m", "benchmarks.engines.sglang_bringup", str(plan), str(out / "engines_sglang_bringup.json")]
+    command = [sys.executable, "-m", "benchmarks.engines.sglang_bringup", str(plan), str(out / "sglang_bringup.json")]
     command += ["--model", str(folder / "model"), "--log", str(out / "bringup_sglang.log")]
     return _within(command, 200.0, out / "bringup.log", dict(os.environ))
 

@@ -190,10 +190,12 @@ PAGES: tuple[Page, ...] = (
     Page(
         code="MP443",
         title="file of figures that cannot be read",
-        what="A file given to `validate` is missing, is not UTF-8, or has a line that is not one JSON object.",
+        what="A file given to `validate` is missing, is not UTF-8, or has a line that is not one JSON object; or "
+        "one given with `--run` holds no comparison of a run with its plan.",
         why="An accuracy figure over half a file would be a wrong figure.",
         example="miles-plan validate rows.json      # one JSON list instead of one object a line",
-        fix="Give files of JSON lines; the message names the line.",
+        fix="Give files of JSON lines, and with `--run` a run's measured.json or what `python -m benchmarks.engines` wrote; the "
+        "message names the file, and the line.",
     ),
     Page(
         code="MP444",

@@ -47,3 +47,17 @@ def test_a_line_that_is_no_row_is_named(tmp_path: Path, text: str) -> None:
     assert isinstance(result.exception, PlanError)
     assert result.exception.diagnostics[0].code == "MP443"
     assert "rows.jsonl:2" in result.exception.diagnostics[0].message
+
+
+def test_runs_on_real_engines_stand_below_the_rows(tmp_path: Path) -> None:
+    rows, run, page = tmp_path / "rows.jsonl", tmp_path / "engines.json", tmp_path / "accuracy.md"
+    rows.write_text(json.dumps(ROW) + "\n")
+    memory = {"phase": "train", "planned_bytes": 100, "measured_bytes": 103, "error": 0.03}
+    run.write_text(json.dumps({"spec": "a-run", "planned_against_measured": {"memory": [memory], "times": []}}))
+    result = CliRunner().invoke(app, ["validate", str(rows), "--run", str(run), "--out", str(page)])
+    assert result.exit_code == 0
+    assert "| a-run | train +3.0% |" in page.read_text()
+    run.write_text("{}")
+    result = CliRunner().invoke(app, ["validate", str(rows), "--run", str(run)])
+    assert isinstance(result.exception, PlanError)
+    assert result.exception.diagnostics[0].code == "MP443"
