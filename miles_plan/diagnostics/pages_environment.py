@@ -194,8 +194,8 @@ PAGES: tuple[Page, ...] = (
         "one given with `--run` holds no comparison of a run with its plan.",
         why="An accuracy figure over half a file would be a wrong figure.",
         example="miles-plan validate rows.json      # one JSON list instead of one object a line",
-        fix="Give files of JSON lines, and with `--run` a run's measured.json or what `python -m benchmarks.engines` wrote; the "
-        "message names the file, and the line.",
+        fix="Give files of JSON lines, and with `--run` a run's measured.json or what `python -m benchmarks.engines` wrote; "
+        "the message names the file, and the line.",
     ),
     Page(
         code="MP444",
