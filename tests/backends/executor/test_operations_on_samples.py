@@ -16,7 +16,7 @@ from miles_plan.backends.executor.operations.advantage import advantages_of
 from miles_plan.backends.executor.operations.batches import assembled
 from miles_plan.backends.executor.operations.buffer import fresh_samples
 from miles_plan.backends.executor.operations.digests import digest_of_batch
-from miles_plan.backends.executor.operations.logprobs import compare_log_probs, joined_shares
+from miles_plan.backends.executor.operations.logprobs import compare_log_probs, differing_log_probs, joined_shares
 from miles_plan.backends.executor.operations.publish import check_buckets
 from miles_plan.backends.executor.operations.routing import pack_routing, routing_problems
 from miles_plan.backends.executor.operations.samples import RefusedSamplesError, joined, sample_problems, share_of_engine
@@ -191,6 +191,16 @@ def test_comparison_looks_only_at_tokens_of_the_same_weights() -> None:
     assert (found.worst_sample, found.worst_token) == (10, 3 - int(batch.response_start[batch.sample_id == 10][0]))
     log_probs[5] = np.nan
     assert compare_log_probs(batch, log_probs, 5).max_abs_diff == np.inf
+
+
+def test_a_trainer_that_repeats_itself_is_told_from_one_that_does_not() -> None:
+    batch = samples()
+    first = batch.rollout_log_probs.copy()
+    first[2] = np.nan
+    again = [replace(each, log_probs=each.log_probs.copy()) for each in shares(replace(batch, rollout_log_probs=first), 2)]
+    assert differing_log_probs(None, batch, first, *again) == 0
+    again[0].log_probs[0] = np.nextafter(again[0].log_probs[0], np.float32(-9), dtype=np.float32)
+    assert differing_log_probs(None, batch, first, *again) == 1
 
 
 @given(updates=st.integers(1, 6))

@@ -125,9 +125,9 @@ def logprobs(context: Context) -> Operation:
 
 
 def differing_log_probs(host: Any, samples: SampleBatch, first: Array, *shares: RankLogProbs) -> int:
-    """How many log-probs the trainer gives otherwise when it is asked a second time."""
+    """How many log-probs have other bits when the trainer is asked a second time; a NaN that comes again is no other."""
     again, _ = joined_shares(samples, shares)
-    return int((again != first).sum())
+    return int((again.view(np.uint32) != first.view(np.uint32)).sum())
 
 
 def _too_far(task: Logprobs, found: Comparison) -> bool:
