@@ -37,8 +37,9 @@ class PagedAttention(AttentionBackend):
         super().__init__()
         if runner.use_mla_backend or getattr(runner, "sliding_window_size", None):
             raise ValueError("the model keeps latent or windowed keys; allowed: one pool of whole keys and values")
+        # models ask the backend in use for these two, by these names
+        self.req_to_token_pool, self.token_to_kv_pool = runner.req_to_token_pool, runner.token_to_kv_pool
         self.req_to_token: torch.Tensor = runner.req_to_token_pool.req_to_token
-        self.pool = runner.token_to_kv_pool
         self.page = int(runner.page_size)
         self.longest = int(runner.model_config.context_len)
         self.shape: BatchShape | None = None
@@ -93,12 +94,15 @@ class PagedAttention(AttentionBackend):
         if layer.is_cross_attention or layer.logit_cap:
             raise ValueError("the layer attends across or caps its scores; allowed: plain causal self-attention")
         if save_kv_cache and k is not None and v is not None:
-            self.pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         shape = self.shape
         assert shape is not None
         keys, values = (
             buffer.view(-1, self.page, *buffer.shape[1:])
-            for buffer in (self.pool.get_key_buffer(layer.layer_id), self.pool.get_value_buffer(layer.layer_id))
+            for buffer in (
+                self.token_to_kv_pool.get_key_buffer(layer.layer_id),
+                self.token_to_kv_pool.get_value_buffer(layer.layer_id),
+            )
         )
         window = layer.sliding_window_size
         out = attention(
