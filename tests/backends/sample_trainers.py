@@ -127,3 +127,22 @@ def reference_on_the_host(engine: Any, options: Any, directory: Path, scratch: P
         found.append(scores)
         one.close()
     assert all((a == b).all() for a, b in zip(*found, strict=True))
+
+
+def optimizer_on_the_host(engine: Any, options: Any, directory: Path, scratch: Path) -> None:
+    """A trainer with `optimizer_offload` trains, saves and loads like one without, and holds no moments in between."""
+    found = []
+    for offload in (False, True):
+        settings = {"host_directory": scratch / str(offload), "dtype": "bfloat16", "device": "cpu"}
+        one = engine(options(model_directory=directory, optimizer_offload=offload, **settings))
+        step(one, 0)
+        one.save(scratch / f"state{offload}")
+        steps = [step(one, 0) for _ in range(2)]
+        one.load(scratch / f"state{offload}")
+        assert [step(one, 0) for _ in range(2)] == steps
+        memory = one.memory()
+        assert (memory.device_bytes["optimizer"] == 0) == offload
+        assert (memory.host_bytes.get("optimizer", 0) > 0) == offload
+        found.append((steps, one.weights_sha256()))
+        one.close()
+    assert found[0] == found[1]

@@ -121,7 +121,7 @@ class FsdpTrainEngine(ClusterTrainer):
         """
         if missing := list(missing_columns(batch, loss)):
             raise EngineError(f"train engine: the batch lacks the columns {missing}; it has {sorted(batch.columns)}")
-        self._need_resident("weights", "gradients", *(() if self.options.optimizer_offload else ("optimizer",)))
+        self._need_resident("weights", "gradients", "optimizer")
         parts = self._pack(batch, self._policy, replay_routing)
         batch_loss = BatchLoss(batch, loss)
         names, routers = list(batch_loss.metrics_of_nothing()), self._routers["policy"]
@@ -138,11 +138,8 @@ class FsdpTrainEngine(ClusterTrainer):
         found = dict(zip(names, sums.tolist(), strict=True))
         if replay_routing:
             found |= {"routing_mismatches": routers.mismatches, "routing_compared": routers.compared}
-        if self.options.optimizer_offload:
-            self.onload(["optimizer"])
-        metrics_of_step = self._optimizer.step(optimizer)
-        if self.options.optimizer_offload:
-            self.offload(["optimizer"])
+        with self._optimizer_at_hand():
+            metrics_of_step = self._optimizer.step(optimizer)
         return {**self._sum_over_ranks(found), "tokens": float(batch_loss.num_tokens), **metrics_of_step}
 
     def _copy_to_reference(self) -> None:
@@ -152,7 +149,7 @@ class FsdpTrainEngine(ClusterTrainer):
     def save(self, directory: Path) -> Sequence[str]:
         """Write masters, moments, counts, the reference and the generators in torch.distributed.checkpoint's format."""
         self._need_resident("weights", "optimizer")
-        with self._frozen_at_hand():
+        with self._optimizer_at_hand(), self._frozen_at_hand():
             return write_state(directory, self._state(), self._identity(), rank=self.rank)
 
     def load(self, directory: Path) -> None:
@@ -172,7 +169,8 @@ class FsdpTrainEngine(ClusterTrainer):
                 copy.copy_(found[f"reference/{index}"])
         prefix = "optimizer/"
         moments = {name.removeprefix(prefix): each for name, each in found.items() if name.startswith(prefix)}
-        self._optimizer.restore(moments, int(found["steps_taken"]))
+        with self._optimizer_at_hand():
+            self._optimizer.restore(moments, int(found["steps_taken"]))
         torch.set_rng_state(found["generator/cpu"])
         if self.options.device == "cuda":
             torch.cuda.set_rng_state(found["generator/cuda"])

@@ -140,7 +140,7 @@ class MegatronTrainEngine(ClusterTrainer):
         """
         if missing := list(missing_columns(batch, loss)):
             raise EngineError(f"train engine: the batch lacks the columns {missing}; it has {sorted(batch.columns)}")
-        self._need_resident("weights", "gradients", *(() if self.options.optimizer_offload else ("optimizer",)))
+        self._need_resident("weights", "gradients", "optimizer")
         parts = self._micro_batches(batch, self.config, replay_routing)
         batch_loss = BatchLoss(batch, loss)
         names = list(batch_loss.metrics_of_nothing())
@@ -156,12 +156,9 @@ class MegatronTrainEngine(ClusterTrainer):
         self._optimizer.begin()
         self._run(self._policy, self._wrapped, parts, score, temperature, forward_only=False)
         found = self._sum_over_ranks(dict(zip(names, sums.tolist(), strict=True)), replay_routing)
-        if self.options.optimizer_offload:
-            self.onload(["optimizer"])
-        metrics = {**found, "tokens": float(batch_loss.num_tokens), **self._optimizer.step(optimizer)}
-        if self.options.optimizer_offload:
-            self.offload(["optimizer"])
-        return metrics
+        with self._optimizer_at_hand():
+            metrics_of_step = self._optimizer.step(optimizer)
+        return {**found, "tokens": float(batch_loss.num_tokens), **metrics_of_step}
 
     def _copy_to_reference(self) -> None:
         for copy, (_, tensor) in zip(self._reference, self._policy.held, strict=True):
@@ -170,7 +167,7 @@ class MegatronTrainEngine(ClusterTrainer):
     def save(self, directory: Path) -> Sequence[str]:
         """Write weights, masters, moments, counts, reference and generators in torch.distributed.checkpoint's format."""
         self._need_resident("weights", "optimizer")
-        with self._frozen_at_hand():
+        with self._optimizer_at_hand(), self._frozen_at_hand():
             return write_state(directory, self._state(), self._identity(), rank=self.rank)
 
     def load(self, directory: Path) -> None:
@@ -191,7 +188,8 @@ class MegatronTrainEngine(ClusterTrainer):
                     copy.copy_(found[f"reference/{index}"])
         prefix = "optimizer/"
         states = {name.removeprefix(prefix): each for name, each in found.items() if name.startswith(prefix)}
-        self._optimizer.restore(states, found["step_counts"])
+        with self._optimizer_at_hand():
+            self._optimizer.restore(states, found["step_counts"])
         _restore_generators(found, self.options.device)
 
     def close(self) -> None:

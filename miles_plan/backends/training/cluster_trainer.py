@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -32,6 +32,11 @@ class TrainerOptions(Protocol):
     @property
     def device(self) -> str:
         """`cpu` or `cuda`."""
+        ...
+
+    @property
+    def optimizer_offload(self) -> bool:
+        """Whether masters and moments are on the device only while they are used."""
         ...
 
     @property
@@ -133,21 +138,31 @@ class ClusterTrainer(ABC):
         for part in PARTS:
             free_storage(self._tensors_of_part(part))
 
-    @contextmanager
-    def _frozen_at_hand(self) -> Iterator[None]:
+    def _frozen_at_hand(self) -> AbstractContextManager[None]:
         """The reference and the teacher on the device: for this while only where the options say so, else as they must be."""
-        if not self.options.reference_offload or not self._tensors_of_part("reference"):
-            self._need_resident("reference")
+        return self._at_hand("reference", self.options.reference_offload and bool(self._tensors_of_part("reference")))
+
+    def _optimizer_at_hand(self) -> AbstractContextManager[None]:
+        """Moments and masters on the device: for this while only where they live on the host, else as they must be."""
+        return self._at_hand("optimizer", self.options.optimizer_offload)
+
+    @contextmanager
+    def _at_hand(self, part: Part, for_this_while: bool) -> Iterator[None]:
+        if not for_this_while:
+            self._need_resident(part)
             yield
             return
-        self.onload(["reference"])
+        self.onload([part])
         try:
             yield
         finally:
-            self.offload(["reference"])
+            self.offload([part])
 
     def _need_resident(self, *parts: str) -> None:
+        """EngineError for a part that is offloaded; an optimizer that lives on the host comes when it is used."""
         for part in parts:
+            if part == "optimizer" and self.options.optimizer_offload:
+                continue
             if self._host.is_parked(part) or any(
                 tensor.numel() and not tensor.untyped_storage().nbytes() for tensor in self._tensors_of_part(part)
             ):

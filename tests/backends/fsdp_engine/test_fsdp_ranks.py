@@ -19,6 +19,7 @@ from tests.backends.sample_trainers import (
     MOE_LAYERS,
     in_batch_order,
     measure,
+    optimizer_on_the_host,
     random_batch,
     reference_on_the_host,
     step,
@@ -98,6 +99,10 @@ def test_bfloat16_trains_on_float32_masters(checkpoints, tmp_path):
     assert found["steps"][1]["loss"] < found["steps"][0]["loss"]
     assert all(tensor.element_size() == 4 for tensor in engine._tensors_of_part("weights"))
     engine.close()
+
+
+def test_an_optimizer_on_the_host_is_saved_like_one_on_the_device(checkpoints, tmp_path):
+    optimizer_on_the_host(FsdpTrainEngine, FsdpEngineOptions, checkpoints / "dense", tmp_path)
 
 
 def test_a_reference_on_the_host_scores_and_is_saved_like_one_on_the_device(checkpoints, tmp_path):

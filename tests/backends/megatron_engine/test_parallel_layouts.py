@@ -19,6 +19,7 @@ from tests.backends.sample_trainers import (
     MOE_LAYERS,
     in_batch_order,
     measure,
+    optimizer_on_the_host,
     random_batch,
     reference_on_the_host,
     step,
@@ -153,6 +154,13 @@ def test_bfloat16_trains_on_float32_masters_that_may_live_on_the_host(checkpoint
     assert parked.device_bytes["optimizer"] == 0
     for engine in engines:
         engine.close()
+
+
+def test_an_optimizer_on_the_host_is_saved_like_one_on_the_device(checkpoints, tmp_path):
+    cuda_stand_ins.need_megatron()
+    from miles_plan.backends.megatron_engine.train_engine import MegatronTrainEngine
+
+    optimizer_on_the_host(MegatronTrainEngine, MegatronEngineOptions, checkpoints / "tied", tmp_path)
 
 
 def test_a_reference_on_the_host_scores_and_is_saved_like_one_on_the_device(checkpoints, tmp_path):
