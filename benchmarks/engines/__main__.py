@@ -26,6 +26,10 @@ from miles_plan.backends.executor.device_memory import visible_gpus
 NO_SAVES = ("checkpoint.every_steps=1000",)
 SHORT = ("warm_start.steps=40", "algorithm.steps=8", *NO_SAVES)
 LEARNING = ("warm_start.steps=300", "algorithm.steps=50", *NO_SAVES)
+FEW_LONG = (
+    "algorithm.steps=4", "rollout.response_tokens.max=512", "rollout.response_tokens.mean=512", "rollout.response_tokens.p99=512",
+    "train.tokens_per_gpu=16384", *NO_SAVES,
+)  # fmt: skip
 EXACT_ENVIRONMENT = {"NCCL_ALGO": "Ring", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
 
 
@@ -47,10 +51,11 @@ CASES = {
     "disaggregated": Case("gpu_grpo_0_6b_disaggregated", SHORT, 220, gpus=2),
     "fsdp2": Case("gpu_grpo_0_6b_fsdp2", SHORT, 240),
     "larger": Case("gpu_grpo_1_7b_colocated", SHORT, 260),
-    "long": Case("gpu_grpo_1_7b_long_responses", ("algorithm.steps=3", *NO_SAVES), 330),
+    "long": Case("gpu_grpo_1_7b_long_responses", ("precision.alignment=off", *FEW_LONG), 330),
+    "long_exact": Case("gpu_grpo_1_7b_long_responses", ("precision.alignment=exact", *FEW_LONG), 330, exact=True),
     "moe": Case("gpu_grpo_moe_replay", SHORT, 300),
-    "moe_exact": Case("gpu_grpo_moe_exact", SHORT, 330, exact=True),
-    "exact_tp": Case("gpu_grpo_0_6b_exact_rollout_tp1_train_tp2", SHORT, 330, gpus=2, exact=True),
+    "moe_exact": Case("gpu_grpo_moe_exact", ("warm_start.steps=40", "algorithm.steps=50", *NO_SAVES), 420, exact=True),
+    "exact_tp": Case("gpu_grpo_0_6b_exact_rollout_tp1_train_tp2", LEARNING, 420, gpus=2, exact=True),
     "four": Case("gpu_grpo_0_6b_4_gpus", SHORT, 240, gpus=4),
 }
 BRINGUP = "bringup"

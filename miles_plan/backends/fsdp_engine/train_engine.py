@@ -26,6 +26,7 @@ from miles_plan.backends.fsdp_engine.sharded_adam import ShardedAdam
 from miles_plan.backends.training.agreement import open_process_group, raise_together
 from miles_plan.backends.training.batch_loss import BatchLoss, missing_columns
 from miles_plan.backends.training.cluster_trainer import ClusterTrainer
+from miles_plan.backends.training.device_allocator import use_expandable_segments
 from miles_plan.backends.training.host_store import HostStore
 from miles_plan.backends.training.micro_batches import micro_batches_of_rank
 from miles_plan.backends.training.packed_samples import (
@@ -57,6 +58,7 @@ class FsdpTrainEngine(ClusterTrainer):
     def __init__(self, options: FsdpEngineOptions, *, rank: int = 0, rendezvous: str | None = None) -> None:
         self.options, self.rank = options, rank
         self._owns_group = not dist.is_initialized()
+        use_expandable_segments(options.device)
         open_process_group(options.layout.world_size, rank, rendezvous, device=options.device)
         torch.manual_seed(options.seed)
         self._dtype: torch.dtype = getattr(torch, options.dtype)

@@ -31,6 +31,7 @@ from miles_plan.backends.training.agreement import raise_together
 from miles_plan.backends.training.batch_loss import BatchLoss, missing_columns
 from miles_plan.backends.training.cluster_trainer import ClusterTrainer
 from miles_plan.backends.training.decoder_config import DecoderConfig, read_config
+from miles_plan.backends.training.device_allocator import use_expandable_segments
 from miles_plan.backends.training.host_store import HostStore
 from miles_plan.backends.training.packed_samples import batch_problems
 from miles_plan.backends.training.scores import SumOverGroup, VocabParallelScores
@@ -74,6 +75,7 @@ class MegatronTrainEngine(ClusterTrainer):
         self.arguments = _checked_arguments(self.config, options)
         self.rank, self.place = rank, place_of_rank(options.layout, rank)
         self._owns_groups = not dist.is_initialized()
+        use_expandable_segments(options.device)
         model.open_groups(options, self.arguments, rank, rendezvous)
         self._policy = self._build(options.model_directory, self.config, self.arguments)
         self._wrapped, self._optimizer = self._wrap()

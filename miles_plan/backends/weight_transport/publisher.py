@@ -15,6 +15,7 @@ from torch import Tensor
 
 from miles_plan.backends.engine import BucketLayout, DeviceBucket, EngineError, WeightBucket, WeightTensor
 from miles_plan.backends.training.agreement import raise_together
+from miles_plan.backends.training.device_allocator import native_segments
 from miles_plan.backends.training.exported_checkpoint import digest, digest_of_model, make_aside, write_aside
 from miles_plan.backends.weight_transport.shared_memory import BucketPlan, SharedMemoryWriter, plan_buckets
 
@@ -68,7 +69,8 @@ class WeightPublisher:
     def stream(self, bucket_bytes: int) -> Iterator[DeviceBucket]:
         """The buckets in device memory, whole on every rank, one staging buffer for all; in step with the other ranks."""
         layouts = self.layout(bucket_bytes)
-        staging = torch.empty(max(each.size_bytes for each in layouts), dtype=torch.uint8, device=self.device)
+        with native_segments(self.device):
+            staging = torch.empty(max(each.size_bytes for each in layouts), dtype=torch.uint8, device=self.device)
         for each in layouts:
             flat = staging[: each.size_bytes].zero_()
             self.fill(flat, _views(flat, each))

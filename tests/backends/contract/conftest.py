@@ -32,7 +32,7 @@ SIZES: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,
+    "head_dim": 64,  # the least that every engine rotates
     "max_position_embeddings": 64,
     "initializer_range": 0.3,
     "eos_token_id": 2,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from miles_plan.backends.executor.actors import Actor
-from miles_plan.backends.executor.device_memory import DeviceMemoryError, device_memory, visible_gpus, watched
+from miles_plan.backends.executor.device_memory import SAMPLE_S, DeviceMemoryError, device_memory, visible_gpus, watched
 
 DRIVER = Path("/proc/driver/nvidia").exists()
 
@@ -38,6 +39,7 @@ def test_what_a_tensor_takes_is_seen_while_it_lives() -> None:
     before = device_memory(gpu).used_bytes
     with watched(gpu) as peak:
         held = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+        time.sleep(10 * SAMPLE_S)
         del held
         torch.cuda.empty_cache()
     assert peak.used_bytes - before >= 1 << 30
