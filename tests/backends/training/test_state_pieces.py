@@ -56,6 +56,7 @@ def test_pieces_are_whole_rows_and_cover_every_one_once(rows: int, columns: int,
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpus_state_passes_through_few_host_buffers(tmp_path: Path) -> None:
     state = {f"w{index}": torch.randn(40_000_000, device="cuda") for index in range(4)}
     write_state(tmp_path / "state", state, {}, rank=0)
