@@ -19,6 +19,9 @@ CUBLAS_WORKSPACE_BYTES = 96 * _MIB
 """Workspaces Transformer Engine and cuBLAS keep after the first step on Hopper (measured: 100,666,368 bytes)."""
 GROUPED_GEMM_WORKSPACE_BYTES = 175 * _MIB
 """What the first grouped GEMM adds and keeps (measured: 183,500,800 bytes)."""
+LIBRARIES_BYTES = 1408 * _MIB
+"""Kernels and handles that Megatron-core, Transformer Engine and cuBLAS load into a bare context: of the 2,812 MiB that a
+trainer held on an H200 with all states away, what context, scratch and workspaces leave (process_memory_h200.json)."""
 
 
 EAGER_LOSS_BYTES, PARALLEL_LOSS_BYTES = 12.0, 18.0
@@ -83,7 +86,7 @@ def megatron_terms(
         scratch = _dummy_gradient_bytes(model, columns, options)
     terms["weight-gradient scratch"] = scratch
     terms["workspace"] = np.full(shape, float(CUBLAS_WORKSPACE_BYTES + (GROUPED_GEMM_WORKSPACE_BYTES if model.moe else 0)))
-    return terms | pool | outside_terms(terms, columns, profile)
+    return terms | pool | outside_terms(terms, columns, profile, loaded_bytes=LIBRARIES_BYTES)
 
 
 def _dummy_gradient_bytes(model: ModelArchitecture, columns: LayoutColumns, options: TrainMemoryOptions) -> Floats:

@@ -13,6 +13,8 @@ from miles_plan.cost.rollout_shard import WEIGHT_BYTES, cache_bytes_per_token, r
 from miles_plan.ir.layout import RolloutLayout
 
 _GIB = 1 << 30
+SLEEPING_BYTES = 0.25 * _GIB
+"""What a sleeping engine holds beside context and graphs (1,270 MiB in all of a 1.7B engine, process_memory_h200.json)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +48,8 @@ class RolloutMemory:
 
     pool_tokens: tokens the cache of one engine holds over its attention data-parallel ranks, 0 = it does not start;
     headroom_bytes: what is left of the non-static share after graphs and activations, negative = fails at run time;
-    asleep_bytes: what stays when it sleeps: with torch_memory_saver its graphs and what its allocator holds of activations
-    (2.4 to 2.8 GB of a 0.6B engine: what a GPU held beside the trainer's known part). Nothing goes to the
-    host: weights come anew with the sync.
+    asleep_bytes: what stays when it sleeps: with torch_memory_saver its context and its graphs. Nothing goes to the host:
+    weights come anew with the sync.
     """
 
     weight_bytes: float
@@ -115,7 +116,7 @@ def rollout_memory(
         outside_bytes=outside,
         headroom_bytes=headroom,
         awake_bytes=around(awake, 0.04, "calibrated", (Term(name, value) for name, value in terms.items())),
-        asleep_bytes=outside + graphs + activations + (0.25 * _GIB if options.saver else pool + weights),
+        asleep_bytes=outside + graphs + (SLEEPING_BYTES if options.saver else activations + pool + weights),
     )
 
 

@@ -80,14 +80,17 @@ def host_bytes(model: ModelArchitecture, columns: LayoutColumns, options: TrainM
     return moved + swapped
 
 
-def outside_terms(terms: dict[str, Floats], columns: LayoutColumns, profile: HardwareProfile) -> dict[str, Floats]:
-    """What the driver reports besides the allocator: context, communicators, fragmentation."""
+def outside_terms(
+    terms: dict[str, Floats], columns: LayoutColumns, profile: HardwareProfile, *, loaded_bytes: float = 0.0
+) -> dict[str, Floats]:
+    """What the driver reports besides the allocator: context, what libraries load into it, communicators, fragmentation."""
     allocated = sum_terms(terms)
     groups = 1.0 + (columns.tp > 1) + (columns.cp > 1) + 2.0 * (columns.ep > 1) + 1.0 * (columns.pp > 1)
     world = columns.tp * columns.cp * columns.dp * columns.pp
     communicators = np.where(world > 1, profile.communicator_bytes + (groups - 1) * profile.next_communicator_bytes, 0.0)
     return {
         "cuda context": np.full(allocated.shape, profile.context_bytes),
+        "libraries": np.full(allocated.shape, loaded_bytes),
         "communicators": communicators[:, None] * np.ones(allocated.shape),
         "fragmentation": allocated * FRAGMENTATION,
     }

@@ -49,6 +49,11 @@ class MemoryBreakdown:
     device_bytes: Interval
     host_bytes: float
 
+    @property
+    def asleep_bytes(self) -> float:
+        """What stays when all states are away."""
+        return sum(term.value for term in (*self.terms, *self.outside_terms) if term.name in ASLEEP)
+
     def needed_bytes(self, expandable_segments: bool) -> float:
         """The conservative end: what a GPU must offer for the run not to run out.
 
@@ -100,7 +105,9 @@ def train_memory(
     )
 
 
-OUTSIDE = frozenset({"cuda context", "communicators", "graph pool", "fragmentation"})
+OUTSIDE = frozenset({"cuda context", "libraries", "communicators", "graph pool", "fragmentation"})
+ASLEEP = OUTSIDE - {"fragmentation"} | {"weight-gradient scratch", "workspace"}
+"""What a trainer keeps on its GPU when all of its states are away."""
 STATIC = (
     "parameters",
     "gradients",

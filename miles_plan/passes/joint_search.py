@@ -25,7 +25,6 @@ from miles_plan.ir.tasks import Transport
 from miles_plan.passes.base import PassContext
 from miles_plan.passes.layout_space import ANY_SIZES, Sizes
 from miles_plan.passes.number_formats import COST_PRECISION
-from miles_plan.passes.pair_memory import SLEEPING_TRAINER_BYTES
 from miles_plan.passes.pair_prices import (
     TRANSPORTS,
     open_transports,
@@ -364,16 +363,6 @@ def nondominated(points: Iterable[JointChoice]) -> list[JointChoice]:
         if not any(o.gpu_hours <= point.gpu_hours and o.headroom_level >= point.headroom_level for o in kept):
             kept.append(point)
     return kept
-
-
-def sleeping_trainer_bytes(ctx: PassContext, choice: TrainChoice) -> float:
-    """What a trainer that has offloaded everything keeps on a GPU: context, communicators, and what is not static in them.
-
-    Nothing, for the embedded engine: it has neither.
-    """
-    if ctx.job.train.engine == "torch":
-        return 0.0
-    return max(0.0, min(choice.peak_bytes - choice.static_bytes, SLEEPING_TRAINER_BYTES))
 
 
 def beaten_by(points: Sequence[JointChoice], num_gpus: int, step_s: Floats, levels: NDArray[np.intp]) -> NDArray[np.bool_]:

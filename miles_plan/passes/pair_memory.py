@@ -17,7 +17,7 @@ from miles_plan.cost.columns import Floats
 from miles_plan.cost.rollout_memory import RolloutMemory
 from miles_plan.passes.base import PassContext
 from miles_plan.passes.placements import Split
-from miles_plan.passes.sync_price import bucket_size_bytes
+from miles_plan.passes.sync_price import staging_bytes
 from miles_plan.passes.train_choices import usable_bytes
 from miles_plan.passes.train_prices import PriceRows
 from miles_plan.passes.workload import StepWorkload
@@ -26,7 +26,6 @@ GIB = 1 << 30
 HOST_SHARE = 0.90  # the rest is the operating system's, Ray's object store's and the page cache's
 PROCESS_BYTES, EMBEDDED_PROCESS_BYTES = 3 * GIB, 768 << 20  # of one rank on its host
 SAVE_STAGING_BYTES = 4 * GIB  # what a rank of a cluster engine copies to its host at a time while it writes a checkpoint
-SLEEPING_TRAINER_BYTES = 4.0 * GIB  # the most that a trainer whose states have left keeps on a GPU
 SAMPLE_TOKEN_BYTES = 16  # token id, log-probs, version
 
 
@@ -53,7 +52,7 @@ def pair_memory(
     shape = (len(rows), len(engines))
     headroom = np.broadcast_to((capacity - rows.peak_bytes)[:, None], shape)
     sleeping = np.zeros(shape, dtype=bool)
-    bucket = bucket_size_bytes(ctx)
+    bucket = staging_bytes(ctx)
     between = (rows.static_bytes + rows.outside_bytes + bucket)[:, None]
     if split.kind == "disaggregate":
         engines_fit = np.array([_engines_sync(ctx, split, each) for each in engines], dtype=bool)[None]
@@ -61,23 +60,23 @@ def pair_memory(
         return PairMemory(fits=(headroom >= 0) & (transitions | training_only), headroom_bytes=headroom, sleeping=sleeping)
     awake = np.array([each.awake_bytes.mid for each in engines])[None]
     asleep = np.array([each.asleep_bytes for each in engines])[None]
-    weights = np.array([each.weight_bytes + each.outside_bytes for each in engines])[None]
+    weights = np.array([each.weight_bytes + each.asleep_bytes for each in engines])[None]
     sleeping = ~(_embedded(ctx) & (headroom >= awake))  # SGLang sizes itself to all of a GPU
     headroom = headroom - np.where(sleeping, asleep, awake)
-    left = (rows.weight_bytes + residues_bytes(ctx, rows) + bucket)[:, None]  # gradients and optimizer leave before the sync
+    left = (rows.weight_bytes + rows.outside_bytes + bucket)[:, None]  # gradients and optimizer leave before the sync
     transitions = np.where(sleeping, left + weights, between + awake) <= capacity
     transitions = transitions & _hosts_fit(ctx, split, workload, rows, sleeping)
     return PairMemory(fits=(headroom >= 0) & (transitions | training_only), headroom_bytes=headroom, sleeping=sleeping)
 
 
 def residues_bytes(ctx: PassContext, rows: PriceRows) -> Floats:
-    """What each row's trainer keeps on a GPU when its states have left: context, communicators, the allocator's own; [n].
+    """What each row's trainer keeps on a GPU when its states have left: context, libraries, communicators, scratch; [n].
 
     Nothing, for the embedded engine: it has neither.
     """
     if ctx.job.train.engine == "torch":
         return np.zeros(len(rows))
-    return np.clip(rows.peak_bytes - rows.static_bytes, 0.0, SLEEPING_TRAINER_BYTES)
+    return rows.asleep_bytes
 
 
 def _embedded(ctx: PassContext) -> bool:
@@ -87,7 +86,7 @@ def _embedded(ctx: PassContext) -> bool:
 def _engines_sync(ctx: PassContext, split: Split, engine: RolloutMemory) -> bool:
     """Whether engines on GPUs of their own have room for a bucket."""
     capacity = min(usable_bytes(group) for group in split.rollout.cluster.groups)
-    return engine.awake_bytes.mid + bucket_size_bytes(ctx) <= capacity
+    return engine.awake_bytes.mid + staging_bytes(ctx) <= capacity
 
 
 def _hosts_fit(

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from miles_plan.catalog.gpus import Cluster
 from miles_plan.cost.rollout_memory import RolloutMemory, rollout_memory
-from miles_plan.cost.train_memory import MemoryBreakdown, train_memory
+from miles_plan.cost.train_memory import ASLEEP, MemoryBreakdown, train_memory
 from miles_plan.diagnostics import Diagnostic
 from miles_plan.ir.graph import Fact, TaskGraph
 from miles_plan.ir.group import DeviceGroup
@@ -35,11 +35,11 @@ from miles_plan.ir.tasks import (
     WeightSync,
 )
 from miles_plan.passes.base import Outcome, Pass, PassContext
-from miles_plan.passes.joint_search import sleeping_trainer_bytes
 from miles_plan.passes.nothing_fits import way_out
 from miles_plan.passes.pair_memory import EMBEDDED_PROCESS_BYTES, HOST_SHARE, PROCESS_BYTES, SAVE_STAGING_BYTES
 from miles_plan.passes.placements import cluster_of_span
 from miles_plan.passes.rollout_choices import embedded_memory, rollout_memory_options
+from miles_plan.passes.sync_price import staging_bytes
 from miles_plan.passes.train_choices import MARGIN_FRACTION, chosen_train, fed, memory_options, usable_bytes
 from miles_plan.passes.workload import StepWorkload, step_workload
 
@@ -114,8 +114,8 @@ def _residents(graph: TaskGraph, ctx: PassContext) -> Residents:
     train = train_memory(ctx.model, layout, options, profile)
     scoring = train_memory(ctx.model, layout, replace(options, forward_only=True), profile)
     teacher = train_memory(ctx.teacher, layout, replace(options, forward_only=True, reference="none")) if ctx.teacher else None
-    sized = replace(choice, peak_bytes=train.device_bytes.mid, static_bytes=train.static_bytes)
-    residue = int(sleeping_trainer_bytes(ctx, sized))
+    embedded = ctx.job.train.engine == "torch"
+    residue = 0 if embedded else int(train.asleep_bytes)
     rollout_group = next((each for each in graph.groups if each.role == "rollout"), None)
     colocated = rollout_group is not None and rollout_group.shares_gpus_with(group)
     rollout = _rollout_memory(ctx, rollout_group, workload, residue if colocated else 0)
@@ -126,9 +126,9 @@ def _residents(graph: TaskGraph, ctx: PassContext) -> Residents:
         teacher=teacher,
         rollout=rollout,
         colocated=colocated,
-        embedded=ctx.job.train.engine == "torch",
+        embedded=embedded,
         sleeping_train_bytes=residue,
-        bucket_bytes=sync.bucket_bytes if sync else 0,
+        bucket_bytes=staging_bytes(ctx) if sync else 0,
         samples_bytes=_samples_bytes(graph, workload),
         train_ranks_per_node=_ranks_per_node(ctx, group),
         rollout_ranks_per_node=_ranks_per_node(ctx, rollout_group) if rollout_group else 0,
@@ -243,8 +243,7 @@ def _gpu_phases(graph: TaskGraph, residents: Residents, role: str, *, both: bool
     trains, generates = role == "train", role == "rollout" or both
     awake, asleep = _engine_terms(residents, awake=True), _engine_terms(residents, awake=False)
     static = _trainer_terms(residents, "static")
-    # A sleeping trainer's memory is torch_memory_saver's, which cannot grow segments in place: more of it may be lost.
-    needed = residents.train.needed_bytes(expandable_segments=residents.embedded or not sleeping)
+    needed = residents.train.needed_bytes(expandable_segments=True)  # as this package's trainers take their memory
     lost = max(0, int(needed - residents.train.device_bytes.high))
     put_away = (_term("asleep", "train", residents.sleeping_train_bytes),)
     if generates and residents.rollout is not None:
@@ -262,9 +261,9 @@ def _gpu_phases(graph: TaskGraph, residents: Residents, role: str, *, both: bool
         yield _phase("train", "train", (*_trainer_terms(residents, "peak"), *beside), spread=0.04, more=lost)
     if residents.rollout is not None:
         bucket = (_term("sync bucket", role, residents.bucket_bytes),)
-        weights = (_term("weights", "rollout", int(residents.rollout.weight_bytes + residents.rollout.outside_bytes)),)
+        weights = (_term("weights", "rollout", int(residents.rollout.weight_bytes)),)
         if both and sleeping:
-            kept = (*_trainer_terms(residents, "sync"), *put_away)
+            kept = (*_trainer_terms(residents, "sync"), *put_away, *asleep)
             yield _phase("sync", "weight_sync", (*kept, *weights, *bucket), spread=0.04)
         elif both:
             yield _phase("sync", "weight_sync", (*static, *awake, *bucket), spread=0.04)
@@ -301,6 +300,7 @@ BETWEEN_STEPS = (
     "draft",
     "draft states",
     "cuda context",
+    "libraries",
     "communicators",
 )
 
@@ -310,7 +310,7 @@ def _trainer_terms(residents: Residents, moment: str) -> tuple[MemoryTerm, ...]:
     weights after its states have left ("sync"), beside which lies what a sleeping trainer keeps."""
     terms = (*residents.train.terms, *residents.train.outside_terms)
     if moment in ("static", "sync"):
-        left = ("gradients", "optimizer", "draft states", "cuda context", "communicators") if moment == "sync" else ()
+        left = ("gradients", "optimizer", "draft states", *ASLEEP) if moment == "sync" else ()
         terms = tuple(term for term in terms if term.name in BETWEEN_STEPS and term.name not in left)
     elif moment == "forward":
         passing = tuple(term for term in residents.scoring.terms if term.name not in BETWEEN_STEPS)

@@ -34,7 +34,7 @@ from miles_plan.passes.workload import StepWorkload
 from miles_plan.spec.rollout import RolloutLayoutSpec
 
 MAX_RUNNING = 512  # requests of one engine; beyond it SGLang's scheduler and CUDA graphs stop paying
-GRAPH_BATCH = 256
+GRAPH_BATCH = MAX_RUNNING  # a batch beyond its CUDA graphs waits for the host at every kernel
 PREFILL_TOKENS = 8192  # SGLang's chunked_prefill_size on an 80 GB GPU and up
 EMBEDDED_POOL_TOKENS = 65_536  # an embedded engine's cache is sized by what the batch needs, at most this
 # Python's share of one decode step of the embedded engine: scheduling, sampling, routing records, for about a hundred requests
@@ -337,14 +337,16 @@ def rollout_memory_options(
     if embedded:
         kv_bytes = 8.0
 
+    running = running_limit(ctx, workload, layout)
+
     def options(fraction: float) -> RolloutMemoryOptions:
         return RolloutMemoryOptions(
             weight_precision=ROLLOUT_PRECISION[ctx.job.precision.rollout],
             kv_bytes=kv_bytes,
             mem_fraction_static=fraction,
             prefill_tokens=min(PREFILL_TOKENS, int(workload.total_tokens) + 1) if embedded else PREFILL_TOKENS,
-            max_running=running_limit(ctx, workload, layout),
-            graph_batch=0 if embedded else GRAPH_BATCH,
+            max_running=running,
+            graph_batch=0 if embedded else min(running, GRAPH_BATCH),
             resident_bytes=resident_bytes + MARGIN_FRACTION * gpu.usable_bytes,
             draft=draft_of(ctx.model, speculative.method) if speculative != "off" else None,
         )

@@ -16,12 +16,21 @@ from miles_plan.passes.train_choices import trained_draft_params
 MIB = 1 << 20
 # Miles' --update-weight-buffer-size default; the embedded engines' models are small, so that several buckets are exercised.
 BUCKET_BYTES = {"torch": 4 * MIB, "megatron": 512 * MIB, "fsdp2": 512 * MIB}
+CHECKSUM_BYTES = 96 * MIB  # words, their places and products, a chunk at a time (`backends.weight_transport.cuda_ipc`)
 
 
 def bucket_size_bytes(ctx: PassContext) -> int:
     """The spec's bucket, or the trainer engine's usual one."""
     asked = ctx.job.weight_sync.bucket_mib
     return BUCKET_BYTES[ctx.job.train.engine] if asked == "auto" else asked * MIB
+
+
+def staging_bytes(ctx: PassContext) -> int:
+    """What a bucket takes on a GPU: the embedding gets one of its own where it is larger, and checksums need room beside it."""
+    if ctx.job.train.engine == "torch":
+        return bucket_size_bytes(ctx)
+    embedding = ctx.model.vocab_size * ctx.model.hidden_size * 2
+    return max(bucket_size_bytes(ctx), embedding) + CHECKSUM_BYTES
 
 
 def sync_price(

@@ -55,7 +55,8 @@ GRADIENT_BYTES = {"fp32": 4.0, "bf16": 2.0}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainChoice:
-    """One priced way to train. Seconds are of one optimizer step's tokens times `updates`; bytes are of the fullest rank."""
+    """One priced way to train. Seconds are of one optimizer step's tokens times `updates`; bytes are of the fullest rank,
+    `asleep_bytes` what it keeps on its GPU when all states are away."""
 
     layout: TrainLayout
     recompute: Recompute
@@ -65,6 +66,7 @@ class TrainChoice:
     log_prob_s: float
     peak_bytes: float
     static_bytes: float
+    asleep_bytes: float
     host_bytes: float
 
 
@@ -83,6 +85,7 @@ def chosen_train(graph: TaskGraph) -> TrainChoice:
         log_prob_s=0.0,
         peak_bytes=0.0,
         static_bytes=0.0,
+        asleep_bytes=0.0,
         host_bytes=0.0,
     )
 
@@ -115,6 +118,7 @@ def _choice(layouts: Sequence[TrainLayout], rows: PriceRows, at: int) -> TrainCh
         log_prob_s=float(rows.log_prob_s[at]),
         peak_bytes=float(rows.peak_bytes[at]),
         static_bytes=float(rows.static_bytes[at]),
+        asleep_bytes=float(rows.asleep_bytes[at]),
         host_bytes=float(rows.host_bytes[at]),
     )
 

@@ -19,7 +19,7 @@ from miles_plan.catalog.architecture import ModelArchitecture
 from miles_plan.cost.columns import Floats, LayoutColumns, group_layouts, microbatches_in_flight, stage_kinds
 from miles_plan.cost.communication import Links
 from miles_plan.cost.state_memory import FRAGMENTATION, host_bytes, sum_terms
-from miles_plan.cost.train_memory import OUTSIDE, STATIC, stage_terms
+from miles_plan.cost.train_memory import ASLEEP, OUTSIDE, STATIC, stage_terms
 from miles_plan.cost.train_options import TrainMemoryOptions
 from miles_plan.cost.train_time import TrainTimeOptions, TrainWorkload, fed_tokens, train_step_columns
 from miles_plan.ir.layout import Recompute, TrainLayout
@@ -62,7 +62,7 @@ class PriceRows:
     `point` numbers a layout with its budget among those that are priced together.
 
     Bytes are of the fullest rank: at the peak of a step, allocated between steps, the same without gradients and
-    optimizer, outside the allocator (context and communicators), and on the host.
+    optimizer, outside the allocator (context and communicators), with all states away, and on the host.
     """
 
     point: NDArray[np.intp]
@@ -76,6 +76,7 @@ class PriceRows:
     static_bytes: Floats
     weight_bytes: Floats
     outside_bytes: Floats
+    asleep_bytes: Floats
     host_bytes: Floats
 
     def __len__(self) -> int:
@@ -205,6 +206,7 @@ class _Group:
         fed = fed_tokens(self.job.workload, tokens, self.columns.dp[at], self.columns.cp[at])
         first = self._terms(PROBE_TOKENS, self.job.recomputes[0], self.job.offloads[0])
         outside = sum_terms({name: first[name] for name in OUTSIDE - {"fragmentation"} if name in first}) + self._nothing()
+        asleep = sum_terms({name: first[name] for name in ASLEEP if name in first}) + self._nothing()
         fragmented = 1.0 + (FRAGMENTATION if "fragmentation" in first else 0.0)
         states = [self._states(offload, first) for offload in self.job.offloads]
         parts = []
@@ -225,6 +227,7 @@ class _Group:
                         static_bytes=static[at, stage],
                         weight_bytes=weights[at, stage],
                         outside_bytes=outside[at, stage],
+                        asleep_bytes=asleep[at, stage],
                         host_bytes=host[at, stage],
                     )
                 )

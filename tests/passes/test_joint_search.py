@@ -14,7 +14,6 @@ from miles_plan.ir.tasks import Transport
 from miles_plan.passes import joint_search
 from miles_plan.passes.base import PassContext
 from miles_plan.passes.joint_search import search_jointly
-from miles_plan.passes.pair_memory import SLEEPING_TRAINER_BYTES
 from miles_plan.passes.pair_prices import open_transports, sync_s, train_part_s
 from miles_plan.passes.placements import Split, splits
 from miles_plan.passes.rollout_choices import RolloutChoice, search_rollout, size_engines
@@ -55,7 +54,7 @@ def every_point(ctx: PassContext, workload: StepWorkload) -> Iterator[Point]:
         trainers = list(search_train(ctx, split.train.cluster, split.train_gpus, workload).choices)
         if not trainers:
             continue
-        residue = max(min(each.peak_bytes - each.static_bytes, SLEEPING_TRAINER_BYTES) for each in trainers)
+        residue = max(each.asleep_bytes for each in trainers)
         beside = residue if split.kind == "colocate" else 0.0
         engines = search_rollout(ctx, split.rollout.cluster, split.rollout_gpus, workload, resident_bytes=beside).choices
         for train in trainers:

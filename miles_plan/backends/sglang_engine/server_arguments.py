@@ -18,7 +18,7 @@ from miles_plan.ir.tasks import Logprobs, Rollout
 
 RECEIVER = "miles_plan.backends.sglang_engine.receive.take_bucket"
 CHUNKED_PREFILL_TOKENS = 8192  # the chunk that the memory plan counts activations for (`passes.rollout_choices`)
-GRAPH_BATCH = 256  # the largest decode batch that the memory plan counts CUDA graphs for
+GRAPH_BATCH = 512  # the largest decode batch that the memory plan counts CUDA graphs for (`passes.rollout_choices`)
 DTYPES: Mapping[str, str] = {"bf16": "bfloat16", "fp32": "float32", "fp8_blockwise": "bfloat16", "mxfp8": "bfloat16"}
 QUANTIZATION: Mapping[str, str | None] = {"bf16": None, "fp32": None, "fp8_blockwise": "fp8", "mxfp8": "mxfp8"}
 KV_CACHE: Mapping[str, str] = {"auto": "auto", "bf16": "bf16", "fp8": "fp8_e4m3"}
