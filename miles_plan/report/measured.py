@@ -38,7 +38,7 @@ class PhaseMemory:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskTime:
     """A task of a loop, or a whole step of it. first_s: its first run, in which kernels are compiled; median_s: of the others,
-    where there are any."""
+    where there are any, and of a step of those that saved nothing."""
 
     loop: str
     task: str
@@ -108,9 +108,13 @@ def _times(record: RunRecord) -> Iterator[TaskTime]:
 
 
 def _whole_step(record: RunRecord, loop: str) -> Iterator[TaskTime]:
-    took = list(iteration_times(record, loop).values())
+    times = iteration_times(record, loop)
+    took = list(times.values())
     planned = next(each for each in loop_schedules(record.plan) if each.loop.name == loop)
-    # The median step has no rare task in it, as `usual_s` has none; where steps overlap, the steady state is shorter than one.
+    # Steps with a rare task are left out, as `usual_s` has none; where steps overlap, the steady state is shorter than one.
+    rare = {each.task.name for each in planned.runs if each.task.every > 1}
+    held_up = {run.iteration for run in record.runs if run.loop == loop and run.task in rare}
+    usual = [seconds for iteration, seconds in list(times.items())[1:] if iteration not in held_up]
     planned_s = min(planned.usual_s, planned.iteration_s)
     if took and planned_s > 0:
         yield TaskTime(
@@ -119,7 +123,7 @@ def _whole_step(record: RunRecord, loop: str) -> Iterator[TaskTime]:
             planned_s=planned_s,
             low_s=min(planned.low_s, planned_s),
             high_s=max(planned.high_s, planned_s),
-            median_s=median(took[1:] or took),
+            median_s=median(usual or took[1:] or took),
             first_s=took[0],
             runs=len(took),
         )
