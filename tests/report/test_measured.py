@@ -65,10 +65,10 @@ def test_a_whole_step_is_held_against_the_plans_step_time(run: Path) -> None:
 def test_a_step_that_saves_is_not_a_usual_step(run: Path) -> None:
     record = read_run(run)
     last = max(each.iteration for each in record.runs if each.loop == "rl")
-    save = next(each for each in record.runs if each.task == "checkpoint" and each.iteration == last)
-    slow = [replace(each, end_s=each.end_s + 1000.0) if each is save else each for each in record.runs]
+    runs = [each for each in record.runs if each.task not in RARE or each.iteration == last]
+    slow = [replace(each, end_s=each.end_s + 1000.0) if each.task == "checkpoint" else each for each in runs]
     rows = {row.loop: row for row in measured(replace(record, runs=tuple(slow))).times if row.task == WHOLE_STEP}
-    assert rows["rl"].median_s < 100.0
+    assert rows["rl"].median_s < 500.0
 
 
 def test_what_was_not_measured_is_not_compared(run: Path) -> None:
