@@ -12,7 +12,7 @@ from .overlap import begin, overlap
 from .toolchain import jit, tl
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-BLOCK = 1024
+BLOCK = 2048
 
 
 @jit
@@ -78,7 +78,7 @@ def _forward(x: torch.Tensor) -> torch.Tensor:
     y = torch.empty(rows.shape[0], width, device=x.device, dtype=x.dtype)
     if y.numel():
         swiglu_kernel[(rows.shape[0], -(-width // BLOCK))](
-            rows, y, rows.stride(0), WIDTH=width, BLOCK=BLOCK, num_warps=4, **overlap(x.device),
+            rows, y, rows.stride(0), WIDTH=width, BLOCK=BLOCK, num_warps=8, **overlap(x.device),
         )  # fmt: skip
     return y.view(*x.shape[:-1], width)
 
@@ -105,6 +105,6 @@ class _Swiglu(torch.autograd.Function):
         dx = torch.empty(rows.shape, device=x.device, dtype=x.dtype)
         width = rows.shape[1] // 2
         swiglu_gradient_kernel[(rows.shape[0], -(-width // BLOCK))](
-            g, rows, dx, g.stride(0), rows.stride(0), WIDTH=width, BLOCK=BLOCK, num_warps=4
+            g, rows, dx, g.stride(0), rows.stride(0), WIDTH=width, BLOCK=BLOCK, num_warps=8
         )
         return dx.view(x.shape)

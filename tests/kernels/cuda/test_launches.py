@@ -19,7 +19,7 @@ from miles_plan.kernels.cuda.gemm import gemm
 from miles_plan.kernels.cuda.toolchain import HAVE_GLUON
 from miles_plan.kernels.cuda.tuning import DIRECT, SHARED_MEMORY_BYTES, GemmTile
 
-OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl", "launch_cooperative_grid"}
+OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl", "launch_cooperative_grid", "enable_fp_fusion"}
 HOPPER_ATTENTION = {"attention_kernel", "attention_decode_kernel"}
 STAND_INS: dict[str, Any] = {"runs_triton": lambda _: True, "multiprocessors": lambda _: 132}
 
