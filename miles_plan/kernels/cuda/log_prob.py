@@ -26,7 +26,7 @@ from .toolchain import jit, tl
 CHUNKS = 16
 GROUPS = 8  # of a chunk; a warp's work each
 STEP = GROUPS * 32 * 8  # columns of a chunk that its groups' lanes hold at a time
-COMBINED_ROWS = 4  # of a program that folds them
+COMBINED_ROWS = 4  # of a program that folds them, a warp each
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -387,7 +387,7 @@ def _combine(
     if rows:
         combine_kernel[(-(-rows // COMBINED_ROWS),)](
             m, s, m if chosen is None else chosen, logits if pick else m, targets if pick else m, log_probs, lse, rows, stride,
-            columns, _scale(temperature), CHUNKS=chunks, GROUPS=groups, BLOCK=COMBINED_ROWS, PICK=pick, num_warps=1,
+            columns, _scale(temperature), CHUNKS=chunks, GROUPS=groups, BLOCK=COMBINED_ROWS, PICK=pick, num_warps=COMBINED_ROWS,
             enable_fp_fusion=False, **overlap(m.device),
         )  # fmt: skip
     return log_probs, lse

@@ -16,8 +16,8 @@ from .toolchain import jit, tl
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_WIDTH = 32_768
-# Bytes of x up to which y, as large, stays in a Hopper's L2 for its reader if x does not push it out; below the first both fit.
-STREAMED_BYTES = range(8 << 20, 40 << 20)
+# Bytes written that stay in a Hopper's L2 for their reader if what is read does not push them out; below the first both fit.
+KEPT_BYTES = range(8 << 20, 40 << 20)
 GRADIENT_ROWS = 64  # rows whose weight gradients are added before anything else; fixed, so the order is
 
 
@@ -155,11 +155,12 @@ def _forward(
     inverse = torch.empty(rows.shape[0] if keep else 1, device=x.device, dtype=torch.float32)
     width = rows.shape[1]
     block = 1 << (width - 1).bit_length()
+    written = y.nbytes if residual is None else y.nbytes + total.nbytes
     if rows.shape[0]:
         rms_norm_kernel[(rows.shape[0],)](
             rows, other, weight, y, total, inverse, rows.stride(0), other.stride(0), eps, WIDTH=width, BLOCK=block,
-            ADD=residual is not None, KEEP=keep, EVICT="evict_first" if y.nbytes in STREAMED_BYTES else "",
-            num_warps=_warps(block), **overlap(x.device),
+            ADD=residual is not None, KEEP=keep, EVICT="evict_first" if written in KEPT_BYTES else "", num_warps=_warps(block),
+            **overlap(x.device),
         )  # fmt: skip
     return y.view(x.shape), total.view(x.shape), inverse
 

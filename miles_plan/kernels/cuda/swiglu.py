@@ -8,7 +8,7 @@ import torch
 
 from . import arguments
 from .device import runs_triton
-from .overlap import begin, overlap
+from .overlap import begin_alone, overlap
 from .toolchain import jit, tl
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -20,7 +20,7 @@ def swiglu_kernel(
     x: tl.tensor, y: tl.tensor, x_stride: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ) -> None:
     """Program (row, block of columns): y = gate / (1 + exp(-gate)) * up."""
-    begin(OVERLAP)
+    begin_alone(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < WIDTH
