@@ -12,7 +12,7 @@ import torch
 
 from . import arguments
 from .device import runs_triton
-from .overlap import begin, overlap
+from .overlap import begin_in_turn, overlap
 from .toolchain import jit, tl
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -25,7 +25,7 @@ def embedding_kernel(
     BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program (token, block of columns): copy the token's row, or zeros where another shard owns it."""
-    begin(OVERLAP)
+    begin_in_turn(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(ids + token).to(tl.int64) - first

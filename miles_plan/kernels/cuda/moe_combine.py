@@ -8,7 +8,7 @@ import torch
 
 from . import arguments
 from .device import runs_triton
-from .overlap import begin, overlap
+from .overlap import begin_in_turn, overlap
 from .toolchain import jit, tl
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -21,7 +21,7 @@ def combine_kernel(
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program (token, block of columns): fma over the slots, first to last; an index below zero is an absent slot."""
-    begin(OVERLAP)
+    begin_in_turn(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < WIDTH

@@ -11,7 +11,7 @@ import torch
 
 from . import arguments
 from .device import runs_triton, steady
-from .overlap import begin, overlap
+from .overlap import begin_in_turn, overlap
 from .toolchain import jit, tl
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -28,7 +28,7 @@ def rms_norm_kernel(
     ADD: tl.constexpr, KEEP: tl.constexpr, EVICT: tl.constexpr, OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
     """y = t * rsqrt(mean(t^2) + eps) * weight with t = x, or x + residual rounded to its dtype, in float32."""
-    begin(OVERLAP)
+    begin_in_turn(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < WIDTH

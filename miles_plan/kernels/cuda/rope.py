@@ -13,7 +13,7 @@ import torch
 
 from . import arguments
 from .device import runs_triton, steady
-from .overlap import begin, overlap
+from .overlap import begin_in_turn, overlap
 from .toolchain import jit, tl
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -90,7 +90,7 @@ def rope_kernel(
 
     The tile has one shape whatever the number of heads, so a head's norm has the same bits on any number of ranks.
     """
-    begin(OVERLAP)
+    begin_in_turn(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     position = tl.load(positions + token).to(tl.int64)
