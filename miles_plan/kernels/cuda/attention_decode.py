@@ -340,8 +340,9 @@ def attention_decode_kernel(
         mbarrier.init(v_empty.index(i), count=1)
     fence_async_shared()
     gl.thread_barrier()
-    grid_release()
     grid_wait()
+    if SPLIT:  # few pieces, beside which the next kernel sets itself up; at the end of a full grid it would crowd
+        grid_release()
     outs = (out, lse)
     partials = (part_m, part_l, part_acc)
     queries = (q_buffer, tail_buffer)

@@ -12,6 +12,7 @@ import torch
 
 from . import arguments
 from .device import runs_triton
+from .overlap import begin_in_turn, overlap
 from .toolchain import jit, tl
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -21,9 +22,10 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 @jit
 def embedding_kernel(
     ids: tl.tensor, weight: tl.tensor, out: tl.tensor, first: tl.tensor, rows: tl.tensor, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program (token, block of columns): copy the token's row, or zeros where another shard owns it."""
+    begin_in_turn(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(ids + token).to(tl.int64) - first
@@ -87,7 +89,7 @@ def _forward(ids: torch.Tensor, weight: torch.Tensor, vocab_start: int) -> torch
     if out.numel():
         block = min(2048, 1 << (width - 1).bit_length())
         embedding_kernel[(flat.numel(), -(-width // block))](
-            flat, weight, out, vocab_start, rows, WIDTH=width, BLOCK=block, num_warps=4
+            flat, weight, out, vocab_start, rows, WIDTH=width, BLOCK=block, num_warps=4, **overlap(weight.device)
         )
     return out.view(*ids.shape, width)
 

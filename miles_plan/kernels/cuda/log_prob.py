@@ -1,12 +1,14 @@
 """Log-probabilities over a vocabulary, without float32 logits in memory, the same bits on 1, 2, 4, 8 or 16 ranks.
 
-The vocabulary is cut into 16 equal chunks by absolute column. Each (row, chunk) leaves its maximum and its sum of exponentials
-(Milakov & Gimelshein 2018, arXiv 1805.02867); a row's 16 pairs are then folded in ascending order. A rank that owns whole
-chunks leaves whole pairs, so tensor parallelism changes who computes a pair and nothing else. Maxima and exponents are in units
-of log2, which is what the hardware's exponential takes.
+The vocabulary is cut into 16 equal chunks by absolute column. Each (row, chunk) has a maximum and a sum of exponentials (Milakov &
+Gimelshein 2018, arXiv 1805.02867); a row's 16 pairs are then brought to one maximum and added as a balanced tree. A rank that owns
+whole chunks makes whole pairs, so tensor parallelism changes who computes a pair and nothing else. Maxima and exponents are in
+units of log2, which is what the hardware's exponential takes.
 
-Within a chunk, column c belongs to lane (c // 8) % 256; a lane keeps a running maximum and sum over its groups of eight columns
-in ascending order, and the 256 lanes are then reduced in one fixed layout.
+Within a chunk, columns c to c + 255 belong to group (c // 256) % 8, and column c to the group's lane (c // 8) % 32. A group finds
+its maximum first, which puts all its loads under way at once; then a lane adds its eights of columns in ascending order, each
+eight as a tree, and lanes and groups are added as trees. A tree adds the second half onto the first, so each of its sums has
+two terms, and no layout of threads can show.
 """
 
 from __future__ import annotations
@@ -22,45 +24,88 @@ from .overlap import begin, overlap
 from .toolchain import jit, tl
 
 CHUNKS = 16
-LANES = 256
-GROUP = 8
+GROUPS = 8  # of a chunk; a warp's work each
+STEP = GROUPS * 32 * 8  # columns of a chunk that its groups' lanes hold at a time
+COMBINED_ROWS = 4  # of a program that folds them, a warp each
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+@jit
+def tree_sum(x: tl.tensor) -> tl.tensor:
+    """Sum along axis 1, a power of two long: the second half onto the first, and so on."""
+    n: tl.constexpr = x.shape[1]
+    if n == 1:
+        return tl.sum(x, 1)
+    else:  # the compiler takes one of two returns only so
+        return tree_sum(tl.sum(tl.reshape(x, (x.shape[0], 2, n // 2)), 1))
+
+
+@jit
+def _fold(m: tl.tensor, s: tl.tensor) -> tl.tensor:
+    """Pairs [A, N] brought to one maximum and added: two [A]."""
+    top = tl.max(m, 1)
+    return top, tree_sum(s * tl.exp2(m - top[:, None]))
+
+
 @jit(do_not_specialize=["stride"])
 def partial_kernel(
     logits: tl.tensor, part_m: tl.tensor, part_s: tl.tensor, stride: tl.tensor, scale: tl.tensor,
-    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
-    STEPS: tl.constexpr, ALIGNED: tl.constexpr, OVERLAP: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.constexpr,
+    ALIGNED: tl.constexpr, OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program row * CHUNKS + chunk: the chunk's maximum and sum of exp2(x - maximum), x = logit * scale, one fused multiply-add each.
+    """Program row * CHUNKS + chunk, a warp a group; pairs [rows, CHUNKS, GROUPS]: a group's maximum, and its sum of
+    exp2(x - maximum) with x = logit * scale, one fused multiply-add each. Warps never meet, so none waits for another.
 
-    ALIGNED (rows and chunks begin at multiples of 16 bytes) is a property of the vocabulary, never of the shard: it decides
-    which thread holds which column, and so the order in which a lane's eight columns are added.
+    ALIGNED: rows and chunks begin at multiples of 16 bytes.
     """
     begin(OVERLAP)
     row = (tl.program_id(0) // CHUNKS).to(tl.int64)
     chunk = tl.program_id(0) % CHUNKS  # neighbours read neighbouring memory
     if ALIGNED:
         stride = stride // 8 * 8  # says what the compiler cannot know of an argument
-    lane = tl.arange(0, LANES)[:, None]
-    member = tl.arange(0, GROUP)[None, :]
     base = logits + row * stride + chunk * CHUNK
-    left = COLUMNS - chunk * CHUNK
-    m = tl.full((LANES,), -1.0e30, tl.float32)
-    s = tl.zeros((LANES,), tl.float32)
+    at = tl.arange(0, GROUPS * 32)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    end = tl.minimum(COLUMNS - chunk * CHUNK, CHUNK)  # the last chunk may be shorter
+    xs: tl.tensor = ()
+    m = tl.full((GROUPS * 32,), float("-inf"), tl.float32)
     for step in tl.static_range(STEPS):
-        column = step * (LANES * GROUP) + lane * GROUP + member
-        mask = (column < CHUNK) & (column < left)
-        x = tl.load(base + column, mask=mask, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
-        m_new = tl.maximum(m, tl.max(x, 1) * scale)
-        s = tl.fma(s, tl.exp2(m - m_new), tl.sum(tl.exp2(tl.fma(x, tl.zeros_like(x) + scale, -m_new[:, None])), 1))
-        m = m_new
-    top = tl.max(m, 0)
-    tl.store(part_m + row * CHUNKS + chunk, top)
-    tl.store(part_s + row * CHUNKS + chunk, tl.sum(s * tl.exp2(m - top), 0))
+        column = step * (GROUPS * 256) + at
+        if COLUMNS % CHUNK == 0 and (step + 1) * (GROUPS * 256) <= CHUNK:
+            x = tl.load(base + column, eviction_policy="evict_first").to(tl.float32)
+        else:
+            x = tl.load(base + column, mask=column < end, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
+        m = tl.maximum(m, tl.max(x, 1))
+        xs = xs + (x,)
+    m = tl.maximum(tl.max(tl.reshape(m, (GROUPS, 32)), 1) * scale, -1.0e30)  # finite where a group has no column
+    shift = tl.reshape(tl.broadcast_to(-m[:, None], (GROUPS, 32)), (GROUPS * 32,))
+    s = tl.zeros((GROUPS * 32,), tl.float32)
+    for step in tl.static_range(STEPS):
+        x = xs[step]
+        s += tree_sum(tl.exp2(tl.fma(x, tl.zeros_like(x) + scale, shift[:, None])))
+    total = tree_sum(tl.reshape(s, (GROUPS, 32)))
+    # A group's first lane stores its pair. The addresses count on along the lanes, or else the compiler would lay the values
+    # out anew for the store, which takes barriers.
+    place = (tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS))[:, None] + tl.arange(0, 32)[None, :]
+    leader = tl.broadcast_to(tl.arange(0, 32)[None, :] == 0, (GROUPS, 32))
+    tl.store(part_m + place, tl.broadcast_to(m[:, None], (GROUPS, 32)), mask=leader)
+    tl.store(part_s + place, tl.broadcast_to(total[:, None], (GROUPS, 32)), mask=leader)
+
+
+@jit
+def fold_kernel(
+    part_m: tl.tensor, part_s: tl.tensor, chunk_m: tl.tensor, chunk_s: tl.tensor, chunks: tl.tensor, GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+) -> None:  # fmt: skip
+    """Program: the pairs of BLOCK chunks from those of their groups."""
+    begin(OVERLAP)
+    chunk = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = chunk[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
+    there = chunk < chunks
+    m, s = _fold(tl.load(part_m + at, mask=there[:, None], other=0.0), tl.load(part_s + at, mask=there[:, None], other=0.0))
+    tl.store(chunk_m + chunk, m, mask=there)
+    tl.store(chunk_s + chunk, s, mask=there)
 
 
 @jit
@@ -78,26 +123,22 @@ def _target_logit(
 def combine_kernel(
     part_m: tl.tensor, part_s: tl.tensor, chosen: tl.tensor, logits: tl.tensor, targets: tl.tensor, log_probs: tl.tensor,
     lse: tl.tensor, rows: tl.tensor, stride: tl.tensor, columns: tl.tensor, scale: tl.tensor, CHUNKS: tl.constexpr,
-    BLOCK: tl.constexpr, PICK: tl.constexpr, OVERLAP: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK: tl.constexpr, PICK: tl.constexpr, OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program: BLOCK rows; fold each row's pairs in ascending order. PICK takes the target's logit from the logits, which are
-    then whole; otherwise it is in `chosen`."""
+    """Program: BLOCK rows, from the pairs of their chunks (GROUPS 1) or of their chunks' groups. PICK takes the target's logit
+    from the logits, which are then whole; otherwise it is in `chosen`."""
     begin(OVERLAP)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = row < rows
-    at = row.to(tl.int64) * CHUNKS
+    at = row.to(tl.int64)[:, None] * (CHUNKS * GROUPS) + tl.arange(0, CHUNKS * GROUPS)[None, :]
+    m = tl.load(part_m + at, mask=mask[:, None], other=0.0)
+    s = tl.load(part_s + at, mask=mask[:, None], other=0.0)
     if PICK:
         picked = _target_logit(logits, targets, row, mask, stride, 0, columns)
     else:
         picked = tl.load(chosen + row, mask=mask, other=0.0)
-    m = tl.full((BLOCK,), -1.0e30, tl.float32)
-    s = tl.zeros((BLOCK,), tl.float32)
-    for chunk in tl.static_range(CHUNKS):
-        m_chunk = tl.load(part_m + at + chunk, mask=mask, other=-1.0e30)
-        s_chunk = tl.load(part_s + at + chunk, mask=mask, other=0.0)
-        m_new = tl.maximum(m, m_chunk)
-        s = tl.fma(s_chunk, tl.exp2(m_chunk - m_new), s * tl.exp2(m - m_new))
-        m = m_new
+    m, s = _fold(tl.reshape(m, (BLOCK * CHUNKS, GROUPS)), tl.reshape(s, (BLOCK * CHUNKS, GROUPS)))
+    m, s = _fold(tl.reshape(m, (BLOCK, CHUNKS)), tl.reshape(s, (BLOCK, CHUNKS)))
     total = (m + tl.log2(s)) * 0.6931471805599453
     tl.store(lse + row, total, mask=mask)
     tl.store(log_probs + row, tl.fma(picked, tl.zeros_like(picked) + scale, -total), mask=mask)
@@ -261,71 +302,93 @@ def chunk_columns(vocab_size: int) -> int:
 
 def log_prob_partials(logits: torch.Tensor, vocab_size: int, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Each chunk's maximum and sum of exponentials for the columns at hand: two float32 [rows, chunks here]."""
+    if not runs_triton(logits.device):
+        return _reference_fold(*_reference_groups(logits, vocab_size, temperature))
+    part_m, part_s = _groups(logits, vocab_size, temperature)
+    m, s = (torch.empty(part_m.shape[:2], device=logits.device, dtype=torch.float32) for _ in range(2))
+    if m.numel():
+        fold_kernel[(-(-m.numel() // 64),)](
+            part_m, part_s, m, s, m.numel(), GROUPS=GROUPS, BLOCK=64, num_warps=1, enable_fp_fusion=False, **overlap(m.device)
+        )
+    return m, s
+
+
+def _groups(logits: torch.Tensor, vocab_size: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each group's maximum and sum of exponentials: two float32 [rows, chunks here, GROUPS]."""
     chunk = chunk_columns(vocab_size)
     rows, columns = logits.shape
-    here = CHUNKS if columns == vocab_size else columns // chunk
-    if not runs_triton(logits.device):
-        return _reference_partials(logits, chunk, here, temperature)
+    chunks = CHUNKS if columns == vocab_size else columns // chunk
     aligned = chunk % 8 == 0
     if aligned and (logits.data_ptr() % 16 or logits.stride(0) % 8):
         logits = logits.clone(memory_format=torch.contiguous_format)
-    m, s = (torch.empty(rows, here, device=logits.device, dtype=torch.float32) for _ in range(2))
+    m, s = (torch.empty(rows, chunks, GROUPS, device=logits.device, dtype=torch.float32) for _ in range(2))
     if rows:
-        partial_kernel[(rows * here,)](
-            logits, m, s, logits.stride(0), _scale(temperature) * LOG2_E, COLUMNS=columns, CHUNK=chunk, CHUNKS=here, LANES=LANES,
-            GROUP=GROUP, STEPS=-(-chunk // (LANES * GROUP)), ALIGNED=aligned, num_warps=8, **overlap(logits.device),
+        partial_kernel[(rows * chunks,)](
+            logits, m, s, logits.stride(0), _scale(temperature) * LOG2_E, COLUMNS=columns, CHUNK=chunk, CHUNKS=chunks,
+            GROUPS=GROUPS, STEPS=-(-chunk // STEP), ALIGNED=aligned, num_warps=GROUPS, **overlap(logits.device),
         )  # fmt: skip
     return m, s
 
 
-def _reference_partials(logits: torch.Tensor, chunk: int, here: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same chunks, lanes and steps in plain torch."""
+def _reference_groups(logits: torch.Tensor, vocab_size: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same groups, lanes and steps in plain torch."""
     rows, columns = logits.shape
+    chunk = chunk_columns(vocab_size)
+    chunks = CHUNKS if columns == vocab_size else columns // chunk
     scale = float(torch.tensor(_scale(temperature) * LOG2_E, dtype=torch.float32))
-    width = LANES * GROUP
-    steps = -(-chunk // width)
-    padded = torch.full((rows, here, steps * width), float("-inf"), device=logits.device)
-    for c in range(here):
+    steps = -(-chunk // STEP)
+    padded = torch.full((rows, chunks, steps * STEP), float("-inf"), device=logits.device)
+    for c in range(chunks):
         values = logits[:, c * chunk : min((c + 1) * chunk, columns)].float()
         padded[:, c, : values.shape[1]] = values
-    lanes = padded.view(rows, here, steps, LANES, GROUP)
-    m = torch.full((rows, here, LANES), -1.0e30, device=logits.device)
-    s = torch.zeros_like(m)
+    x = padded.view(rows, chunks, steps, GROUPS, 32, 8)
+    m = (x.amax((2, 4, 5)) * scale).clamp(min=-1.0e30)
+    s = torch.zeros(rows, chunks, GROUPS, 32, device=logits.device)
     for step in range(steps):
-        x = lanes[:, :, step]
-        m_new = torch.maximum(m, x.amax(-1) * scale)
-        s = s * torch.exp2(m - m_new) + torch.exp2(_fused(x, scale, -m_new[..., None])).sum(-1)
-        m = m_new
+        s = s + _tree_sum(torch.exp2(_fused(x[:, :, step], scale, -m[..., None, None])))
+    return m, _tree_sum(s)
+
+
+def _tree_sum(x: torch.Tensor) -> torch.Tensor:
+    """`tree_sum` along the last dimension."""
+    while x.shape[-1] > 1:
+        first, second = x.chunk(2, -1)
+        x = first + second
+    return x[..., 0]
+
+
+def _reference_fold(m: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_fold` along the last dimension."""
     top = m.amax(-1)
-    return top, (s * torch.exp2(m - top[..., None])).sum(-1)
+    return top, _tree_sum(s * torch.exp2(m - top[..., None]))
 
 
 def combine_log_prob(
     m: torch.Tensor, s: torch.Tensor, chosen: torch.Tensor, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fold all chunks' pairs [rows, 16] in ascending order: log-probabilities and log-sum-exps, float32 [rows].
+    """From all chunks' pairs [rows, 16]: log-probabilities and log-sum-exps, float32 [rows].
 
     chosen: float32 [rows], each target's logit as it is in the logits.
     """
     if not runs_triton(m.device):
         return _reference_combine(m, s, chosen, temperature)
-    return _combine(m, s, temperature, chosen=chosen)
+    return _combine(m[..., None], s[..., None], temperature, chosen=chosen)
 
 
 def _combine(
     m: torch.Tensor, s: torch.Tensor, temperature: float, *, chosen: torch.Tensor | None = None,
     logits: torch.Tensor | None = None, targets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Launch `combine_kernel` with the targets' logits, or with the whole logits to take them from."""
-    rows, chunks = m.shape
+    """Launch `combine_kernel` on pairs [rows, 16, groups or 1] with the targets' logits, or the whole logits to take them from."""
+    rows, chunks, groups = m.shape
     log_probs, lse = (torch.empty(rows, device=m.device, dtype=torch.float32) for _ in range(2))
     pick = logits is not None
     stride, columns = (logits.stride(0), logits.shape[1]) if logits is not None else (0, 0)
     if rows:
-        combine_kernel[(-(-rows // 32),)](
+        combine_kernel[(-(-rows // COMBINED_ROWS),)](
             m, s, m if chosen is None else chosen, logits if pick else m, targets if pick else m, log_probs, lse, rows, stride,
-            columns, _scale(temperature), CHUNKS=chunks, BLOCK=32, PICK=pick, num_warps=1,
-            **overlap(m.device),
+            columns, _scale(temperature), CHUNKS=chunks, GROUPS=groups, BLOCK=COMBINED_ROWS, PICK=pick, num_warps=COMBINED_ROWS,
+            enable_fp_fusion=False, **overlap(m.device),
         )  # fmt: skip
     return log_probs, lse
 
@@ -333,12 +396,7 @@ def _combine(
 def _reference_combine(
     m: torch.Tensor, s: torch.Tensor, chosen: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, chunks = m.shape
-    top, total = torch.full((rows,), -1.0e30, device=m.device), torch.zeros(rows, device=m.device)
-    for c in range(chunks):
-        new = torch.maximum(top, m[:, c])
-        total = s[:, c] * torch.exp2(m[:, c] - new) + total * torch.exp2(top - new)
-        top = new
+    top, total = _reference_fold(m, s)
     lse = (top + torch.log2(total)) * LN_2
     return _fused(chosen, _scale(temperature), -lse), lse
 
@@ -362,9 +420,9 @@ def log_prob_with_lse(
     logits: torch.Tensor, targets: torch.Tensor, temperature: float, vocab_start: int, vocab_size: int, group: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`log_prob` and each row's log-sum-exp over the whole vocabulary, float32 [rows]; no gradients, nothing checked."""
-    m, s = log_prob_partials(logits, vocab_size, temperature)
     if logits.shape[1] == vocab_size and runs_triton(logits.device):
-        return _combine(m, s, temperature, logits=logits, targets=targets)
+        return _combine(*_groups(logits, vocab_size, temperature), temperature, logits=logits, targets=targets)
+    m, s = log_prob_partials(logits, vocab_size, temperature)
     chosen = _chosen(logits, targets, vocab_start)
     if group is not None:
         m, s = _gather_chunks(m, group), _gather_chunks(s, group)

@@ -8,6 +8,7 @@ import torch
 
 from . import arguments
 from .device import runs_triton
+from .overlap import begin_in_turn, overlap
 from .toolchain import jit, tl
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -17,9 +18,10 @@ BLOCK = 1024
 @jit
 def combine_kernel(
     rows: tl.tensor, index: tl.tensor, weights: tl.tensor, out: tl.tensor, stride: tl.tensor, SLOTS: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program (token, block of columns): fma over the slots, first to last; an index below zero is an absent slot."""
+    begin_in_turn(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < WIDTH
@@ -96,8 +98,9 @@ def _forward(rows: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> 
     out = torch.empty(tokens, width, device=rows.device, dtype=rows.dtype)
     if out.numel():
         combine_kernel[(tokens, -(-width // BLOCK))](
-            rows, index, weights, out, rows.stride(0), SLOTS=slots, WIDTH=width, BLOCK=BLOCK, num_warps=4
-        )
+            rows, index, weights, out, rows.stride(0), SLOTS=slots, WIDTH=width, BLOCK=BLOCK, num_warps=4,
+            **overlap(rows.device),
+        )  # fmt: skip
     return out
 
 

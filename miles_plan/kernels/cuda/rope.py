@@ -6,26 +6,41 @@ nothing depends on the batch; the products are explicit fused multiply-adds, so 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from . import arguments
 from .device import runs_triton, steady
-from .overlap import begin, overlap
+from .overlap import begin_in_turn, overlap
 from .toolchain import jit, tl
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TILE_HEADS = 8
 
 
+@dataclass(frozen=True)
+class CacheRows:
+    """Where `rope` also puts the tokens' keys and values: rows `slots` of a cache.
+
+    keys, values: [slots of the cache, kv_heads, D], slots of any stride, each contiguous. v: [tokens, kv_heads, D], the new
+    values, last dimension contiguous. slots: int32 or int64 [tokens].
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    v: torch.Tensor
+    slots: torch.Tensor
+
+
 @jit
 def _rotate(
-    x: tl.tensor, out: tl.tensor, x_head: tl.tensor, cos: tl.tensor, sin: tl.tensor, weight: tl.tensor, eps: tl.tensor,
-    first: tl.tensor, heads: tl.tensor, TILE: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr,
-    NORM: tl.constexpr,
+    x: tl.tensor, out: tl.tensor, also: tl.tensor, x_head: tl.tensor, cos: tl.tensor, sin: tl.tensor, weight: tl.tensor,
+    eps: tl.tensor, first: tl.tensor, heads: tl.tensor, TILE: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr,
+    NORM: tl.constexpr, TWICE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """TILE heads of one token from head `first`: optionally normalised, then rotated."""
+    """TILE heads of one token from head `first`: optionally normalised, then rotated; stored a second time with TWICE."""
     head = first + tl.arange(0, TILE)[:, None]
     d = tl.arange(0, HALF_PAD)[None, :]
     mask = (head < heads) & (d < HALF)
@@ -38,11 +53,26 @@ def _rotate(
         w2 = tl.load(weight + HALF + d, mask=d < HALF, other=0.0).to(tl.float32)
         x1 = (x1 * scale[:, None] * w1).to(x.dtype.element_ty).to(tl.float32)
         x2 = (x2 * scale[:, None] * w2).to(x.dtype.element_ty).to(tl.float32)
-    y1 = tl.fma(x1, cos, -(x2 * sin))
-    y2 = tl.fma(x2, cos, x1 * sin)
+    y1 = tl.fma(x1, cos, -(x2 * sin)).to(out.dtype.element_ty)
+    y2 = tl.fma(x2, cos, x1 * sin).to(out.dtype.element_ty)
     to = head * (2 * HALF) + d
-    tl.store(out + to, y1.to(out.dtype.element_ty), mask=mask)
-    tl.store(out + to + HALF, y2.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + to, y1, mask=mask)
+    tl.store(out + to + HALF, y2, mask=mask)
+    if TWICE:
+        tl.store(also + to, y1, mask=mask)
+        tl.store(also + to + HALF, y2, mask=mask)
+
+
+@jit
+def _copy_heads(
+    x: tl.tensor, out: tl.tensor, x_head: tl.tensor, first: tl.tensor, heads: tl.tensor, TILE: tl.constexpr, HALF: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+) -> None:  # fmt: skip
+    """TILE heads of one token from head `first`."""
+    head = first + tl.arange(0, TILE)[:, None]
+    d = tl.arange(0, 2 * HALF_PAD)[None, :]
+    mask = (head < heads) & (d < 2 * HALF)
+    tl.store(out + head * (2 * HALF) + d, tl.load(x + head * x_head + d, mask=mask, other=0.0), mask=mask)
 
 
 @jit(do_not_specialize=["q_heads", "k_heads"])
@@ -50,14 +80,17 @@ def rope_kernel(
     q: tl.tensor, k: tl.tensor, q_out: tl.tensor, k_out: tl.tensor, cos: tl.tensor, sin: tl.tensor, positions: tl.tensor,
     q_weight: tl.tensor, k_weight: tl.tensor, eps: tl.tensor, q_token: tl.tensor, q_head: tl.tensor, k_token: tl.tensor,
     k_head: tl.tensor, table_stride: tl.tensor, q_heads: tl.tensor, k_heads: tl.tensor,
+    v: tl.tensor, slots: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor, v_token: tl.tensor, v_head: tl.tensor,
+    k_slot: tl.tensor, v_slot: tl.tensor,
     TILE: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr, NORM: tl.constexpr, BACK: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    CACHE: tl.constexpr, OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program (token, tile of heads, first queries' and then keys'). BACK rotates the other way, which is the gradient.
+    """Program (token, tile of heads: first queries', then keys', with CACHE then values'). BACK rotates the other way, which is
+    the gradient.
 
     The tile has one shape whatever the number of heads, so a head's norm has the same bits on any number of ranks.
     """
-    begin(OVERLAP)
+    begin_in_turn(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     position = tl.load(positions + token).to(tl.int64)
@@ -66,16 +99,24 @@ def rope_kernel(
     s = tl.load(sin + position * table_stride + d, mask=d < HALF, other=0.0).to(tl.float32)
     if BACK:
         s = -s
+    slot = token
+    if CACHE:
+        slot = tl.load(slots + token).to(tl.int64)
     q_tiles = tl.cdiv(q_heads, TILE)
+    k_tiles = tl.cdiv(k_heads, TILE)
     if tile < q_tiles:
         x = q + token * q_token
-        _rotate(
-            x, q_out + token * q_heads * 2 * HALF, q_head, c, s, q_weight, eps, tile * TILE, q_heads, TILE, HALF, HALF_PAD, NORM
-        )
-    else:
+        out = q_out + token * q_heads * 2 * HALF
+        _rotate(x, out, out, q_head, c, s, q_weight, eps, tile * TILE, q_heads, TILE, HALF, HALF_PAD, NORM, False)
+    elif tile < q_tiles + k_tiles:
         x = k + token * k_token
+        out = k_out + token * k_heads * 2 * HALF
         first = (tile - q_tiles) * TILE
-        _rotate(x, k_out + token * k_heads * 2 * HALF, k_head, c, s, k_weight, eps, first, k_heads, TILE, HALF, HALF_PAD, NORM)
+        also = k_cache + slot * k_slot
+        _rotate(x, out, also, k_head, c, s, k_weight, eps, first, k_heads, TILE, HALF, HALF_PAD, NORM, CACHE)
+    elif CACHE:
+        first = (tile - q_tiles - k_tiles) * TILE
+        _copy_heads(v + token * v_token, v_cache + slot * v_slot, v_head, first, k_heads, TILE, HALF, HALF_PAD)
 
 
 def rope(
@@ -88,6 +129,7 @@ def rope(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
+    cache: CacheRows | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate queries and keys by their positions; returns new contiguous tensors.
 
@@ -95,16 +137,21 @@ def rope(
     cos, sin: float32 [longest, D / 2] tables of the angles. positions: int32 or int64 [tokens].
     q_norm, k_norm: [D] weights of a root-mean-square norm over each head, applied first and rounded to q's dtype; both or
         neither; without gradients (train with `rms_norm` and then `rope`).
+    cache: write the rotated keys and the new values there too; without gradients.
 
     Elementwise in float32: y1 = fma(x1, cos, -(x2 sin)), y2 = fma(x2, cos, x1 sin), rounded once. Differentiable in q and k.
     Raises ValueError naming a wrong argument.
     """
     _check(q, k, cos, sin, positions, q_norm, k_norm)
+    if cache is not None:
+        _check_cache(k, cache)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         if q_norm is not None:
             raise ValueError("q_norm is given with inputs that require gradients; allowed: rms_norm() and then rope()")
+        if cache is not None:
+            raise ValueError("cache is given with inputs that require gradients; allowed: a cache under torch.no_grad()")
         return _Rope.apply(q, k, cos, sin, positions)  # type: ignore[no-any-return, no-untyped-call]  # torch's apply is untyped
-    return _rotated(q, k, cos, sin, positions, q_norm, k_norm, eps, back=False)
+    return _rotated(q, k, cos, sin, positions, q_norm, k_norm, eps, back=False, cache=cache)
 
 
 def rope_reference(
@@ -150,23 +197,44 @@ def _check(
             arguments.require_shape(name, weight, (q.shape[-1],), "[D]")
 
 
+def _check_cache(k: torch.Tensor, cache: CacheRows) -> None:
+    named = {"cache.keys": cache.keys, "cache.values": cache.values, "cache.v": cache.v, "cache.slots": cache.slots}
+    arguments.require_same_device(k=k, **named)
+    for name in ("cache.keys", "cache.values", "cache.v"):
+        arguments.require_dtype(name, named[name], (k.dtype,))
+        arguments.require_shape(name, named[name], (named[name].shape[0], *k.shape[1:]), "[any, kv_heads, D]")
+        arguments.require_contiguous_rows(name, named[name])
+    for name in ("cache.keys", "cache.values"):
+        if named[name].shape[0]:
+            arguments.require_contiguous(f"{name}[0]", named[name][0])
+    arguments.require_shape("cache.v", cache.v, k.shape, "k's shape")
+    arguments.require_dtype("cache.slots", cache.slots, (torch.int32, torch.int64))
+    arguments.require_shape("cache.slots", cache.slots, (k.shape[0],), "[tokens]")
+    arguments.require_contiguous("cache.slots", cache.slots)
+
+
 def _rotated(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor,
-    q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float, *, back: bool,
+    q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, eps: float, *, back: bool, cache: CacheRows | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     if not runs_triton(q.device):
         sine = -sin if back else sin
-        return rope_reference(q, cos, sine, positions, q_norm, eps), rope_reference(k, cos, sine, positions, k_norm, eps)
+        q_out, k_out = (rope_reference(x, cos, sine, positions, weight, eps) for x, weight in ((q, q_norm), (k, k_norm)))
+        if cache is not None:
+            cache.keys[cache.slots.long()], cache.values[cache.slots.long()] = k_out, cache.v
+        return q_out, k_out
     q, k = steady(q), steady(k)
     q_out, k_out = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k))
     half = q.shape[-1] // 2
     if q.shape[0]:
-        tiles = -(-q.shape[1] // TILE_HEADS) + -(-k.shape[1] // TILE_HEADS)
-        rope_kernel[(q.shape[0], tiles)](
+        to = CacheRows(k_out, k_out, k, positions) if cache is None else cache
+        q_tiles, k_tiles = (-(-x.shape[1] // TILE_HEADS) for x in (q, k))
+        rope_kernel[(q.shape[0], q_tiles + (1 if cache is None else 2) * k_tiles)](
             q, k, q_out, k_out, cos, sin, positions, q if q_norm is None else q_norm, k if k_norm is None else k_norm, eps,
-            q.stride(0), q.stride(1), k.stride(0), k.stride(1), cos.stride(0), q.shape[1], k.shape[1], TILE=TILE_HEADS,
-            HALF=half, HALF_PAD=1 << (half - 1).bit_length(), NORM=q_norm is not None, BACK=back, num_warps=1,
-            **overlap(q.device),
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), cos.stride(0), q.shape[1], k.shape[1],
+            to.v, to.slots, to.keys, to.values, to.v.stride(0), to.v.stride(1), to.keys.stride(0), to.values.stride(0),
+            TILE=TILE_HEADS, HALF=half, HALF_PAD=1 << (half - 1).bit_length(), NORM=q_norm is not None, BACK=back,
+            CACHE=cache is not None, num_warps=1, **overlap(q.device),
         )  # fmt: skip
     return q_out, k_out
 

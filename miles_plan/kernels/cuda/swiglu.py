@@ -8,11 +8,11 @@ import torch
 
 from . import arguments
 from .device import runs_triton
-from .overlap import begin, overlap
+from .overlap import begin_alone, overlap
 from .toolchain import jit, tl
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-BLOCK = 1024
+BLOCK = 2048
 
 
 @jit
@@ -20,7 +20,7 @@ def swiglu_kernel(
     x: tl.tensor, y: tl.tensor, x_stride: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ) -> None:
     """Program (row, block of columns): y = gate / (1 + exp(-gate)) * up."""
-    begin(OVERLAP)
+    begin_alone(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < WIDTH
@@ -78,7 +78,7 @@ def _forward(x: torch.Tensor) -> torch.Tensor:
     y = torch.empty(rows.shape[0], width, device=x.device, dtype=x.dtype)
     if y.numel():
         swiglu_kernel[(rows.shape[0], -(-width // BLOCK))](
-            rows, y, rows.stride(0), WIDTH=width, BLOCK=BLOCK, num_warps=4, **overlap(x.device),
+            rows, y, rows.stride(0), WIDTH=width, BLOCK=BLOCK, num_warps=8, **overlap(x.device),
         )  # fmt: skip
     return y.view(*x.shape[:-1], width)
 
@@ -105,6 +105,6 @@ class _Swiglu(torch.autograd.Function):
         dx = torch.empty(rows.shape, device=x.device, dtype=x.dtype)
         width = rows.shape[1] // 2
         swiglu_gradient_kernel[(rows.shape[0], -(-width // BLOCK))](
-            g, rows, dx, g.stride(0), rows.stride(0), WIDTH=width, BLOCK=BLOCK, num_warps=4
+            g, rows, dx, g.stride(0), rows.stride(0), WIDTH=width, BLOCK=BLOCK, num_warps=8
         )
         return dx.view(x.shape)

@@ -18,7 +18,7 @@ from miles_plan.kernels.cuda.moe_combine import moe_combine
 from miles_plan.kernels.cuda.parallel_linear import column_parallel_linear, row_parallel_linear
 from miles_plan.kernels.cuda.rms_norm import rms_norm
 from miles_plan.kernels.cuda.rms_norm_module import RmsNorm
-from miles_plan.kernels.cuda.rope import rope
+from miles_plan.kernels.cuda.rope import CacheRows, rope
 from miles_plan.kernels.cuda.router import router
 from miles_plan.kernels.cuda.sample import sample
 from miles_plan.kernels.cuda.swiglu import swiglu
@@ -44,6 +44,15 @@ def paged(**changes: object) -> None:
     }  # fmt: skip
     given |= changes
     attention(given.pop("q"), given.pop("k"), given.pop("v"), **given)  # type: ignore[arg-type]  # keywords of several types
+
+
+def cached_rope(**changes: torch.Tensor) -> None:
+    given = {
+        "q": half(2, 4, 64), "keys": half(9, 2, 64), "values": half(9, 2, 64), "v": half(2, 2, 64), "slots": ints(1, 2),
+    }  # fmt: skip
+    given |= changes
+    q = given.pop("q")
+    rope(q, half(2, 2, 64), torch.zeros(9, 32), torch.zeros(9, 32), ints(0, 1), cache=CacheRows(**given))
 
 
 class Odd:
@@ -127,6 +136,14 @@ CASES: list[tuple[Callable[[], object], str]] = [
         lambda: rope(half(2, 4, 64), half(2, 2, 64), torch.zeros(9, 31), torch.zeros(9, 31), ints(0, 1)),
         r"^cos has shape \[9, 31\]",
     ),
+    (
+        lambda: cached_rope(keys=half(9, 1, 64)),
+        r"^cache.keys has shape \[9, 1, 64\]; allowed: \[any, kv_heads, D\] = \[9, 2, 64\]",
+    ),
+    (lambda: cached_rope(v=half(3, 2, 64)), r"^cache.v has shape \[3, 2, 64\]; allowed: k's shape"),
+    (lambda: cached_rope(values=half(2, 9, 64).transpose(0, 1)), r"^cache.values\[0\] has strides"),
+    (lambda: cached_rope(slots=half(2)), r"^cache.slots has dtype bfloat16; allowed: int32, int64"),
+    (lambda: cached_rope(q=half(2, 4, 64).requires_grad_()), r"^cache is given with inputs that require gradients"),
     (lambda: swiglu(half(2, 7)), r"^x has shape \[2, 7\]; allowed: an even last dimension"),
     (lambda: embedding(half(2), half(4, 8)), r"^ids has dtype bfloat16; allowed: int32, int64"),
     (lambda: embedding(ints(1), half(4, 8), vocab_start=-1), r"^vocab_start is -1; allowed: 0 or more"),

@@ -26,7 +26,7 @@ from miles_plan.kernels.cuda.matmul import matmul
 from miles_plan.kernels.cuda.moe_combine import moe_combine, moe_combine_reference
 from miles_plan.kernels.cuda.parallel_linear import column_parallel_linear, row_parallel_linear
 from miles_plan.kernels.cuda.rms_norm import rms_norm
-from miles_plan.kernels.cuda.rope import rope, rope_reference
+from miles_plan.kernels.cuda.rope import CacheRows, rope, rope_reference
 from miles_plan.kernels.cuda.router import Rule, router, router_reference
 from miles_plan.kernels.cuda.swiglu import swiglu
 from miles_plan.kernels.cuda.tuning import GemmProblem, candidates, overlaps_of
@@ -159,8 +159,13 @@ def test_ops_without_a_sum_over_lanes_have_their_references_bits(gpu: torch.devi
     assert torch.equal(embedding(ids.to(gpu), rows.to(gpu)).cpu(), embedding_reference(ids, rows, 0))
     heads, cos, sin = rows.view(60, 3, 24), torch.randn(90, 12, generator=generator), torch.randn(90, 12, generator=generator)
     at = torch.randint(0, 90, (60,), generator=generator)
-    turned, _ = rope(*(t.to(gpu) for t in (heads, heads, cos, sin, at)))
+    slots = torch.randperm(80, generator=generator)[:60]
+    keys, values = torch.zeros(2, 80, 3, 24, device=gpu, dtype=torch.bfloat16)
+    into = CacheRows(keys, values, heads.to(gpu), slots.to(gpu))
+    turned, _ = rope(*(t.to(gpu) for t in (heads, heads, cos, sin, at)), cache=into)
     assert torch.equal(turned.cpu(), rope_reference(heads, cos, sin, at, None, 1e-6))
+    assert torch.equal(keys[into.slots], turned)
+    assert torch.equal(values[into.slots], into.v)
     order, on_gpu = expert_order(ids, 60), expert_order(ids.to(gpu), 60)
     assert torch.equal(order.place, on_gpu.place.cpu())
     assert torch.equal(order.counts, on_gpu.counts.cpu())

@@ -126,7 +126,7 @@ assert all(rel(a.grad, b) < 3e-3 for a, b in zip((q, k, v), want))
 """,
     "rows": """
 from miles_plan.kernels.cuda.rms_norm import rms_norm, rms_norm_reference
-from miles_plan.kernels.cuda.rope import rope, rope_reference
+from miles_plan.kernels.cuda.rope import CacheRows, rope, rope_reference
 from miles_plan.kernels.cuda.swiglu import swiglu, swiglu_reference
 from miles_plan.kernels.cuda.embedding import embedding
 from miles_plan.kernels.cuda.sample import sample, sample_reference
@@ -143,6 +143,13 @@ q, k, norm = torch.randn(7, 10, 32).half(), torch.randn(7, 3, 32).half(), torch.
 cos, sin, at = torch.randn(50, 16), torch.randn(50, 16), torch.randint(0, 50, (7,))
 assert rel(rope(q, k, cos, sin, at, q_norm=norm, k_norm=norm)[0], rope_reference(q, cos, sin, at, norm, 1e-6)) < 1e-3
 assert rel(rope(q, k, cos, sin, at)[1], rope_reference(k, cos, sin, at, None, 1e-6)) < 1e-3
+keys, values = torch.zeros(2, 13, 3, 32).half()
+v, slots = torch.randn(7, 3, 32).half(), torch.randperm(13)[:7]
+turned = rope(q, k, cos, sin, at, q_norm=norm, k_norm=norm, cache=CacheRows(keys, values, v, slots))
+assert all(torch.equal(a, b) for a, b in zip(turned, rope(q, k, cos, sin, at, q_norm=norm, k_norm=norm)))
+assert torch.equal(keys[slots], turned[1]) and torch.equal(values[slots], v)
+keys[slots], values[slots] = 0, 0
+assert not keys.any() and not values.any()
 q.requires_grad_()
 rope(q, k, cos, sin, at)[0].backward(g := torch.randn(7, 10, 32).half())
 assert rel(q.grad, rope_reference(g, cos, -sin, at, None, 1e-6)) < 1e-3

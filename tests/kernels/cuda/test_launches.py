@@ -19,7 +19,7 @@ from miles_plan.kernels.cuda.gemm import gemm
 from miles_plan.kernels.cuda.toolchain import HAVE_GLUON
 from miles_plan.kernels.cuda.tuning import DIRECT, SHARED_MEMORY_BYTES, GemmTile
 
-OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl", "launch_cooperative_grid"}
+OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl", "launch_cooperative_grid", "enable_fp_fusion"}
 HOPPER_ATTENTION = {"attention_kernel", "attention_decode_kernel"}
 STAND_INS: dict[str, Any] = {"runs_triton": lambda _: True, "multiprocessors": lambda _: 132}
 
@@ -149,7 +149,7 @@ def test_rows(launched: Launched) -> None:
     from miles_plan.kernels.cuda.log_prob import combine_log_prob, log_prob, log_softmax
     from miles_plan.kernels.cuda.moe_combine import moe_combine
     from miles_plan.kernels.cuda.rms_norm import rms_norm
-    from miles_plan.kernels.cuda.rope import rope
+    from miles_plan.kernels.cuda.rope import CacheRows, rope
     from miles_plan.kernels.cuda.router import router
     from miles_plan.kernels.cuda.sample import sample
     from miles_plan.kernels.cuda.swiglu import swiglu
@@ -161,6 +161,9 @@ def test_rows(launched: Launched) -> None:
     table, at = torch.zeros(30, 32), torch.zeros(9, dtype=torch.int64)
     backward(*rope(half(9, 4, 64, grad=True), half(9, 2, 64, grad=True), table, table, at))
     rope(half(9, 4, 64), half(9, 2, 64), table, table, at, q_norm=half(64), k_norm=half(64))
+    rope(
+        half(9, 4, 64), half(9, 2, 64), table, table, at, cache=CacheRows(half(20, 2, 64), half(20, 2, 64), half(9, 2, 64), at)
+    )
     backward(embedding(at, half(40, 64, grad=True)))
     logits = torch.zeros(9, 16, requires_grad=True)
     backward(router(logits, 4)[0])

@@ -19,7 +19,7 @@ from miles_plan.kernels.cuda.log_prob import combine_log_prob, log_prob, log_pro
 from miles_plan.kernels.cuda.matmul import matmul
 from miles_plan.kernels.cuda.moe_combine import moe_combine
 from miles_plan.kernels.cuda.rms_norm import rms_norm
-from miles_plan.kernels.cuda.rope import rope
+from miles_plan.kernels.cuda.rope import CacheRows, rope
 from miles_plan.kernels.cuda.router import router
 from miles_plan.kernels.cuda.sample import sample
 from miles_plan.kernels.cuda.swiglu import swiglu
@@ -257,6 +257,19 @@ def test_rope_rotates_and_its_gradient_rotates_back(error: Error) -> None:
         ones = torch.ones(32).bfloat16()
         normed, _ = rope(q, k, torch.ones(20, 16), torch.zeros(20, 16), positions, q_norm=ones, k_norm=ones)
     assert error(normed, torch.nn.functional.rms_norm(q64, (32,), eps=1e-6)) < 6e-3
+
+
+def test_rope_writes_the_cache() -> None:
+    q, k, v = normal(5, 8, 32).split((4, 2, 2), 1)
+    cos, sin, at, slots = torch.rand(20, 16), torch.rand(20, 16), torch.tensor([3, 19, 0, 7, 7]), torch.tensor([8, 0, 3, 4, 2])
+    keys, values = torch.zeros(9, 2, 32).bfloat16(), torch.zeros(9, 2, 32).bfloat16()
+    turned = rope(q, k, cos, sin, at, cache=CacheRows(keys, values, v, slots))
+    assert all(torch.equal(a, b) for a, b in zip(turned, rope(q, k, cos, sin, at), strict=True))
+    assert torch.equal(keys[slots], turned[1])
+    assert torch.equal(values[slots], v)
+    untouched = [1, 5, 6, 7]
+    assert not keys[untouched].any()
+    assert not values[untouched].any()
 
 
 def test_swiglu(error: Error) -> None:
