@@ -122,9 +122,29 @@ PROJECTIONS = (
     ("DeepSeek-V3 shared down", 7168, 2048, "tree"),
     ("DeepSeek-V3 head", 129_280, 7168, "chain"),
 )
+# Tuned too, not benchmarked: the small models that whole runs are tested with.
+SMALL_PROJECTIONS = (
+    ("Qwen3-0.6B qkv", 4096, 1024, "chain"),
+    ("Qwen3-0.6B o", 1024, 2048, "tree"),
+    ("Qwen3-0.6B gate_up", 6144, 1024, "chain"),
+    ("Qwen3-0.6B down", 1024, 3072, "tree"),
+    ("Qwen3-0.6B head", 151_936, 1024, "chain"),
+    ("Qwen3-1.7B qkv", 4096, 2048, "chain"),
+    ("Qwen3-1.7B o", 2048, 2048, "tree"),
+    ("Qwen3-1.7B gate_up", 12_288, 2048, "chain"),
+    ("Qwen3-1.7B down", 2048, 6144, "tree"),
+)
 EXPERTS = (("Qwen3-30B-A3B experts gate_up", 1536, 2048), ("Qwen3-30B-A3B experts down", 2048, 768))
 ROWS = [1, 16, 32, 64, 128, 256, 512, 1024, 4096, 16_384]
 TOKENS = [16, 64, 256, 1024, 4096, 16_384]
+
+
+def small_shapes() -> list[Shape]:
+    """The products of small models."""
+    entries = [
+        {"op": "matmul", "name": name, "M": ROWS, "N": n, "K": k, "order": order} for name, n, k, order in SMALL_PROJECTIONS
+    ]
+    return [shape for entry in entries for shape in expand(entry)]
 
 
 def default_shapes() -> list[Shape]:

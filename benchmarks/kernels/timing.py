@@ -22,7 +22,8 @@ def copies(bytes_each: int, most: int = 16) -> int:
     return max(1, min(most, -(-ROTATE_BYTES // max(bytes_each, 1))))
 
 
-def _event_ms(run: Call) -> float:
+def event_ms(run: Call) -> float:
+    """Milliseconds on the device, the host waiting for the end."""
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     run()
@@ -38,7 +39,7 @@ def _capture(calls: Sequence[Call], budget_ms: float, before: Call | None) -> tu
     for call in calls[:2]:
         call()
     torch.cuda.synchronize()
-    once_ms = max(_event_ms(lambda: [call() for call in calls[:3]]) / len(calls[:3]), 2e-3)
+    once_ms = max(event_ms(lambda: [call() for call in calls[:3]]) / len(calls[:3]), 2e-3)
     repeats = max(1, min(200, int(budget_ms / once_ms)))
     repeats = max(repeats, min(len(calls), max(1, int(40 / once_ms))))
     graph = torch.cuda.CUDAGraph()
@@ -66,5 +67,5 @@ def time_side_by_side(
     for turn in range(rounds):
         for name in order if turn % 2 == 0 else reversed(order):
             graph, repeats = graphs[name]
-            times[name].append(_event_ms(graph.replay) / repeats * 1e3)
+            times[name].append(event_ms(graph.replay) / repeats * 1e3)
     return {name: statistics.median(samples) for name, samples in times.items()}

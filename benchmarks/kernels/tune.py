@@ -1,44 +1,51 @@
 """Measure the tiles of the matrix kernels: python -m benchmarks.kernels.tune --out TABLE.json [--shapes FILE.json]
 
-For every product of the list and every power of two of rows, the tiles predicted fastest are compared bit for bit with the
-portable kernel's result on random data, and the fastest that is equal wins. Point MILES_PLAN_KERNEL_TABLE at the table to use
-it.
+For every product of the list and every power of two of rows, the shipped table's choice and the tiles predicted fastest are
+compared bit for bit with the portable kernel's result on random data, and the fastest that is equal wins. Processes compile ahead
+of the timing; the table is written as it grows, and begins as the shipped one. Point MILES_PLAN_KERNEL_TABLE at it to use it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-import subprocess
+import statistics
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from miles_plan.kernels.cuda.device import multiprocessors
 from miles_plan.kernels.cuda.gemm import TREE_LEAVES, gemm
 from miles_plan.kernels.cuda.grouped_matmul import plan_tiles
-from miles_plan.kernels.cuda.tuning import GemmProblem, GemmTile, Table, overlaps_of, predict_s, ranked, tune
+from miles_plan.kernels.cuda.toolchain import triton
+from miles_plan.kernels.cuda.tuning import GemmProblem, GemmTile, Table, contenders, predict_s, table_for, tune
 
-from .shapes import Shape, default_shapes, read_shapes
-from .timing import Call, copies, time_side_by_side
+from .shapes import Shape, default_shapes, read_shapes, small_shapes
+from .timing import Call, copies, event_ms
 
 DEVICE = torch.device("cuda")
 # Measured rows, and the table's buckets each stands for: a choice for 8 rows is the choice for 1 (only the mask differs).
 BUCKETS = {
-    8: (1, 2, 4, 8), 16: (16,), 32: (32,), 64: (64,), 128: (128,), 256: (256,), 512: (512,), 1024: (1024,), 2048: (2048,),
-    4096: (4096,), 8192: (8192, 16_384, 32_768, 65_536),
+    8: (1, 2, 4, 8), 16: (16,), 32: (32,), 64: (64,), 128: (128,), 256: (256,), 512: (512,), 1024: (1024,), 4096: (4096,),
+    8192: (8192, 16_384, 32_768, 65_536), 2048: (2048,),
 }  # fmt: skip
 MOST_WORKERS = 14
-MOST_ROWS_OF_SHORT_LAUNCHES = 1024  # only those are compiled in every way of launching
+ROUNDS, ROUNDS_OF_LONG = 7, 4
+BUDGET_S = 6e-4  # of one tile in one round
+WARMING_S = 0.015
+DROPPED_AT_ONCE, DROPPED = 1.25, 1.06  # a tile so many times slower than the fastest so far, after one round and later, is out
+UNCAPTURED_S = 1e-3  # a product that takes this long needs no graph to hide its launch
 
 
 def problems(shapes: Iterable[Shape]) -> list[GemmProblem]:
-    """Every bf16 product of the list at every measured number of rows."""
+    """Every bf16 product of the list at every measured number of rows; the rows that no benchmark has, last."""
     found: dict[GemmProblem, None] = {}
     for shape in shapes:
         for m in BUCKETS:
@@ -48,7 +55,7 @@ def problems(shapes: Iterable[Shape]) -> list[GemmProblem]:
             elif shape.op == "grouped_matmul":
                 for rows in (m, 8 * m):
                     found[GemmProblem(rows, shape["N"], shape["K"], experts=shape["experts"])] = None
-    return list(found)
+    return sorted(found, key=lambda problem: problem.m == 2048)
 
 
 class Bench:
@@ -59,7 +66,8 @@ class Bench:
         m, n, k, experts = problem.m, problem.n, problem.k, max(problem.experts, 1)
         count = copies(n * k * experts * problem.dtype.itemsize, 8)
         new = {"device": DEVICE, "dtype": problem.dtype}
-        self.weights = [torch.randn(experts * n, k, **new).mul_(k**-0.5) for _ in range(count)]
+        first = torch.randn(experts * n, k, **new).mul_(k**-0.5)
+        self.weights = [first, *(first.clone() for _ in range(count - 1))]
         self.x = torch.randn(m, k, **new)
         self.out = torch.empty(m, n, device=DEVICE, dtype=problem.out_dtype)
         self.counts = torch.zeros(experts, device=DEVICE, dtype=torch.int32)
@@ -91,20 +99,52 @@ class Bench:
         return out
 
     def times_s(self, tiles: Sequence[GemmTile]) -> dict[GemmTile, float]:
-        """Device seconds of each tile, side by side."""
-        contenders: dict[str, list[Call]] = {
-            str(i): [lambda w=w, tile=tile: self.run(tile, w, self.out) for w in self.weights]  # type: ignore[misc]  # defaults bind the loop's values
-            for i, tile in enumerate(tiles)
-        }
-        times = time_side_by_side(contenders, budget_ms=0.5, rounds=5 if self.problem.m <= 512 else 3)
-        return {tile: times[str(i)] * 1e-6 for i, tile in enumerate(tiles)}
+        """Device seconds of each tile."""
+        runs = {}
+        for tile in tiles:
+            calls = [lambda w=w, tile=tile: self.run(tile, w, self.out) for w in self.weights]  # type: ignore[misc]  # defaults bind the loop's values
+            runs[tile] = repeated(calls, predict_s(tile, self.problem, multiprocessors(DEVICE)))
+        return time_by_elimination(runs)
 
 
-def tune_one(problem: GemmProblem, table: Table) -> dict[str, object]:
+Repeated = tuple[Call, int]  # a function, and how many calls it makes
+
+
+def repeated(calls: Sequence[Call], expected_s: float) -> Repeated:
+    """A function that makes enough of the calls, in turn, to fill BUDGET_S; where they are short, as a CUDA graph."""
+    if expected_s >= UNCAPTURED_S:
+        return calls[0], 1
+    repeats = max(4, int(BUDGET_S / expected_s))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(repeats):
+            calls[i % len(calls)]()
+    return graph.replay, repeats
+
+
+def time_by_elimination(runs: dict[GemmTile, Repeated]) -> dict[GemmTile, float]:
+    """Seconds a call of each: rounds in turn, so that clocks and power hit all of them alike, and those that fall behind leave. The
+    figure is the median of a tile's rounds. Before them, a while in which the clocks rise."""
+    samples: dict[GemmTile, list[float]] = {tile: [] for tile in runs}
+    racing = list(runs)
+    begin = time.monotonic()
+    while time.monotonic() - begin < WARMING_S:
+        event_ms(runs[racing[0]][0])
+    for turn in range(ROUNDS if any(repeats > 1 for _, repeats in runs.values()) else ROUNDS_OF_LONG):
+        for tile in racing if turn % 2 == 0 else reversed(racing):
+            run, repeats = runs[tile]
+            samples[tile].append(event_ms(run) / repeats * 1e-3)
+        figures = {tile: statistics.median(samples[tile]) for tile in racing}
+        best = min(figures.values())
+        racing = [tile for tile in racing if figures[tile] <= (DROPPED if turn else DROPPED_AT_ONCE) * best]
+    return {tile: statistics.median(values) for tile, values in samples.items()}
+
+
+def tune_one(problem: GemmProblem, tiles: Sequence[GemmTile], table: Table) -> dict[str, object]:
     """Tune one problem, copy the choice to the buckets it stands for, and say how good the prediction was."""
     bench = Bench(problem)
     sms = multiprocessors(DEVICE)
-    times = tune(problem, bench.result, bench.reference(), bench.times_s, sms, table)
+    times = tune(problem, bench.result, bench.reference(), bench.times_s, tiles, table)
     best = table.get(problem)
     assert best is not None
     predicted = min(times, key=lambda tile: predict_s(tile, problem, sms))
@@ -112,7 +152,7 @@ def tune_one(problem: GemmProblem, table: Table) -> dict[str, object]:
         table.put(replace(problem, m=m), best)
     return {
         "key": problem.key, "m": problem.m, "best_us": round(times[best] * 1e6, 2), "best": _numbers(best),
-        "predicted_over_best": round(times[predicted] / times[best], 3), "unequal": sum(tile not in times for tile in ranked(problem, sms)),
+        "predicted_over_best": round(times[predicted] / times[best], 3), "unequal": sum(tile not in times for tile in tiles),
         "times_us": [[*_numbers(tile), round(s * 1e6, 2)] for tile, s in sorted(times.items(), key=lambda p: p[1])],
     }  # fmt: skip
 
@@ -121,58 +161,111 @@ def _numbers(tile: GemmTile) -> list[int]:
     return [int(value) for value in astuple(tile)]
 
 
-def compile_share(index: int, of: int, found: Sequence[GemmProblem]) -> None:
-    """Compile every `of`-th distinct kernel from `index`: run it once on a small problem of its kind."""
-    kinds: dict[tuple[object, ...], tuple[GemmProblem, GemmTile]] = {}
-    for problem in found:
-        for tile in ranked(problem, multiprocessors(DEVICE)):
-            for way in overlaps_of(tile) if problem.m <= MOST_ROWS_OF_SHORT_LAUNCHES else (tile.overlap,):
-                kind = (replace(tile, overlap=way), problem.leaves, problem.experts, problem.n % 16, problem.k % 16)
-                kinds.setdefault(kind, (problem, kind[0]))
-    for problem, tile in list(kinds.values())[index::of]:
+Kind = tuple[GemmProblem, GemmTile | None]  # None: the portable kernel
+
+
+def kinds(plan: Iterable[tuple[GemmProblem, Sequence[GemmTile]]]) -> tuple[list[Kind], list[int]]:
+    """The distinct kernels of the plan in the order of need, and for each problem how many of them it and those before it take."""
+    found: dict[tuple[object, ...], Kind] = {}
+    needed = []
+    for problem, tiles in plan:
+        same = (problem.leaves, problem.experts, problem.n % 16, problem.k % 16)
+        found.setdefault((min(problem.m, 32), *same), (problem, None))
+        for tile in tiles:
+            found.setdefault((tile, problem.k <= tile.depth, *same), (problem, tile))
+        needed.append(len(found))
+    return list(found.values()), needed
+
+
+def compile_share(index: int, of: int, wanted: Sequence[Kind], done: Any) -> None:
+    """A worker: compile every `of`-th kernel from `index` into Triton's cache, and count them in done[index]. It launches nothing, so
+    that it disturbs no timing."""
+    launch = triton.JITFunction.run
+    triton.JITFunction.run = lambda kernel, *args, grid, warmup, **rest: launch(kernel, *args, grid=grid, warmup=True, **rest)
+    for problem, tile in wanted[index::of]:
         try:
-            Bench(replace(problem, m=min(problem.m, 256))).result(tile)
-            torch.cuda.synchronize()
-        except RuntimeError:
-            continue  # reported when the problem is tuned
-        torch.cuda.empty_cache()
+            small = replace(problem, m=min(problem.m, 64))
+            a = torch.empty(small.m, small.k, device=DEVICE, dtype=small.dtype)
+            b = torch.empty(max(small.experts, 1) * small.n, small.k, device=DEVICE, dtype=small.dtype)
+            out = torch.empty(small.m, small.n, device=DEVICE, dtype=small.out_dtype)
+            plan = torch.empty(1, device=DEVICE, dtype=torch.int32) if small.experts else None
+            height = (tile.height if tile else 64) if small.experts else 0
+            gemm(
+                a, b, out, leaves=small.leaves, experts=small.experts, plan=plan, plan_height=height, tile=tile,
+                portable=tile is None,
+            )  # fmt: skip
+        except Exception as error:  # the tuner meets it again, and reports it
+            print(f"not compiled: {problem.key} {tile}: {error}"[:300], flush=True)
+        done[index] += 1
+
+
+class Compilers:
+    """Processes that fill Triton's cache in the order of need."""
+
+    def __init__(self, wanted: Sequence[Kind]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.of = max(1, min(MOST_WORKERS, (os.cpu_count() or 2) - 2))
+        self.done = context.Array("i", self.of, lock=False)
+        self.processes = [
+            context.Process(target=compile_share, args=(i, self.of, wanted, self.done), daemon=True) for i in range(self.of)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def wait_for(self, count: int) -> None:
+        """Until the first `count` kernels are compiled, or their compilers have ended."""
+        while any(
+            process.is_alive() and self.done[i] < len(range(i, count, self.of)) for i, process in enumerate(self.processes)
+        ):
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        """End those that still run."""
+        for process in self.processes:
+            process.terminate()
 
 
 def main() -> int:
     """Tune and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.tune", description=__doc__)
-    parser.add_argument("--shapes", type=Path)
-    parser.add_argument("--out", type=Path, required=True, help="the table; measurements go beside it as FILE.times.json")
+    parser.add_argument("--shapes", type=Path, help="a JSON list of shapes; without it the benchmark's and small models'")
+    parser.add_argument("--out", type=Path, required=True, help="the table; measurements go beside it as FILE.times.jsonl")
     parser.add_argument("--seconds", type=float, default=600.0, help="start no problem after this many seconds")
-    parser.add_argument("--compile-share", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    found = problems(read_shapes(options.shapes) if options.shapes else default_shapes())
-    if options.compile_share:
-        index, of = (int(part) for part in options.compile_share.split("/"))
-        compile_share(index, of, found)
-        return 0
     begin = time.monotonic()
-    workers = max(1, min(MOST_WORKERS, (os.cpu_count() or 2) - 2))
-    command = [sys.executable, "-m", "benchmarks.kernels.tune", "--out", str(options.out)]
-    command += ["--shapes", str(options.shapes)] if options.shapes else []
-    for process in [subprocess.Popen([*command, "--compile-share", f"{i}/{workers}"]) for i in range(workers)]:
-        process.wait()
-    print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
-    table, lines = Table(torch.cuda.get_device_name(DEVICE)), []
-    for problem in found:
-        if time.monotonic() - begin > options.seconds:
-            print("out of time", flush=True)
-            break
-        try:
-            lines.append(tune_one(problem, table))
-        except (RuntimeError, ValueError) as error:
-            print(f"{problem.key} m={problem.m}: {error}"[:300], flush=True)
-            continue
-        print({key: value for key, value in lines[-1].items() if key != "times_us"}, flush=True)
-        torch.cuda.empty_cache()
+    found = problems(read_shapes(options.shapes) if options.shapes else default_shapes() + small_shapes())
+    gpu = torch.cuda.get_device_name(DEVICE)
+    shipped, sms = table_for(gpu), multiprocessors(DEVICE)
+    plan = [(problem, contenders(problem, sms, shipped.get(problem))) for problem in found]
+    wanted, needed = kinds(plan)
+    compilers = Compilers(wanted)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    table.save(options.out)
-    options.out.with_suffix(".times.json").write_text("[\n" + ",\n".join(json.dumps(entry) for entry in lines) + "\n]\n")
+    table = Table(gpu, {key: dict(row) for key, row in shipped.choices.items()})
+    print(f"{len(found)} problems, {len(wanted)} kernels", flush=True)
+    waited_s, count = 0.0, 0
+    with options.out.with_suffix(".times.jsonl").open("w") as times:
+        for (problem, tiles), kernels in zip(plan, needed, strict=True):
+            before = time.monotonic()
+            if before - begin > options.seconds:
+                print("out of time", flush=True)
+                break
+            compilers.wait_for(kernels)
+            waited_s += time.monotonic() - before
+            try:
+                entry = tune_one(problem, tiles, table)
+            except (RuntimeError, ValueError) as error:
+                print(f"{problem.key} m={problem.m}: {error}"[:300], flush=True)
+                continue
+            count += 1
+            print({key: value for key, value in entry.items() if key != "times_us"}, flush=True)
+            times.write(json.dumps(entry) + "\n")
+            times.flush()
+            table.save(options.out)
+            torch.cuda.empty_cache()
+    compilers.stop()
+    print(
+        f"{count} of {len(found)} problems in {time.monotonic() - begin:.0f} s, {waited_s:.0f} s of them compiling", flush=True
+    )
     return 0
 
 

@@ -14,7 +14,7 @@ from .gemm_pieces import gemm_pieces_kernel
 from .gemm_portable import gemm_portable_kernel
 from .gemm_skinny import gemm_skinny_kernel
 from .toolchain import gl, gluon_descriptor, triton
-from .tuning import DIRECT, PIECES, RING, SKINNY, GemmProblem, GemmTile, choose
+from .tuning import DIRECT, DRIP_BUFFERS, PIECES, RING, SKINNY, GemmProblem, GemmTile, choose
 
 TREE_LEAVES = 8  # slices of K in the tree family: what tensor-parallel sizes 1, 2, 4 and 8 share
 HALF = (torch.bfloat16, torch.float16)
@@ -92,7 +92,7 @@ def _launch_hopper(
     if tile.engine == SKINNY:
         _launch_skinny(a, b, out, problem, tile)
         return
-    if tile.store == 1 and not addressable(out):
+    if tile.store in (1, 3) and not addressable(out):
         tile = replace(fit_height(tile, tile.height), store=0)
     m, n = problem.m, problem.n
     stride_m, stride_n = out.stride(0), out.stride(1)
@@ -110,13 +110,7 @@ def _launch_hopper(
         )  # fmt: skip
         return
     if tile.engine == PIECES:
-        tiles = triton.cdiv(m, tile.height) * triton.cdiv(n, tile.width)
-        gemm_pieces_kernel[(min(multiprocessors(out.device), tiles),)](
-            descriptor(a, (tile.rows, tile.depth)), descriptor(b, (tile.cols, tile.depth)), descriptor(out, (tile.rows, tile.cols)),
-            m, n, problem.k, GROUP=tile.group, CONSUMERS=tile.consumers, STAGES=tile.stages, PIECE=tile.cols,
-            COUNT=tile.width // tile.cols, LEAVES=problem.leaves, RELEASE=tile.overlap == 2, num_warps=4, maxnreg=168,
-            launch_pdl=tile.overlap > 0,
-        )  # fmt: skip
+        _launch_pieces(a, b, out, problem, tile)
         return
     a_desc = descriptor(a, (tile.depth, tile.rows) if a_km else (tile.rows, tile.depth))
     b_desc = descriptor(b, (tile.depth, tile.cols) if b_kn else (tile.cols, tile.depth))
@@ -135,6 +129,16 @@ def _launch_hopper(
         A_KM=a_km, B_KN=b_kn, GROUP=tile.group, CONSUMERS=tile.consumers, STAGES=tile.stages, ROWS=tile.rows, COLS=tile.cols,
         EXTRA=tile.extra, DEPTH=tile.depth, LEAVES=problem.leaves, STASH=tile.stashes(problem.leaves), STORE=tile.store,
         AHEAD=1 if problem.leaves or problem.k <= tile.depth else 2, DEFER=tile.defers,
+        RELEASE=tile.overlap == 2, num_warps=4, maxnreg=168, launch_pdl=tile.overlap > 0,
+    )  # fmt: skip
+
+
+def _launch_pieces(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, problem: GemmProblem, tile: GemmTile) -> None:
+    tiles = triton.cdiv(problem.m, tile.height) * triton.cdiv(problem.n, tile.width)
+    gemm_pieces_kernel[(min(multiprocessors(out.device), tiles),)](
+        descriptor(a, (tile.rows, tile.depth)), descriptor(b, (tile.cols, tile.depth)), descriptor(out, (tile.rows, tile.cols)),
+        problem.m, problem.n, problem.k, GROUP=tile.group, CONSUMERS=tile.consumers, STAGES=tile.stages, PIECE=tile.cols,
+        COUNT=tile.width // tile.cols, LEAVES=problem.leaves, DRIP=DRIP_BUFFERS if tile.store == 3 else 0,
         RELEASE=tile.overlap == 2, num_warps=4, maxnreg=168, launch_pdl=tile.overlap > 0,
     )  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 As `gemm_kernel` (one warp loads, one or two warp groups multiply, persistent, a tile stored while the next one begins, the same
 order of the sum and so the same bits), for plain products in half precision. A sum is a tuple of COUNT pieces of [64, PIECE];
-`wgmma` multiplies them as one.
+`wgmma` multiplies them as one. A chain's finished tile leaves piece by piece, each while a step of the next tile runs (DRIP), so that
+its way out takes neither the matrix unit's time nor the memory of a whole tile.
 """
 
 from __future__ import annotations
@@ -174,10 +175,24 @@ def _write(
 
 
 @gluon_jit
+def _write_piece(
+    value: gl.tensor, out_desc: gl.tensor, buffers: gl.tensor, row: gl.tensor, col: gl.tensor, PLACE: gl.constexpr,
+    AT_ONCE: gl.constexpr,
+) -> None:  # fmt: skip
+    """Write one piece through buffer PLACE, one of AT_ONCE that take turns."""
+    tma.store_wait(pendings=AT_ONCE - 1)
+    gl.thread_barrier()
+    buffers.index(PLACE).store(value)
+    fence_async_shared()
+    gl.thread_barrier()
+    tma.async_copy_shared_to_global(out_desc, [row, col], buffers.index(PLACE))
+
+
+@gluon_jit
 def _consume(
     out_desc: gl.tensor, bars: gl.tensor, buffers: gl.tensor, stash: gl.tensor, M: gl.tensor, N: gl.tensor, K: gl.tensor,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, COUNT: gl.constexpr,
-    LEAVES: gl.constexpr, ME: gl.constexpr,
+    LEAVES: gl.constexpr, DRIP: gl.constexpr, ME: gl.constexpr,
 ) -> None:  # fmt: skip
     """Consumer warp group ME: its 64 rows of every tile this program walks. A chain's tile is written during the next."""
     TYPE: gl.constexpr = out_desc.dtype  # the operands' too
@@ -188,8 +203,9 @@ def _consume(
     num_n = gl.cdiv(N, PIECE * COUNT)
     steps = gl.cdiv(K, 64)
     step = 0
+    # Before the first tile there is nothing to write: rows outside the matrix stand for it.
     done = (gl.zeros((64, PIECE), TYPE, layout),) * COUNT
-    done_row = 0
+    done_row = gl.cdiv(M, 64) * 64
     done_col = 0
     for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
         tile_m, tile_n = tile_position(tile, num_m, num_n, GROUP)
@@ -202,16 +218,29 @@ def _consume(
             sums, step = _eight_leaves(sums, zero, bars, stash, step, steps // 8, TYPE, CONSUMERS, STAGES, PIECE, COUNT, ME)
             _write(sums, out_desc, buffers, row, col, FIRST, PIECE, COUNT)
         else:
-            if tile >= gl.num_programs(0):
+            if DRIP:
+                for i in gl.static_range(COUNT):
+                    sums = _start(sums, bars[0], step, False, TYPE, CONSUMERS, STAGES, PIECE, COUNT, ME)
+                    _write_piece(done[i], out_desc, buffers, done_row, done_col + i * PIECE, ME * DRIP + i % DRIP, DRIP)
+                    sums = wait(sums, 1)
+                    release(bars[1], step - 1, STAGES)
+                    step += 1
+            elif tile >= gl.num_programs(0):
                 _write(done, out_desc, buffers, done_row, done_col, FIRST, PIECE, COUNT)
-            sums, step = _proceed(sums, bars, step, steps - 1, TYPE, CONSUMERS, STAGES, PIECE, COUNT, ME)
+            sums, step = _proceed(
+                sums, bars, step, steps - 1 - (COUNT if DRIP else 0), TYPE, CONSUMERS, STAGES, PIECE, COUNT, ME
+            )
             sums = wait(sums, 0)
             release(bars[1], step - 1, STAGES)
             done = _rounded(sums, TYPE, COUNT)
             done_row = row
             done_col = col
     if LEAVES == 0:
-        _write(done, out_desc, buffers, done_row, done_col, FIRST, PIECE, COUNT)
+        if DRIP:
+            for i in gl.static_range(COUNT):
+                _write_piece(done[i], out_desc, buffers, done_row, done_col + i * PIECE, ME * DRIP + i % DRIP, DRIP)
+        else:
+            _write(done, out_desc, buffers, done_row, done_col, FIRST, PIECE, COUNT)
     tma.store_wait(pendings=0)
 
 
@@ -219,36 +248,38 @@ def _consume(
 def _consume_first(
     out_desc: gl.tensor, bars: gl.tensor, buffers: gl.tensor, stash: gl.tensor, M: gl.tensor, N: gl.tensor, K: gl.tensor,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, COUNT: gl.constexpr,
-    LEAVES: gl.constexpr,
+    LEAVES: gl.constexpr, DRIP: gl.constexpr,
 ) -> None:  # fmt: skip
     """The first warp group's entry."""
-    _consume(out_desc, bars, buffers, stash, M, N, K, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES, 0)
+    _consume(out_desc, bars, buffers, stash, M, N, K, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES, DRIP, 0)
 
 
 @gluon_jit
 def _consume_second(
     out_desc: gl.tensor, bars: gl.tensor, buffers: gl.tensor, stash: gl.tensor, M: gl.tensor, N: gl.tensor, K: gl.tensor,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, COUNT: gl.constexpr,
-    LEAVES: gl.constexpr,
+    LEAVES: gl.constexpr, DRIP: gl.constexpr,
 ) -> None:  # fmt: skip
     """The second warp group's entry."""
-    _consume(out_desc, bars, buffers, stash, M, N, K, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES, 1)
+    _consume(out_desc, bars, buffers, stash, M, N, K, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES, DRIP, 1)
 
 
 @gluon_jit(do_not_specialize=["M"])
 def gemm_pieces_kernel(
     a_desc: gl.tensor, b_desc: gl.tensor, out_desc: gl.tensor,
     M: gl.tensor, N: gl.tensor, K: gl.tensor, GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    PIECE: gl.constexpr, COUNT: gl.constexpr, LEAVES: gl.constexpr, RELEASE: gl.constexpr,
+    PIECE: gl.constexpr, COUNT: gl.constexpr, LEAVES: gl.constexpr, DRIP: gl.constexpr,
+    RELEASE: gl.constexpr,
 ) -> None:  # fmt: skip
-    """C[M, N] = A[M, K] B[N, K]^T in the operands' dtype; boxes [64, 64] of A, [PIECE, 64] of B, [64, PIECE] of C. LEAVES: 0 or 8."""
+    """C[M, N] = A[M, K] B[N, K]^T in the operands' dtype; boxes [64, 64] of A, [PIECE, 64] of B, [64, PIECE] of C. LEAVES: 0 or 8.
+    DRIP: buffers of a finished tile's pieces for each warp group, or 0 to write it whole; only for a chain of more steps than pieces."""
     ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES * (CONSUMERS * 64 // PIECE + COUNT), PIECE, 64], b_desc.layout)
     if LEAVES:
         stash_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, PIECE], gl.float32)
         stash = gl.allocate_shared_memory(gl.float32, [CONSUMERS * COUNT, 64, PIECE], stash_layout)
         buffers = stash._reinterpret(out_desc.dtype, [2 * CONSUMERS * COUNT, 64, PIECE], out_desc.layout)
     else:
-        buffers = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS * COUNT, 64, PIECE], out_desc.layout)
+        buffers = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS * (DRIP if DRIP else COUNT), 64, PIECE], out_desc.layout)
         stash = buffers
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -264,8 +295,8 @@ def gemm_pieces_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume_first, (out_desc, bars, buffers, stash, M, N, K, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES)),
-                (_consume_second, (out_desc, bars, buffers, stash, M, N, K, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES)),
+                (_consume_first, (out_desc, bars, buffers, stash, M, N, K, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES, DRIP)),
+                (_consume_second, (out_desc, bars, buffers, stash, M, N, K, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES, DRIP)),
                 (_produce, (a_desc, b_desc, ring, bars, M, N, K, GROUP, CONSUMERS, STAGES, PIECE, COUNT)),
             ],
             [4, 1],
@@ -274,7 +305,7 @@ def gemm_pieces_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume_first, (out_desc, bars, buffers, stash, M, N, K, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES)),
+                (_consume_first, (out_desc, bars, buffers, stash, M, N, K, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES, DRIP)),
                 (_produce, (a_desc, b_desc, ring, bars, M, N, K, GROUP, CONSUMERS, STAGES, PIECE, COUNT)),
             ],
             [1],

@@ -26,22 +26,25 @@ BARRIER_BYTES = 1_024  # barriers and alignment, rounded up
 LARGEST_BUCKET = 65_536
 MOST_STAGES = 12
 FEW_ROWS = 32  # for so few a tile in pieces was never the fastest
-FINALISTS = 3  # tiles whose launch is tuned too
+LAUNCHED_IN_EVERY_WAY = 3  # of the tiles that come first
+HOPELESS = 1.35  # a tile predicted to take so many times the fastest's seconds is not timed
 LONG_S = 2e-4  # of products that take this long the launch does not matter
 
 RING, DIRECT, SKINNY, PIECES = 0, 1, 2, 3  # `gemm_kernel`, `gemm_direct_kernel`, `gemm_skinny_kernel`, `gemm_pieces_kernel`
+DRIP_BUFFERS = 2  # pieces of a finished tile on their way out at once
 
-# For `predict_s` only: an H200's rates, and what fits 2,200 measured times of 270 products on one. Over them the tile predicted
-# fastest took 1.4 % more than the fastest (geometric mean; 1.44 times at worst).
-CLOCK_HZ = 1.7e9
-MEMORY_BYTES_PER_S = 4.2e12
-L2_BYTES_PER_CYCLE = 64.0  # into one multiprocessor
-BYTES_IN_FLIGHT = 58_000  # a ring that holds less shows the latency
-START_S = {RING: 4.3e-6, PIECES: 4.3e-6, DIRECT: 2.5e-6, SKINNY: 2.3e-6}
-TILE_CYCLES = {RING: 1_200.0, PIECES: 1_500.0, DIRECT: 2_400.0, SKINNY: 1_100.0}  # to begin and end a tile
-STEP_CYCLES = {RING: 27.0, PIECES: 27.0, DIRECT: 60.0}  # to pass a stage on
+# For `predict_s` only: an H200's rates, and what fits 4,500 measured times of 270 products on one. Over them the tile predicted
+# fastest took 1.6 % more than the fastest (geometric mean; 1.27 times at worst), and 2.5 % over shapes that the fit did not see.
+CLOCK_HZ = 1.74e9
+MEMORY_BYTES_PER_S = 4.0e12
+L2_BYTES_PER_CYCLE = 62.0  # into one multiprocessor
+BYTES_IN_FLIGHT = 140_000  # a ring that holds less shows the latency
+START_S = {RING: 4.3e-6, PIECES: 4.0e-6, DIRECT: 2.35e-6, SKINNY: 2.3e-6}
+TILE_CYCLES = {RING: 1_900.0, PIECES: 1_300.0, DIRECT: 950.0, SKINNY: 1_100.0}  # to begin and end a tile
+STEP_CYCLES = {RING: 32.0, PIECES: 32.0, DIRECT: 106.0}  # to pass a stage on
+LEAF_CYCLES = {RING: 140.0, PIECES: 140.0, DIRECT: 425.0}  # to begin and end a leaf of a tree
 SKINNY_CYCLES_PER_TOKEN = 6.5  # of one k16 step in one warp, whatever its few rows
-SHARPNESS = 4.0  # how little the lesser of work and memory adds to the greater
+NEARLY_MOST, MOST = 3.6, 5.0  # how little the lesser of two that overlap adds to the greater: inside a tile, of work and memory
 
 
 @dataclass(frozen=True, order=True)
@@ -57,7 +60,7 @@ class GemmTile:
     depth: int  # K elements a stage
     stages: int
     group: int  # row tiles walked down before the next column tile
-    store: int  # 0 from registers, 1 by TMA, 2 from registers as whole rows
+    store: int  # 0 from registers, 1 by TMA, 2 from registers as whole rows, 3 by TMA piece by piece during the next tile
     overlap: int = (
         0  # see `overlap`: 0 starts after the kernel before has ended, 1 and 2 while it ends; 2 lets the next do so early
     )
@@ -76,7 +79,8 @@ class GemmTile:
         """Shared memory the kernel will ask for."""
         ring = self.stages * (self.height + self.width) * self.depth * itemsize
         if self.engine == PIECES:
-            return ring + self.height * self.width * (4 if leaves else out_itemsize) + BARRIER_BYTES
+            leaving = self.cols * DRIP_BUFFERS if self.store == 3 else self.width
+            return ring + self.height * leaving * (4 if leaves else out_itemsize) + BARRIER_BYTES
         staged = self.cols if self.extra == self.cols else self.width  # equal halves leave one after the other
         staging = self.height * staged * out_itemsize if self.store else 0
         stash = self.height * self.cols * 4 if self.stashes(leaves) else 0
@@ -136,7 +140,7 @@ class GemmProblem:
 
 
 def predict_s(tile: GemmTile, problem: GemmProblem, multiprocessors: int) -> float:
-    """Seconds the tile should take: the slowest of matrix unit, L2 port and memory, plus what each wave costs.
+    """Seconds the tile should take: the slowest of matrix unit, L2 port and memory, plus what each wave, step and leaf costs.
 
     Good enough to rank tiles for shapes nobody measured; the table overrides it.
     """
@@ -145,19 +149,23 @@ def predict_s(tile: GemmTile, problem: GemmProblem, multiprocessors: int) -> flo
     beside = tile.per_multiprocessor(itemsize, problem.out_dtype.itemsize, problem.leaves)
     beside = min(beside, -(-tiles // multiprocessors))
     waves = -(-tiles // (multiprocessors * beside))
-    # A ring must hold about a microsecond of the port's bandwidth, or latency shows.
+    # A ring must hold what the port carries in a latency, or the latency shows.
     in_flight = (tile.stages - 1) * (tile.height + tile.width) * tile.depth * itemsize * beside
     load_cycles = problem.k * (tile.height + tile.width) * itemsize * beside / L2_BYTES_PER_CYCLE
     load_cycles *= max(1.0, BYTES_IN_FLIGHT / in_flight)
-    wave_cycles = max(_mma_cycles(tile, beside) * problem.k / 16, load_cycles)
+    wave_cycles = _overlapped(_mma_cycles(tile, beside) * problem.k / 16, load_cycles, NEARLY_MOST)
     wave_cycles += STEP_CYCLES.get(tile.engine, 0.0) * problem.k / tile.depth
+    wave_cycles += LEAF_CYCLES.get(tile.engine, 0.0) * problem.leaves
     wave_cycles += TILE_CYCLES[tile.engine] / (beside if tile.engine == DIRECT else 1)  # neighbours work meanwhile
-    busy_s = waves * wave_cycles / CLOCK_HZ
     touched = min(problem.experts, problem.m) if problem.experts else 1
     moved = itemsize * (problem.m * problem.k + touched * problem.n * problem.k)
     moved += problem.out_dtype.itemsize * problem.m * problem.n
-    memory_s = moved / MEMORY_BYTES_PER_S
-    return START_S[tile.engine] + float((busy_s**SHARPNESS + memory_s**SHARPNESS) ** (1 / SHARPNESS))
+    return START_S[tile.engine] + _overlapped(waves * wave_cycles / CLOCK_HZ, moved / MEMORY_BYTES_PER_S, MOST)
+
+
+def _overlapped(x: float, y: float, sharpness: float) -> float:
+    """What two that go on at once take: more than either, less than the sum."""
+    return float((x**sharpness + y**sharpness) ** (1 / sharpness))
 
 
 def _mma_cycles(tile: GemmTile, beside: int) -> float:
@@ -166,7 +174,8 @@ def _mma_cycles(tile: GemmTile, beside: int) -> float:
     if tile.engine == SKINNY:
         return SKINNY_CYCLES_PER_TOKEN * tile.cols / tile.consumers * max(1.0, beside * tile.consumers / 4)
     parts = [tile.width] if tile.engine == PIECES else [part for part in (tile.cols, tile.extra) if part]
-    return beside * sum(max(part / 2, (64 + part) * 32 / 128) for part in parts) * max(tile.height, 16) / 64
+    of_64_rows = sum(_overlapped(part / 2, (64 + part) * 32 / 128, NEARLY_MOST) for part in parts)
+    return beside * of_64_rows * max(tile.height, 16) / 64
 
 
 def _skinny_tiles(problem: GemmProblem) -> Iterable[GemmTile]:
@@ -215,14 +224,20 @@ def _wide_tiles(store: int, whole: int, m: int) -> Iterable[GemmTile]:
     yield GemmTile(RING, True, 64, 2, 64, 0, 64, MOST_STAGES, 8, 0)
 
 
-def _pieced_tiles(m: int) -> Iterable[GemmTile]:
-    """Tiles whose width is no power of two, multiplied at once: with the right one a product fills its last wave."""
+def _pieced_tiles(problem: GemmProblem, multiprocessors: int) -> Iterable[GemmTile]:
+    """Tiles whose width is no power of two, multiplied at once: with the right one a product fills its last wave. Also one of 256
+    columns, for it can leave while the next one's products run."""
     narrow = ((1, 16, 5), (1, 32, 3), (1, 16, 7), (1, 32, 5), (1, 64, 3))
-    wide = ((2, 16, 5), (2, 32, 3), (2, 16, 7), (2, 16, 9), (2, 32, 5), (2, 16, 11), (2, 64, 3), (2, 16, 13), (2, 32, 7))
+    wide = (
+        (2, 16, 5), (2, 32, 3), (2, 16, 7), (2, 16, 9), (2, 32, 5), (2, 16, 11), (2, 64, 3), (2, 16, 13), (2, 32, 7), (2, 64, 4),
+    )  # fmt: skip
     for consumers, piece, count in narrow + wide:
-        tile = GemmTile(PIECES, False, 64, consumers, piece, piece * (count - 1), 64, MOST_STAGES, 8, 1)
+        tile = GemmTile(PIECES, False, 64, consumers, piece, piece * (count - 1), 64, MOST_STAGES, 8, 3)
+        # A tile that no other follows leaves at once, and so does one with fewer steps than pieces.
+        if problem.leaves or problem.k <= 64 * (count + 1) or tile_count(tile, problem) <= multiprocessors:
+            tile = replace(tile, store=1)
         yield tile
-        if consumers == 2 and m > 1024:
+        if consumers == 2 and problem.m > 1024:
             yield replace(tile, group=16)
 
 
@@ -234,7 +249,7 @@ def candidates(problem: GemmProblem, multiprocessors: int = 132) -> list[GemmTil
     plain = not (problem.experts or problem.a_km or problem.b_kn)
     tiles = [*_decode_tiles(whole), *_wide_tiles(store, whole, problem.m)]
     pieces = plain and aligned and problem.leaves in (0, 8) and problem.m > FEW_ROWS
-    tiles += _pieced_tiles(problem.m) if pieces else []
+    tiles += _pieced_tiles(problem, multiprocessors) if pieces else []
     itemsizes = (problem.dtype.itemsize, problem.out_dtype.itemsize)
     kept = [tile for tile in _skinny_tiles(problem) if plain and tile.fits(*itemsizes, problem.leaves)]
     leaf = problem.k // problem.leaves if problem.leaves else 0
@@ -262,7 +277,8 @@ def _usual_overlap(tile: GemmTile, problem: GemmProblem, multiprocessors: int) -
 def tile_count(tile: GemmTile, problem: GemmProblem) -> int:
     """Tiles of a product, at most."""
     rows, cols = (problem.n, problem.m) if tile.swap else (problem.m, problem.n)
-    return (-(-rows // tile.height) + (problem.experts if not tile.swap else 0)) * -(-cols // tile.width)
+    ragged = min(problem.experts, problem.m)  # each expert that has rows may leave one tile partly empty
+    return (-(-rows // tile.height) + ragged) * -(-cols // tile.width)
 
 
 def _within_memory(tile: GemmTile | None, problem: GemmProblem) -> GemmTile | None:
@@ -354,13 +370,20 @@ def prove(
     return [tile for tile in tiles if same(run(tile), reference)]
 
 
-def ranked(problem: GemmProblem, multiprocessors: int, keep: int = 10, keep_pieced: int = 3) -> list[GemmTile]:
-    """The tiles worth timing: the `keep` predicted fastest, `keep_pieced` of those in pieces beside them (many of those are predicted
-    alike), and every skinny one, whose prediction is coarse."""
-    tiles = sorted(candidates(problem, multiprocessors), key=lambda tile: predict_s(tile, problem, multiprocessors))
-    skinny = [tile for tile in tiles if tile.engine == SKINNY]
-    pieced = [tile for tile in tiles if tile.engine == PIECES]
-    return skinny + [tile for tile in tiles if tile.engine not in (SKINNY, PIECES)][:keep] + pieced[:keep_pieced]
+def ranked(problem: GemmProblem, multiprocessors: int, keep: int = 6, keep_alike: int = 3) -> list[GemmTile]:
+    """The tiles worth timing, best first by prediction: the `keep` fastest of the ring and direct kernels, and `keep_alike` each in
+    pieces (many of those are predicted alike) and skinny; none predicted HOPELESS times slower than the fastest."""
+    times = {tile: predict_s(tile, problem, multiprocessors) for tile in candidates(problem, multiprocessors)}
+    best = min(times.values())
+    found: dict[int, set[GemmTile]] = {}  # of each kind, whatever their order of walking
+    kept = []
+    for tile in sorted(times, key=lambda tile: times[tile]):
+        kind = RING if tile.engine == DIRECT else tile.engine
+        alike = found.setdefault(kind, set())
+        alike.add(replace(tile, group=0))
+        if len(alike) <= (keep if kind == RING else keep_alike) and times[tile] <= HOPELESS * best:
+            kept.append(tile)
+    return kept
 
 
 def overlaps_of(tile: GemmTile) -> tuple[int, ...]:
@@ -368,28 +391,31 @@ def overlaps_of(tile: GemmTile) -> tuple[int, ...]:
     return (0, 2) if tile.engine == SKINNY else (0, 1, 2)
 
 
+def contenders(problem: GemmProblem, multiprocessors: int, start: GemmTile | None = None) -> list[GemmTile]:
+    """What `tune` times: the choice to start from (a table's) and the tiles of `ranked`, the first few of them in every way of
+    launching them where the product is short enough for the launch to matter."""
+    tiles = list(dict.fromkeys(([start] if start else []) + ranked(problem, multiprocessors)))
+    if predict_s(tiles[0], problem, multiprocessors) < LONG_S:
+        tiles += [replace(tile, overlap=way) for tile in tiles[:LAUNCHED_IN_EVERY_WAY] for way in overlaps_of(tile)]
+    return list(dict.fromkeys(tiles))
+
+
 def tune(
     problem: GemmProblem,
     run: Callable[[GemmTile], torch.Tensor],
     reference: torch.Tensor,
     time_s: Callable[[Sequence[GemmTile]], dict[GemmTile, float]],
-    multiprocessors: int,
+    tiles: Sequence[GemmTile],
     table: Table,
 ) -> dict[GemmTile, float]:
-    """Time the tiles of `ranked` that `prove` lets through, then the fastest few in every way of launching them; put the
-    fastest into the table and return all times.
+    """Time those of the tiles (`contenders`) that `prove` lets through, put the fastest into the table and return all times.
 
     run, reference: as `prove`'s; the reference is the portable kernel's result. time_s: seconds of each tile.
     Raises ValueError if no tile is bit-equal.
     """
-    proven = prove(run, ranked(problem, multiprocessors), reference)
+    proven = prove(run, tiles, reference)
     if not proven:
         raise ValueError(f"no tile of {problem.key} at {problem.m} rows gives the portable kernel's bits")
     times = time_s(proven)
-    best = sorted(times, key=lambda tile: times[tile])[:FINALISTS]
-    finalists = best
-    if times[best[0]] < LONG_S:
-        finalists = prove(run, [replace(tile, overlap=way) for tile in best for way in overlaps_of(tile)], reference)
-        times |= time_s(finalists)
-    table.put(problem, min(finalists, key=lambda tile: times[tile]))
+    table.put(problem, min(times, key=lambda tile: times[tile]))
     return times

@@ -1,0 +1,71 @@
+"""The tuner of the matrix kernels: what it compiles and when, and how it races tiles. On a CPU, with a clock of our own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the tuner compiles kernels")
+
+from benchmarks.kernels import tune
+from benchmarks.kernels.shapes import default_shapes, small_shapes
+from miles_plan.kernels.cuda.tuning import GemmProblem, GemmTile, contenders, ranked, table_for
+
+SMS = 132
+
+
+def test_every_rows_of_the_benchmark_are_tuned() -> None:
+    found = {(problem.key, problem.bucket) for problem in tune.problems(default_shapes())}
+    stood_for = {(key, bucket) for key, m in found for bucket in tune.BUCKETS.get(m, (m,))}
+    for shape in default_shapes():
+        if shape.op == "matmul" and shape["dtype"] == "bfloat16":
+            problem = GemmProblem(shape["M"], shape["N"], shape["K"], leaves=8 if shape["order"] == "tree" else 0)
+            assert (problem.key, problem.bucket) in stood_for
+
+
+def test_what_comes_first_is_compiled_first() -> None:
+    table = table_for("NVIDIA H200")
+    plan = [(problem, contenders(problem, SMS, table.get(problem))) for problem in tune.problems(small_shapes())[:12]]
+    wanted, needed = tune.kinds(plan)
+    assert needed == sorted(needed)
+    assert needed[-1] == len(wanted)
+    for (_, tiles), count in zip(plan, needed, strict=True):
+        assert set(tiles) <= {tile for _, tile in wanted[:count]}
+    assert len(wanted) < sum(len(tiles) for _, tiles in plan), "a kernel that several problems share is compiled once"
+
+
+class Clock:
+    """Stands for the device: each tile takes its seconds, some rounds by chance more."""
+
+    def __init__(self, seconds: dict[GemmTile, float], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: dict[GemmTile, int] = dict.fromkeys(seconds, 0)
+        self.ran: GemmTile | None = None
+        self.seconds = seconds
+        monkeypatch.setattr(tune, "event_ms", self.event_ms)
+        monkeypatch.setattr(tune, "WARMING_S", 0.0)
+
+    def runs(self) -> dict[GemmTile, tune.Repeated]:
+        return {tile: (lambda tile=tile: setattr(self, "ran", tile), 2) for tile in self.seconds}
+
+    def event_ms(self, run: tune.Call) -> float:
+        run()
+        assert self.ran is not None
+        self.calls[self.ran] += 1
+        late = 1.5 if self.calls[self.ran] == 2 else 1.0
+        return 2 * self.seconds[self.ran] * late * 1e3
+
+
+def test_the_fastest_wins_and_the_slow_leave_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = ranked(GemmProblem(512, 4096, 4096), SMS)[:4]
+    clock = Clock(dict(zip(tiles, (1.02e-5, 1.0e-5, 1.2e-5, 2e-5), strict=True)), monkeypatch)
+    times = tune.time_by_elimination(clock.runs())
+    assert min(times, key=lambda tile: times[tile]) == tiles[1]
+    assert times[tiles[1]] == pytest.approx(1.0e-5), "one late round does not show in a median"
+    assert clock.calls[tiles[0]] == clock.calls[tiles[1]] == tune.ROUNDS
+    assert clock.calls[tiles[3]] == 1
+    assert clock.calls[tiles[2]] < tune.ROUNDS
+
+
+def test_long_products_are_called_and_not_captured() -> None:
+    calls = [lambda: torch.zeros(1), lambda: torch.ones(1)]
+    assert tune.repeated(calls, expected_s=5e-3) == (calls[0], 1)
