@@ -24,7 +24,12 @@ from .tuning import SHARED_MEMORY_BYTES
 from .workspace import zeroed_ints
 
 SPLIT_BELOW = 0.75  # rows of decode tiles a multiprocessor; with more, each is computed whole and not in chunks
-MERGE_INSIDE_UP_TO = 2  # split work items a multiprocessor; with more, the chunks are merged by a kernel of their own
+MERGE_INSIDE_UP_TO = 1  # split work items a multiprocessor; with more, the chunks are merged by a kernel of their own
+BLOCK_BY_BLOCK_UP_TO = 4  # split work items a multiprocessor; with more, a block's scores are under way during the one before
+HALVE_VALUES_UP_TO = (
+    0.25  # split work items a multiprocessor; with so few, two thread blocks take half the values' columns each
+)
+WHOLE_ROWS_RING_BYTES = 128 * 1024  # of each thread block when all stream at once; more in flight is up to 1 % slower
 CHUNK_KEYS = 1024  # keys after which the running state restarts; what a split decode computes alone
 LOG2_E = 1.4426950408889634
 DTYPES = (torch.bfloat16, torch.float16)
@@ -266,10 +271,11 @@ def _keys_of(call: _Call) -> tuple[Any, ...]:
     return call.q_starts, call.kv_starts, call.kv_lens, table, 0 if call.table is None else call.table.stride(0)
 
 
-def _stages(fixed_bytes: int, options: dict[str, Any]) -> int:
-    """Blocks of keys and values that fit beside what else is in shared memory."""
+def _stages(fixed_bytes: int, options: dict[str, Any], ring_bytes: int | None = None) -> int:
+    """Blocks of keys and values that fit beside what else is in shared memory, or that `ring_bytes` hold if those are fewer."""
     block_bytes: int = (options["D"] + options["D_TAIL"] + options["DV"]) * 2 * BLOCK_KEYS
-    return max(2, min(6, (SHARED_MEMORY_BYTES - 1024 - fixed_bytes) // block_bytes))
+    room = SHARED_MEMORY_BYTES - 1024 - fixed_bytes
+    return max(2, min(6, min(room, ring_bytes or room) // block_bytes))
 
 
 def _launch_prefill(
@@ -287,24 +293,33 @@ def _launch_prefill(
 def _launch_decode(
     call: _Call, out: torch.Tensor, lse: torch.Tensor, descs: tuple[Any, ...], places: tuple[int, ...], options: dict[str, Any]
 ) -> None:
+    sms = multiprocessors(call.q.device)
     heads = call.kv_heads * call.head_tiles
-    items, sms = call.seqs * heads, multiprocessors(call.q.device)
     # Splitting pays while whole rows would leave multiprocessors idle, and never changes a bit.
-    split = call.chunks > 1 and items < SPLIT_BELOW * sms
+    split = call.chunks > 1 and call.seqs * heads < SPLIT_BELOW * sms
     chunks = call.chunks if split else 1
+    parts = 2 if split and options["DV"] == 128 and call.seqs * heads * chunks <= HALVE_VALUES_UP_TO * sms else 1
+    if parts > 1:
+        heads, options = heads * parts, {**options, "DV": options["DV"] // parts}
+        v_rows = _rows_view(call.v)
+        assert v_rows is not None
+        descs = (*descs[:2], descriptor(v_rows, (options["BOX"], options["DV"])))
+    items = call.seqs * heads
     merge_inside = split and items * chunks <= MERGE_INSIDE_UP_TO * sms
     kept = _rows_kept(call, options["TOKENS"])
     rows = max(8, kept)
-    warps = 4 if merge_inside else 8
-    stages = _stages(rows * (call.q.shape[-1] + 3 * BLOCK_KEYS) * 2, options)  # queries, weights, and weights to be added
-    parts = _partials(call, items * chunks, kept, split)
+    warps = 4 if split and items * chunks <= BLOCK_BY_BLOCK_UP_TO * sms else 8
+    # Beside the ring: queries, weights, and weights to be added.
+    stages = _stages(rows * (call.q.shape[-1] + 3 * BLOCK_KEYS) * 2, options, None if split else WHOLE_ROWS_RING_BYTES)
+    states = _partials(call, items * chunks, kept, split, options["DV"])
     attention_decode_kernel[(min(items * chunks, sms),)](
-        call.q, *descs, out, lse, *parts, zeroed_ints(call.q.device, items) if merge_inside else call.kv_lens, *_keys_of(call),
+        call.q, *descs, out, lse, *states, zeroed_ints(call.q.device, items) if merge_inside else call.kv_lens, *_keys_of(call),
         call.seqs, heads, chunks, *places, call.scale * LOG2_E, call.window, SPLIT=int(split) + int(split and not merge_inside),
-        STAGES=stages, ROWS=rows, ROWS_KEPT=kept, SUMS=layout_of_sums(rows, warps), WARPS=warps, num_warps=warps, **options,
+        STAGES=stages, ROWS=rows, ROWS_KEPT=kept, SUMS=layout_of_sums(rows, warps), WARPS=warps, PARTS=parts,
+        AT_ONCE=min(16, 1 << (chunks - 1).bit_length()) if merge_inside else 1, num_warps=warps, **options,
     )  # fmt: skip
     if split and not merge_inside:
-        _merge(call, out, lse, parts, items, 1, chunks, options["TOKENS"], kept, want_lse=options["LSE"])
+        _merge(call, out, lse, states, items, 1, chunks, options["TOKENS"], kept, want_lse=options["LSE"])
 
 
 def _rows_kept(call: _Call, tokens: int) -> int:
@@ -312,10 +327,9 @@ def _rows_kept(call: _Call, tokens: int) -> int:
     return 1 << (min(call.max_q_len, tokens) * call.group - 1).bit_length()
 
 
-def _partials(call: _Call, slots: int, kept: int, split: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _partials(call: _Call, slots: int, kept: int, split: bool, dv: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     slots = slots if split else 1
     new = {"device": call.q.device, "dtype": torch.float32}
-    dv = call.v.shape[-1]
     return torch.empty(slots, kept, **new), torch.empty(slots, kept, **new), torch.empty(slots, kept, dv, **new)  # type: ignore[call-overload]  # a dict of keywords is beyond the stub
 
 
@@ -325,11 +339,12 @@ def _merge(
 ) -> None:  # fmt: skip
     rows = min(call.max_q_len, tokens) * call.group
     dv = call.v.shape[-1]
+    unroll = min(32, max(8, 1 << (chunks - 1).bit_length()))  # chunks on their way at a time: maxnreg has the room
     attention_merge_kernel[(items, rows)](
-        out, lse, *parts, call.q_starts, call.kv_lens, call.kv_heads * call.head_tiles, tiles, chunks,
-        out.stride(0), out.stride(1), lse.stride(0), call.window, CAUSAL=call.causal, GROUP=call.group, TOKENS=tokens, CHUNK=CHUNK_KEYS, BN=BLOCK_KEYS, DV=dv,
-        DV_PAD=1 << (dv - 1).bit_length(), ROWS_KEPT=kept, LSE=want_lse, UNROLL=8,
-        num_warps=max(1, min(4, dv // 32)), **overlap(out.device),
+        out, lse, *parts, call.q_starts, call.kv_lens, call.kv_heads * call.head_tiles, tiles, chunks, out.stride(0), out.stride(1),
+        lse.stride(0), call.window, CAUSAL=call.causal, GROUP=call.group, TOKENS=tokens, CHUNK=CHUNK_KEYS, BN=BLOCK_KEYS, DV=dv,
+        DV_PAD=1 << (dv - 1).bit_length(), ROWS_KEPT=kept, LSE=want_lse, UNROLL=unroll, ALL=chunks <= unroll,
+        num_warps=max(1, min(4, dv // 64)), maxnreg=224, **overlap(out.device),
     )  # fmt: skip
 
 
@@ -345,7 +360,7 @@ def _launch_portable(call: _Call, out: torch.Tensor, lse: torch.Tensor, want_lse
     split = call.chunks > 1 and tiles == 1 and items < 8 * multiprocessors(q.device)
     chunks = call.chunks if split else 1
     kept = _rows_kept(call, tokens) if split else TILE_ROWS
-    parts = _partials(call, items * chunks, kept, split)
+    parts = _partials(call, items * chunks, kept, split, dv)
     k_row, k_head = (call.k.stride(-3), call.k.stride(-2))
     v_row, v_head = (call.v.stride(-3), call.v.stride(-2))
     wide = max(d, dv) > 128

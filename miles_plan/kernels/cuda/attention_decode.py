@@ -6,8 +6,12 @@ shows: scores are k q^T and weighted values v^T p^T, so that 8 queries cost 8 co
 every item of a thread block through one ring, without a pause between items.
 
 A split item leaves its chunk's state in memory. The folds in ascending order that an unsplit item does at the end of each chunk are
-then done by whoever finishes a row's last chunk (SPLIT = 1, which saves a launch), or by a kernel of their own (SPLIT = 2: the
-fence before a thread block can say that it has finished takes microseconds under the load of a long stream).
+then done by whoever finishes a row's last chunk (SPLIT = 1, which saves a launch), or by a kernel of their own (SPLIT = 2: with
+several items a thread block, the slowest would be the last of many rows and fold them one after another, and the fence before it
+can say that it has finished takes microseconds under the load of a long stream).
+
+Where even chunks are too few, an item is also one of PARTS equal parts of the values' columns. Each part computes its head's
+weights anew, from keys that the part beside it has brought into L2, and columns of v^T p^T never meet: no bit changes.
 """
 
 from __future__ import annotations
@@ -260,7 +264,7 @@ def _consume(
     window: gl.tensor,
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, ROWS: gl.constexpr, ROWS_KEPT: gl.constexpr,
-    LSE: gl.constexpr, SUMS: gl.constexpr, WARPS: gl.constexpr,
+    LSE: gl.constexpr, SUMS: gl.constexpr, WARPS: gl.constexpr, PARTS: gl.constexpr, AT_ONCE: gl.constexpr,
 ) -> None:  # fmt: skip
     """The consumer warps: every work item of this program."""
     SEQS, HEADS, TILES, CHUNKS = sizes
@@ -271,14 +275,15 @@ def _consume(
             lengths, sizes, item_of(turn), window, CAUSAL, SPLIT, TOKENS, CHUNK, BN
         )
         if lo < hi:
-            head0 = head * GROUP
+            head0 = head // PARTS * GROUP
+            mine = (outs[0] + head % PARTS * DV, outs[1])
             gl.thread_barrier()
             load_queries(q, q_buffer, strides, q_start, first_token, q_len, head0, 0, GROUP, TOKENS, ROWS, D, WARPS)
             if D_TAIL:
                 load_queries(q, tail_buffer, strides, q_start, first_token, q_len, head0, D, GROUP, TOKENS, ROWS, D_TAIL, WARPS)
             fence_async_shared()
             gl.thread_barrier()
-            if SPLIT == 1:
+            if (WARPS == 4) & (PARTS == 1):
                 state, step = _attend_chunk(
                     queries, weights, rings, bars, step, lo, hi, position, kv_len, scale, window, CAUSAL, GROUP, BN, STAGES,
                     D_TAIL, DV, ROWS, SUMS, WARPS,
@@ -289,7 +294,7 @@ def _consume(
                     STAGES, D_TAIL, DV, ROWS, SUMS, WARPS,
                 )  # fmt: skip
             if SPLIT == 0:
-                _store_columns(outs, strides, state, q_start, first_token, q_len, head0, GROUP, ROWS, DV, LSE)
+                _store_columns(mine, strides, state, q_start, first_token, q_len, head0, GROUP, ROWS, DV, LSE)
             else:
                 slot = seq * HEADS + head
                 _store_state(partials, state, slot * CHUNKS + chunk, ROWS, ROWS_KEPT, DV)
@@ -301,8 +306,8 @@ def _consume(
                 if done == last_chunk - first_chunk - 1:
                     gl.store(counters + slot, 0)
                     merge_chunks(
-                        outs, partials, strides, slot, CHUNKS, first_chunk, last_chunk, q_start, first_token, q_len, head, GROUP,
-                        TOKENS, ROWS_KEPT, DV, LSE, WARPS,
+                        mine, partials, strides, slot, CHUNKS, first_chunk, last_chunk, q_start, first_token, q_len, head // PARTS,
+                        GROUP, TOKENS, ROWS_KEPT, DV, LSE, WARPS, AT_ONCE,
                     )  # fmt: skip
 
 
@@ -316,7 +321,7 @@ def attention_decode_kernel(
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, GROUP: gl.constexpr, HEAD_TILES: gl.constexpr, TOKENS: gl.constexpr,
     CHUNK: gl.constexpr, BN: gl.constexpr, PAGE: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr,
     D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, ROWS: gl.constexpr, ROWS_KEPT: gl.constexpr, LSE: gl.constexpr,
-    SUMS: gl.constexpr, WARPS: gl.constexpr,
+    SUMS: gl.constexpr, WARPS: gl.constexpr, PARTS: gl.constexpr, AT_ONCE: gl.constexpr,
 ) -> None:  # fmt: skip
     """Softmax attention of at most ROWS packed (token, head) rows a sequence and key head."""
     dtype: gl.constexpr = k_desc.dtype
@@ -355,9 +360,10 @@ def attention_decode_kernel(
     gl.warp_specialize(
         [
             (_consume, (q, outs, partials, counters, queries, weights, rings, bars, lengths, sizes, strides, scale, window,
-                        CAUSAL, SPLIT, GROUP, TOKENS, CHUNK, BN, STAGES, D, D_TAIL, DV, ROWS, ROWS_KEPT, LSE, SUMS, WARPS)),
+                        CAUSAL, SPLIT, GROUP, TOKENS, CHUNK, BN, STAGES, D, D_TAIL, DV, ROWS, ROWS_KEPT, LSE, SUMS, WARPS,
+                        PARTS, AT_ONCE)),
             (produce, (descs, rings, bars, lengths, sizes, table, table_stride, window, CAUSAL, SPLIT, TOKENS, CHUNK,
-                       BN, PAGE, BOX, STAGES, D, D_TAIL, DV, HEAD_TILES)),
+                       BN, PAGE, BOX, STAGES, D, D_TAIL, DV, HEAD_TILES, PARTS)),
         ],
         [1],
         [24],

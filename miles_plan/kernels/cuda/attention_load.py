@@ -83,11 +83,12 @@ def produce(
     table_stride: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr, BN: gl.constexpr,
     PAGE: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr,
-    DV: gl.constexpr, HEAD_TILES: gl.constexpr,
+    DV: gl.constexpr, HEAD_TILES: gl.constexpr, PARTS: gl.constexpr = 1,
 ) -> None:  # fmt: skip
     """The producer warp: keys and values of every work item of this program, as far ahead as the ring allows.
 
     The page table is read a block ahead, so that its latency is hidden behind the wait for a free stage.
+    With PARTS > 1 a head's values are cut into parts of DV columns, each an item of its own.
     """
     k_desc, t_desc, v_desc = descs
     k_ring, t_ring, v_ring = rings
@@ -100,7 +101,8 @@ def produce(
         seq, head, _, _, _, _, kv_start, kv_len, _, lo, hi = span(
             lengths, sizes, item_of(turn), window, CAUSAL, SPLIT, TOKENS, CHUNK, BN
         )
-        kv_head = head // HEAD_TILES
+        kv_head = head // (HEAD_TILES * PARTS)
+        v_col = (kv_head * PARTS + head % PARTS) * DV
         pages = table + seq.to(gl.int64) * table_stride
         place = kv_start
         if PAGE:
@@ -118,7 +120,7 @@ def produce(
                 _fetch(t_desc, t_ring, k_ready.index(stage), stage, place, block, kv_head * (D + D_TAIL) + D, PAGE, BN, BOX)
             mbarrier.wait(v_empty.index(stage), phase)
             mbarrier.expect(v_ready.index(stage), V_BYTES)
-            _fetch(v_desc, v_ring, v_ready.index(stage), stage, place, block, kv_head * DV, PAGE, BN, BOX)
+            _fetch(v_desc, v_ring, v_ready.index(stage), stage, place, block, v_col, PAGE, BN, BOX)
             place = ahead
             step += 1
 

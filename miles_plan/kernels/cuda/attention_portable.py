@@ -147,6 +147,35 @@ def attention_portable_kernel(
                 tl.store(lse + at, tl.where(total_l > 0, total_m + tl.log2(total_l), float("-inf")), mask=valid)
 
 
+@jit
+def _states(
+    part_m: tl.tensor, part_l: tl.tensor, part_acc: tl.tensor, slot: tl.tensor, row: tl.tensor, base: tl.tensor, CHUNKS: tl.tensor,
+    ROWS_KEPT: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, UNROLL: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """A row's states of UNROLL chunks from `base` on. Past the last the last again, so that no load waits for a mask."""
+    d = tl.arange(0, DV_PAD)
+    one = tl.arange(0, 1)
+    states: tl.tensor = ()
+    for ahead in tl.static_range(UNROLL):
+        at = (slot.to(tl.int64) * CHUNKS + tl.minimum(base + ahead, CHUNKS - 1)) * ROWS_KEPT + row + one
+        acc = tl.load(part_acc + at[:, None] * DV + d[None, :], mask=(d < DV)[None, :], other=0.0)
+        states = states + ((tl.load(part_m + at), tl.load(part_l + at), acc),)
+    return states
+
+
+@jit
+def _folded(total: tl.tensor, states: tl.tensor, base: tl.tensor, first_chunk: tl.tensor, last_chunk: tl.tensor) -> tl.tensor:
+    """The total with those of the states from chunk `base` on that are of chunks [first_chunk, last_chunk)."""
+    m, l, acc = total
+    for ahead in tl.static_range(len(states)):
+        there = (base + ahead >= first_chunk) & (base + ahead < last_chunk)
+        new_m, new_l, new_acc = states[ahead]
+        m, l, acc = _fold(
+            m, l, acc, tl.where(there, new_m, -1.0e30), tl.where(there, new_l, 0.0), tl.where(there, new_acc, 0.0)
+        )
+    return m, l, acc
+
+
 @jit(do_not_specialize=["TILES", "CHUNKS", "window"])
 def attention_merge_kernel(
     out: tl.tensor, lse: tl.tensor, part_m: tl.tensor, part_l: tl.tensor, part_acc: tl.tensor, q_starts: tl.tensor,
@@ -154,12 +183,19 @@ def attention_merge_kernel(
     o_stride_head: tl.tensor, lse_stride: tl.tensor, window: tl.tensor,
     CAUSAL: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr,
     CHUNK: tl.constexpr, BN: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, ROWS_KEPT: tl.constexpr,
-    LSE: tl.constexpr, UNROLL: tl.constexpr, OVERLAP: tl.constexpr,
+    LSE: tl.constexpr, UNROLL: tl.constexpr, ALL: tl.constexpr, OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program (sequence x head x token tile, row): fold the row's chunks in ascending order, as the unsplit kernels do."""
+    """Program (sequence x head x token tile, row): fold the row's chunks in ascending order, as the unsplit kernels do.
+
+    UNROLL chunks are loaded before the first of them is folded. With ALL these are all there can be, and they are on their way
+    before the sequence's length is known; what memory holds for a chunk that it does not have is not looked at.
+    """
     begin(OVERLAP)
     slot = tl.program_id(0)
     row = tl.program_id(1)
+    total = (tl.full((1,), -1.0e30, tl.float32), tl.zeros((1,), tl.float32), tl.zeros((1, DV_PAD), tl.float32))
+    if ALL:
+        states = _states(part_m, part_l, part_acc, slot, row, 0, CHUNKS, ROWS_KEPT, DV, DV_PAD, UNROLL)
     head = slot % HEADS
     rest = slot // HEADS
     tile = rest % TILES
@@ -169,32 +205,25 @@ def attention_merge_kernel(
     kv_len = tl.load(kv_lens + seq)
     first_token = tile * TOKENS
     token = first_token + row // GROUP
-    if token < q_len:
-        position = kv_len - q_len + first_token
-        hi = kv_len
-        if CAUSAL:
-            hi = tl.minimum(kv_len, position + TOKENS)
-        first_chunk = tl.maximum(position - window + 1, 0) // CHUNK
-        last_chunk = tl.cdiv(hi, CHUNK)
-        d = tl.arange(0, DV_PAD)
-        in_d = d < DV
-        total_m = tl.full((1,), -1.0e30, tl.float32)
-        total_l = tl.zeros((1,), tl.float32)
-        total = tl.zeros((1, DV_PAD), tl.float32)
-        one = tl.arange(0, 1)
+    position = kv_len - q_len + first_token
+    hi = kv_len
+    if CAUSAL:
+        hi = tl.minimum(kv_len, position + TOKENS)
+    first_chunk = tl.maximum(position - window + 1, 0) // CHUNK
+    last_chunk = tl.cdiv(hi, CHUNK)
+    if ALL:
+        total = _folded(total, states, 0, first_chunk, last_chunk)
+    else:
         for base in range(first_chunk, last_chunk, UNROLL):
-            for ahead in tl.static_range(UNROLL):
-                chunk = base + ahead
-                there = chunk < last_chunk
-                at = (slot.to(tl.int64) * CHUNKS + chunk) * ROWS_KEPT + row + one
-                m = tl.load(part_m + at, mask=there, other=-1.0e30)
-                l = tl.load(part_l + at, mask=there, other=0.0)
-                acc = tl.load(part_acc + at[:, None] * DV + d[None, :], mask=in_d[None, :] & there, other=0.0)
-                total_m, total_l, total = _fold(total_m, total_l, total, m, l, acc)
-        inverse = tl.where(total_l > 0, 1.0 / total_l, 0.0)
-        head_of_row = head * GROUP + row % GROUP
-        o_at = (q_start + token).to(tl.int64) * o_stride_token + head_of_row * o_stride_head
-        tl.store(out + o_at + d[None, :], (total * inverse[:, None]).to(out.dtype.element_ty), mask=in_d[None, :])
-        if LSE:
-            at = (q_start + token).to(tl.int64) * lse_stride + head_of_row + one
-            tl.store(lse + at, tl.where(total_l > 0, total_m + tl.log2(total_l), float("-inf")))
+            states = _states(part_m, part_l, part_acc, slot, row, base, CHUNKS, ROWS_KEPT, DV, DV_PAD, UNROLL)
+            total = _folded(total, states, base, first_chunk, last_chunk)
+    m, l, acc = total
+    inverse = tl.where(l > 0, 1.0 / l, 0.0)
+    head_of_row = head * GROUP + row % GROUP
+    d = tl.arange(0, DV_PAD)
+    o_at = (q_start + token).to(tl.int64) * o_stride_token + head_of_row * o_stride_head
+    values = (acc * inverse[:, None]).to(out.dtype.element_ty)
+    tl.store(out + o_at + d[None, :], values, mask=(token < q_len) & (d < DV)[None, :])
+    if LSE:
+        at = (q_start + token).to(tl.int64) * lse_stride + head_of_row + tl.arange(0, 1)
+        tl.store(lse + at, tl.where(l > 0, m + tl.log2(l), float("-inf")), mask=token < q_len)

@@ -94,9 +94,9 @@ def merge_chunks(
     outs: gl.tensor, partials: gl.tensor, strides: gl.tensor, slot: gl.tensor, chunks: gl.tensor,
     first_chunk: gl.tensor, last_chunk: gl.tensor, q_start: gl.tensor, first_token: gl.tensor, q_len: gl.tensor,
     head: gl.tensor, GROUP: gl.constexpr, TOKENS: gl.constexpr, ROWS_KEPT: gl.constexpr, DV: gl.constexpr,
-    LSE: gl.constexpr, WARPS: gl.constexpr,
+    LSE: gl.constexpr, WARPS: gl.constexpr, AT_ONCE: gl.constexpr,
 ) -> None:  # fmt: skip
-    """Fold a tile's chunks [first_chunk, last_chunk) in ascending order and write its rows; several chunks' loads at a time."""
+    """Fold a tile's chunks [first_chunk, last_chunk) in ascending order and write its rows; AT_ONCE chunks' loads at a time."""
     part_m, part_l, part_acc = partials
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // DV, DV // 4], [WARPS, 1], [1, 0])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
@@ -105,7 +105,6 @@ def merge_chunks(
     total_m = gl.full((ROWS_KEPT,), -1.0e30, gl.float32, rows)
     total_l = gl.zeros((ROWS_KEPT,), gl.float32, rows)
     total = gl.zeros((ROWS_KEPT, DV), gl.float32, layout)
-    AT_ONCE: gl.constexpr = 8  # loads in flight together
     for base in range(first_chunk, last_chunk, AT_ONCE):
         for ahead in gl.static_range(AT_ONCE):
             there = base + ahead < last_chunk

@@ -143,6 +143,33 @@ def test_attention(launched: Launched) -> None:
     assert launched.isdisjoint(HOPPER_ATTENTION) or launched >= HOPPER_ATTENTION
 
 
+@pytest.mark.parametrize("launched", ["hopper"], indirect=True)
+@pytest.mark.parametrize(
+    ("batch", "length", "split", "parts", "stages", "warps"),
+    [(1, 4096, 1, 2, 4, 4), (1, 16_384, 1, 1, 3, 4), (1, 32_768, 2, 1, 3, 4), (4, 32_768, 2, 1, 3, 8), (16, 4096, 0, 1, 2, 8)],
+)
+def test_how_decode_work_is_cut(
+    launched: Launched, batch: int, length: int, split: int, parts: int, stages: int, warps: int
+) -> None:
+    """Few chunks halve the values, many chunks are merged by a kernel of their own, many rows are not cut."""
+    from miles_plan.kernels.cuda.attention import attention
+
+    starts = torch.arange(batch + 1, dtype=torch.int32)
+    lens = torch.full((batch,), length, dtype=torch.int32)
+    keys = torch.empty(batch * length, 8, 128, dtype=torch.bfloat16)
+    attention(half(batch, 32, 128), keys, keys, q_starts=starts, kv_lens=lens, max_q_len=1, max_kv_len=length)
+    launch = launched.first["attention_decode_kernel"]
+    assert [launch[2][name] for name in ("SPLIT", "PARTS", "DV", "STAGES", "WARPS")] == [
+        split,
+        parts,
+        128 // parts,
+        stages,
+        warps,
+    ]
+    assert ("attention_merge_kernel" in launched) == (split == 2)
+    assert shared_bytes(*launch) <= SHARED_MEMORY_BYTES
+
+
 def test_rows(launched: Launched) -> None:
     from miles_plan.kernels.cuda.embedding import embedding
     from miles_plan.kernels.cuda.expert_rows import expert_order, expert_rows
