@@ -53,26 +53,27 @@ def span(
 
 
 @gluon_jit
-def _pages_of(
+def _pages_from(
     pages: gl.tensor, block: gl.tensor, kv_len: gl.tensor, PAGE: gl.constexpr, BN: gl.constexpr, BOX: gl.constexpr
 ) -> gl.tensor:
-    """The pages of a block's boxes, one a lane; past the sequence's end page 0, whose keys will be masked."""
-    key = block * BN + gl.arange(0, BN // BOX, layout=gl.BlockedLayout([1], [32], [1], [0])) * BOX
+    """The pages of 32 boxes from a block on, one a lane; past the sequence's end page 0, whose keys will be masked."""
+    key = block * BN + gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0])) * BOX
     return gl.load(pages + key // PAGE, mask=key < kv_len, other=0)
 
 
 @gluon_jit
 def _fetch(
-    desc: gl.tensor, ring: gl.tensor, bar: gl.tensor, stage: gl.tensor, place: gl.tensor, block: gl.tensor, col: gl.tensor,
-    PAGE: gl.constexpr, BN: gl.constexpr, BOX: gl.constexpr,
+    desc: gl.tensor, ring: gl.tensor, bar: gl.tensor, stage: gl.tensor, place: gl.tensor, first_box: gl.tensor, block: gl.tensor,
+    col: gl.tensor, PAGE: gl.constexpr, BN: gl.constexpr, BOX: gl.constexpr,
 ) -> None:  # fmt: skip
-    """One block of keys (or values) into a stage: a single box from row `place` of a packed tensor, or one box a page."""
+    """One block of keys (or values) into a stage: a box from row `place` of a packed tensor, or a box a page, whose numbers
+    stand in `place` from lane `first_box` on."""
     if PAGE == 0:
         tma.async_copy_global_to_shared(desc, [place + block * BN, col], bar, ring.index(stage))
     else:
-        lane = gl.arange(0, BN // BOX, layout=place.type.layout)
+        lane = gl.arange(0, 32, layout=place.type.layout)
         for part in gl.static_range(BN // BOX):
-            page = gl.sum(gl.where(lane == part, place, 0), 0)
+            page = gl.sum(gl.where(lane == first_box + part, place, 0), 0)
             within = (block * BN + part * BOX) % PAGE
             tma.async_copy_global_to_shared(desc, [page * PAGE + within, col], bar, ring.index(stage).slice(part * BOX, BOX))
 
@@ -87,8 +88,8 @@ def produce(
 ) -> None:  # fmt: skip
     """The producer warp: keys and values of every work item of this program, as far ahead as the ring allows.
 
-    The page table is read a block ahead, so that its latency is hidden behind the wait for a free stage.
-    With PARTS > 1 a head's values are cut into parts of DV columns, each an item of its own.
+    The page table is read 32 boxes at a time, and those ahead of their turn: block by block, its latency would be paid for each
+    until the ring is full. With PARTS > 1 a head's values are cut into parts of DV columns, each an item of its own.
     """
     k_desc, t_desc, v_desc = descs
     k_ring, t_ring, v_ring = rings
@@ -96,6 +97,8 @@ def produce(
     SEQS, HEADS, TILES, CHUNKS = sizes
     K_BYTES: gl.constexpr = BN * (D + D_TAIL) * k_desc.dtype.primitive_bitwidth // 8
     V_BYTES: gl.constexpr = BN * DV * v_desc.dtype.primitive_bitwidth // 8
+    BOXES: gl.constexpr = BN // BOX
+    AT_ONCE: gl.constexpr = 32 // BOXES  # blocks whose pages are read together
     step = 0
     for turn in range(gl.cdiv(SEQS * HEADS * TILES * CHUNKS, gl.num_programs(0))):
         seq, head, _, _, _, _, kv_start, kv_len, _, lo, hi = span(
@@ -106,22 +109,27 @@ def produce(
         pages = table + seq.to(gl.int64) * table_stride
         place = kv_start
         if PAGE:
-            place = _pages_of(pages, lo, kv_len, PAGE, BN, BOX)
+            place = _pages_from(pages, lo, kv_len, PAGE, BN, BOX)
+        ahead = place
+        if PAGE:
+            ahead = _pages_from(pages, lo + AT_ONCE, kv_len, PAGE, BN, BOX)
         for block in range(lo, hi):
             stage = step % STAGES
             phase = ((step // STAGES) & 1) ^ 1
-            ahead = place
+            first_box = (block - lo) % AT_ONCE * BOXES
             if PAGE:
-                ahead = _pages_of(pages, block + 1, kv_len, PAGE, BN, BOX)
+                if (first_box == 0) & (block > lo):
+                    place = ahead
+                    ahead = _pages_from(pages, block + AT_ONCE, kv_len, PAGE, BN, BOX)
             mbarrier.wait(k_empty.index(stage), phase)
             mbarrier.expect(k_ready.index(stage), K_BYTES)
-            _fetch(k_desc, k_ring, k_ready.index(stage), stage, place, block, kv_head * (D + D_TAIL), PAGE, BN, BOX)
+            _fetch(k_desc, k_ring, k_ready.index(stage), stage, place, first_box, block, kv_head * (D + D_TAIL), PAGE, BN, BOX)
             if D_TAIL:
-                _fetch(t_desc, t_ring, k_ready.index(stage), stage, place, block, kv_head * (D + D_TAIL) + D, PAGE, BN, BOX)
+                t_col = kv_head * (D + D_TAIL) + D
+                _fetch(t_desc, t_ring, k_ready.index(stage), stage, place, first_box, block, t_col, PAGE, BN, BOX)
             mbarrier.wait(v_empty.index(stage), phase)
             mbarrier.expect(v_ready.index(stage), V_BYTES)
-            _fetch(v_desc, v_ring, v_ready.index(stage), stage, place, block, v_col, PAGE, BN, BOX)
-            place = ahead
+            _fetch(v_desc, v_ring, v_ready.index(stage), stage, place, first_box, block, v_col, PAGE, BN, BOX)
             step += 1
 
 
