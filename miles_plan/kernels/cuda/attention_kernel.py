@@ -4,6 +4,11 @@ Warp-specialised Gluon kernel. A producer warp streams blocks of 128 keys and va
 packed tensor, or page by page through a page table); two consumer warp groups each own 64 rows of queries. A row is a
 (token, head) pair: the heads that share a key head sit side by side.
 
+A warp group starts the scores of a block and the weighted values of the block before together, computes weights as soon as the
+scores are there, and rescales when the values are; meanwhile the tensor core has the other group's products, whose turn it is next.
+The blocks of all work items of a program are one stream: an item's first scores run beside the last values of the item before. This
+is FlashAttention-3's overlap (arXiv 2407.08608, section 3) carried over the items' ends.
+
 For every row the arithmetic is, whatever the batch, the tile, the page size, or where prefill was cut:
 
     keys in ascending blocks of 128 from absolute position 0, the state (m, l, acc) restarting every CHUNK keys;
@@ -19,9 +24,12 @@ The online softmax is Milakov & Gimelshein 2018 (arXiv 1805.02867), the tiling F
 
 from __future__ import annotations
 
-from .attention_load import item_of, load_queries, produce, span
-from .attention_state import fold, masked, scrub, store_rows, to_weights
+from .attention_load import fetch_queries, item_of, produce, span
+from .attention_registers import rescaled
+from .attention_state import added, fold_kept, keep, masked, scrub, store_rows, to_weights
+from .named_barrier import arrive, meet
 from .toolchain import (
+    async_copy,
     fence_async_shared,
     gl,
     gluon_jit,
@@ -31,6 +39,7 @@ from .toolchain import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from .wgmma import computed
 
 BLOCK_KEYS = 128
 TILE_ROWS = 64
@@ -54,176 +63,264 @@ def _scores(
 
 
 @gluon_jit
-def _weigh(
-    s: gl.tensor, state: gl.tensor, totals: gl.tensor, block: gl.tensor, lo: gl.tensor, scale: gl.tensor, CHUNK: gl.constexpr,
-    BN: gl.constexpr, dtype: gl.constexpr,
+def _next_item(
+    lengths: gl.tensor, sizes: gl.tensor, turn: gl.tensor, window: gl.tensor, CAUSAL: gl.constexpr, TOKENS: gl.constexpr,
+    CHUNK: gl.constexpr, BN: gl.constexpr, ME: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
-    """A block's masked scores to weights, and the state made ready for their values; a full chunk is folded first."""
-    m, l, acc = state
-    total_m, total_l, total = totals
-    o_layout: gl.constexpr = acc.type.layout
-    restart = (block % (CHUNK // BN) == 0) & (block > lo)
-    if restart:
-        total_m, total_l, total = fold(total_m, total_l, total, m, l, acc)
-    m_old = gl.where(restart, gl.full_like(m, -1.0e30), m)
-    m_new, p, p_sum = to_weights(s, m_old, scale)
-    alpha = gl.where(restart, 0.0, gl.exp2(m_old - m_new))  # a new chunk begins with nothing
-    weights = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, o_layout, 2))
+    """The program's first work item from `turn` on that has keys, as warp group ME sees it; with lo >= hi where none is left."""
+    SEQS, HEADS, TILES, _ = sizes
+    turns = gl.cdiv(SEQS * HEADS * TILES, gl.num_programs(0))
+    _, head, first_token, _, q_start, q_len, _, kv_len, position, lo, hi = span(
+        lengths, sizes, item_of(turn), window, CAUSAL, False, 2 * TOKENS, CHUNK, BN
+    )
+    while (lo >= hi) & (turn + 1 < turns):
+        turn += 1
+        _, head, first_token, _, q_start, q_len, _, kv_len, position, lo, hi = span(
+            lengths, sizes, item_of(turn), window, CAUSAL, False, 2 * TOKENS, CHUNK, BN
+        )
+    return turn, head, first_token + ME * TOKENS, q_start, q_len, kv_len, position + ME * TOKENS, lo, hi
+
+
+@gluon_jit
+def _fetch_queries(
+    q: gl.tensor, queries: gl.tensor, strides: gl.tensor, item: gl.tensor, GROUP: gl.constexpr, TOKENS: gl.constexpr,
+    ROWS: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, ME: gl.constexpr,
+) -> None:  # fmt: skip
+    """Start to copy an item's queries, when every warp of the group has read the ones before."""
+    _, head, first_token, q_start, q_len, _, _, _, _ = item
+    q_buffer, tail_buffer = queries
+    head0 = head * GROUP
+    gl.thread_barrier()
+    fetch_queries(q, q_buffer.index(ME), strides, q_start, first_token, q_len, head0, 0, GROUP, TOKENS, ROWS, D, 4)
+    if D_TAIL:
+        fetch_queries(q, tail_buffer.index(ME), strides, q_start, first_token, q_len, head0, D, GROUP, TOKENS, ROWS, D_TAIL, 4)
+    async_copy.commit_group()
+
+
+@gluon_jit
+def _await_queries() -> None:
+    """Wait for them, and let the tensor core see them."""
+    async_copy.wait_group(0)
+    fence_async_shared()
+    gl.thread_barrier()
+
+
+@gluon_jit
+def _start_values(
+    weights: gl.tensor, acc: gl.tensor, rings: gl.tensor, bars: gl.tensor, step: gl.tensor, last: gl.tensor,
+    valid_keys: gl.tensor, BN: gl.constexpr, STAGES: gl.constexpr, DV: gl.constexpr,
+) -> gl.tensor:  # fmt: skip
+    """Start acc + p v for the block of `step`, of which an item's last may have keys past the sequence's end."""
+    _, v_ready = bars
+    _, _, v_ring = rings
+    stage = step % STAGES
+    mbarrier.wait(v_ready.index(stage), (step // STAGES) & 1)
+    if last & (valid_keys < BN):
+        scrub(v_ring.index(stage), valid_keys, BN, DV, 4)
+        gl.thread_barrier()
+    return warpgroup_mma(weights, v_ring.index(stage), acc, is_async=True)
+
+
+@gluon_jit
+def _operand(p: gl.tensor, like: gl.tensor, acc: gl.tensor) -> gl.tensor:
+    """Weights as the tensor core takes them, in registers."""
+    return gl.convert_layout(p.to(like.dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
+
+
+@gluon_jit
+def _no_keys(ROWS: gl.constexpr, BN: gl.constexpr, DV: gl.constexpr) -> gl.tensor:
+    """The state of rows that have seen nothing."""
+    rows: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16]))
     return (
-        weights,
-        (m_new, gl.fma(l, alpha, p_sum), acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]),
-        (total_m, total_l, total),
+        gl.full((ROWS,), -1.0e30, gl.float32, rows),
+        gl.zeros((ROWS,), gl.float32, rows),
+        gl.zeros((ROWS, DV), gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])),
     )
 
 
 @gluon_jit
-def _attend(
-    queries: gl.tensor, rings: gl.tensor, bars: gl.tensor, step: gl.tensor, lo: gl.tensor, hi: gl.tensor, position: gl.tensor,
-    kv_len: gl.tensor, scale: gl.tensor, window: gl.tensor,
-    CAUSAL: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, ME: gl.constexpr,
+def _begin(
+    queries: gl.tensor, rings: gl.tensor, bars: gl.tensor, ME: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr,
+    D_TAIL: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
-    """Walk the key blocks [lo, hi) up to the last block's scores.
-
-    The values of one block and the scores of the next are multiplied in one go; while the other warp group multiplies, this one
-    computes weights.
-    """
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
-    s_rows: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16]))
-    k_ready, v_ready, k_empty, v_empty = bars
-    _, _, v_ring = rings
-    empty = gl.full((ROWS,), -1.0e30, gl.float32, s_rows)
-    nothing = gl.zeros((ROWS,), gl.float32, s_rows)
-    state = (empty, nothing, gl.zeros((ROWS, DV), gl.float32, o_layout))
-    totals = (empty, nothing, gl.zeros((ROWS, DV), gl.float32, o_layout))
-    stage = step % STAGES
-    phase = (step // STAGES) & 1
-    mbarrier.wait(k_ready.index(stage), phase)
-    s = warpgroup_mma_wait(num_outstanding=0, deps=(_scores(queries, rings, stage, ME, ROWS, BN, D_TAIL),))
-    gl.thread_barrier()
-    mbarrier.arrive(k_empty.index(stage), count=1)
-    for block in range(lo, hi - 1):
-        s = masked(s, block, position, kv_len, window, CAUSAL, GROUP, TOKENS, ROWS, BN)
-        weights, state, totals = _weigh(s, state, totals, block, lo, scale, CHUNK, BN, v_ring.dtype)
-        ahead = (step + 1) % STAGES
-        mbarrier.wait(v_ready.index(stage), phase)
-        mbarrier.wait(k_ready.index(ahead), ((step + 1) // STAGES) & 1)
-        pending = warpgroup_mma(weights, v_ring.index(stage), state[2], is_async=True)
-        s_next = _scores(queries, rings, ahead, ME, ROWS, BN, D_TAIL)
-        acc, s = warpgroup_mma_wait(num_outstanding=0, deps=(pending, s_next))
-        state = (state[0], state[1], acc)
-        gl.thread_barrier()
-        mbarrier.arrive(v_empty.index(stage), count=1)
-        mbarrier.arrive(k_empty.index(ahead), count=1)
-        step += 1
-        stage = ahead
-        phase = (step // STAGES) & 1
-    return s, state, totals, step
+    """The scores of the program's first block, with nothing to hide them behind."""
+    k_ready, _ = bars
+    _await_queries()
+    mbarrier.wait(k_ready.index(0), 0)
+    s = warpgroup_mma_wait(num_outstanding=0, deps=(_scores(queries, rings, 0, ME, ROWS, BN, D_TAIL),))
+    arrive("keys", 0)
+    return s
 
 
 @gluon_jit
-def _finish(
-    rings: gl.tensor, bars: gl.tensor, s: gl.tensor, state: gl.tensor, totals: gl.tensor, step: gl.tensor, lo: gl.tensor,
-    hi: gl.tensor, position: gl.tensor, kv_len: gl.tensor, scale: gl.tensor, window: gl.tensor,
-    CAUSAL: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr, DV: gl.constexpr,
+def _restart(
+    outs: gl.tensor, strides: gl.tensor, kept: gl.tensor, totals: gl.tensor, chunks: gl.tensor, state: gl.tensor,
+    item: gl.tensor, last: gl.tensor, GROUP: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr,
+    DV: gl.constexpr, LSE: gl.constexpr, SHARED: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
-    """The last block's weights and values, and the last chunk folded."""
-    _, v_ready, _, v_empty = bars
+    """A chunk's state folded into its rows' total, which after the item's last chunk is written, and else put aside."""
+    total_m, total_l, total = fold_kept(totals, kept, chunks, state, SHARED)
+    totals = (total_m, total_l)
+    chunks += 1
+    if last:
+        _, head, first_token, q_start, q_len, _, _, _, _ = item
+        store_rows(
+            outs, strides, total, total_m, total_l, q_start, first_token, q_len, head * GROUP, GROUP, TOKENS, ROWS, DV, LSE
+        )
+        empty, nothing, _ = _no_keys(ROWS, BN, DV)
+        totals = (empty, nothing)
+        chunks = 0
+    else:
+        keep(kept, total, SHARED)
+    return totals, chunks
+
+
+@gluon_jit
+def _attend(
+    q: gl.tensor, outs: gl.tensor, queries: gl.tensor, rings: gl.tensor, bars: gl.tensor, kept: gl.tensor, lengths: gl.tensor,
+    sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor, item: gl.tensor,
+    CAUSAL: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr,
+    STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, LSE: gl.constexpr, SHARED: gl.constexpr,
+    TURNS: gl.constexpr, THREE_WAY: gl.constexpr, SKIP: gl.constexpr, ME: gl.constexpr,
+) -> None:  # fmt: skip
+    """All key blocks of `item` and of the items after it."""
+    k_ready, _ = bars
     _, _, v_ring = rings
-    stage = step % STAGES
-    s = masked(s, hi - 1, position, kv_len, window, CAUSAL, GROUP, TOKENS, ROWS, BN)
-    weights, state, totals = _weigh(s, state, totals, hi - 1, lo, scale, CHUNK, BN, v_ring.dtype)
-    m, l, acc = state
-    mbarrier.wait(v_ready.index(stage), (step // STAGES) & 1)
-    if kv_len < hi * BN:
-        scrub(v_ring.index(stage), kv_len - (hi - 1) * BN, BN, DV, 4)
-        gl.thread_barrier()
-    acc = warpgroup_mma_wait(num_outstanding=0, deps=(warpgroup_mma(weights, v_ring.index(stage), acc, is_async=True),))
-    gl.thread_barrier()
-    mbarrier.arrive(v_empty.index(stage), count=1)
-    total_m, total_l, total = totals
-    return fold(total_m, total_l, total, m, l, acc)
+    turn, _, _, _, _, kv_len, position, block, hi = item
+    _fetch_queries(q, queries, strides, item, GROUP, TOKENS, ROWS, D, D_TAIL, ME)
+    coming = _next_item(lengths, sizes, turn + 1, window, CAUSAL, TOKENS, CHUNK, BN, ME)
+    s = _begin(queries, rings, bars, ME, ROWS, BN, D_TAIL)
+    if block + 1 == hi:
+        _fetch_queries(q, queries, strides, coming, GROUP, TOKENS, ROWS, D, D_TAIL, ME)
+    empty, nothing, acc = _no_keys(ROWS, BN, DV)
+    s = masked(s, block, position, kv_len, window, CAUSAL, GROUP, TOKENS, ROWS, BN)
+    m, p, lanes = to_weights(s, empty, scale, ROWS, BN, THREE_WAY)
+    weights = _operand(p, v_ring, acc)
+    l = nothing
+    alpha = nothing
+    totals = (empty, nothing)
+    chunks = 0
+    step = 0
+    while (block + 1 < hi) | (coming[7] < coming[8]):
+        last = block + 1 == hi
+        ahead = (step + 1) % STAGES
+        if last:
+            _await_queries()
+        mbarrier.wait(k_ready.index(ahead), ((step + 1) // STAGES) & 1)
+        if TURNS:
+            meet("turn", ME)
+        s_pending = _scores(queries, rings, ahead, ME, ROWS, BN, D_TAIL)
+        acc_pending = _start_values(weights, acc, rings, bars, step, last, kv_len - block * BN, BN, STAGES, DV)
+        if TURNS:
+            arrive("turn", 1 - ME)
+        l = added(l, alpha, lanes)
+        ended = item
+        block += 1
+        if last:
+            item = coming
+            turn, _, _, _, _, kv_len, position, block, hi = item
+            coming = _next_item(lengths, sizes, turn + 1, window, CAUSAL, TOKENS, CHUNK, BN, ME)
+        s = warpgroup_mma_wait(num_outstanding=1, deps=(s_pending,))
+        arrive("keys", ahead)
+        if block + 1 == hi:
+            _fetch_queries(q, queries, strides, coming, GROUP, TOKENS, ROWS, D, D_TAIL, ME)
+        s = masked(s, block, position, kv_len, window, CAUSAL, GROUP, TOKENS, ROWS, BN)
+        restart = last | (block % (CHUNK // BN) == 0)
+        m_old = gl.where(restart, empty, m)
+        m_new, p, lanes = to_weights(s, m_old, scale, ROWS, BN, THREE_WAY)
+        lanes = computed(lanes)
+        alpha = gl.where(restart, 0.0, gl.exp2(m_old - m_new))  # a new chunk begins with nothing
+        acc, weights = warpgroup_mma_wait(num_outstanding=0, deps=(acc_pending, weights))
+        arrive("values", step % STAGES)
+        weights = _operand(p, v_ring, acc)
+        if restart:
+            totals, chunks = _restart(
+                outs, strides, kept, totals, chunks, (m, l, acc), ended, last, GROUP, TOKENS, ROWS, BN, DV, LSE, SHARED
+            )
+            acc = gl.zeros_like(acc)
+        elif SKIP:
+            acc = rescaled(acc, alpha)
+        else:
+            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
+        m = m_new
+        step += 1
+    acc_pending = _start_values(weights, acc, rings, bars, step, True, kv_len - block * BN, BN, STAGES, DV)
+    l = added(l, alpha, lanes)
+    acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc_pending,))
+    async_copy.wait_group(0)
+    _restart(outs, strides, kept, totals, chunks, (m, l, acc), item, True, GROUP, TOKENS, ROWS, BN, DV, LSE, SHARED)
 
 
 @gluon_jit
 def _consume(
-    q: gl.tensor, outs: gl.tensor, queries: gl.tensor, rings: gl.tensor, bars: gl.tensor, lengths: gl.tensor, sizes: gl.tensor,
-    strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
+    q: gl.tensor, outs: gl.tensor, queries: gl.tensor, rings: gl.tensor, bars: gl.tensor, kept: gl.tensor, lengths: gl.tensor,
+    sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, LSE: gl.constexpr, ME: gl.constexpr,
+    STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, LSE: gl.constexpr, SHARED: gl.constexpr,
+    TURNS: gl.constexpr, THREE_WAY: gl.constexpr, SKIP: gl.constexpr, ME: gl.constexpr,
 ) -> None:  # fmt: skip
     """Consumer warp group ME: its 64 rows of every work item of this program."""
     ROWS: gl.constexpr = 64
-    SEQS, HEADS, TILES, CHUNKS = sizes
-    q_buffer, tail_buffer = queries
-    step = 0
-    for turn in range(gl.cdiv(SEQS * HEADS * TILES * CHUNKS, gl.num_programs(0))):
-        _, head, first_token, _, q_start, q_len, _, kv_len, position, lo, hi = span(
-            lengths, sizes, item_of(turn), window, CAUSAL, False, 2 * TOKENS, CHUNK, BN
-        )
-        if lo < hi:
-            mine = first_token + ME * TOKENS
-            position += ME * TOKENS
-            gl.thread_barrier()
-            load_queries(q, q_buffer.index(ME), strides, q_start, mine, q_len, head * GROUP, 0, GROUP, TOKENS, ROWS, D, 4)
-            if D_TAIL:
-                load_queries(
-                    q, tail_buffer.index(ME), strides, q_start, mine, q_len, head * GROUP, D, GROUP, TOKENS, ROWS, D_TAIL, 4
-                )
-            fence_async_shared()
-            gl.thread_barrier()
-            s, state, totals, step = _attend(
-                queries, rings, bars, step, lo, hi, position, kv_len, scale, window, CAUSAL, GROUP, TOKENS, CHUNK, ROWS, BN, STAGES,
-                D_TAIL, DV, ME,
-            )  # fmt: skip
-            m, l, acc = _finish(
-                rings, bars, s, state, totals, step, lo, hi, position, kv_len, scale, window, CAUSAL, GROUP, TOKENS, CHUNK, ROWS,
-                BN, STAGES, DV,
-            )  # fmt: skip
-            step += 1
-            store_rows(outs, strides, acc, m, l, q_start, mine, q_len, head * GROUP, GROUP, TOKENS, ROWS, DV, LSE)
+    if TURNS and ME == 1:
+        arrive("turn", 0)  # the first group begins
+    if SHARED:
+        mine = kept.index(ME)
+    else:
+        mine = kept + (gl.program_id(0) * 2 + ME) * (ROWS * DV)
+    first = 0
+    item = _next_item(lengths, sizes, first, window, CAUSAL, TOKENS, CHUNK, BN, ME)
+    if item[7] < item[8]:
+        _attend(
+            q, outs, queries, rings, bars, mine, lengths, sizes, strides, scale, window, item, CAUSAL, GROUP, TOKENS, CHUNK, ROWS,
+            BN, STAGES, D, D_TAIL, DV, LSE, SHARED, TURNS, THREE_WAY, SKIP, ME,
+        )  # fmt: skip
 
 
 @gluon_jit
 def _consume_first(
-    q: gl.tensor, outs: gl.tensor, queries: gl.tensor, rings: gl.tensor, bars: gl.tensor, lengths: gl.tensor, sizes: gl.tensor,
-    strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
+    q: gl.tensor, outs: gl.tensor, queries: gl.tensor, rings: gl.tensor, bars: gl.tensor, kept: gl.tensor, lengths: gl.tensor,
+    sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, LSE: gl.constexpr,
+    STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, LSE: gl.constexpr, SHARED: gl.constexpr,
+    TURNS: gl.constexpr, THREE_WAY: gl.constexpr, SKIP: gl.constexpr,
 ) -> None:  # fmt: skip
     """The first warp group's entry."""
     _consume(
-        q, outs, queries, rings, bars, lengths, sizes, strides, scale, window, CAUSAL, GROUP, TOKENS, CHUNK, BN, STAGES, D, D_TAIL,
-        DV, LSE, 0,
+        q, outs, queries, rings, bars, kept, lengths, sizes, strides, scale, window, CAUSAL, GROUP, TOKENS, CHUNK, BN, STAGES, D,
+        D_TAIL, DV, LSE, SHARED, TURNS, THREE_WAY, SKIP, 0,
     )  # fmt: skip
 
 
 @gluon_jit
 def _consume_second(
-    q: gl.tensor, outs: gl.tensor, queries: gl.tensor, rings: gl.tensor, bars: gl.tensor, lengths: gl.tensor, sizes: gl.tensor,
-    strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
+    q: gl.tensor, outs: gl.tensor, queries: gl.tensor, rings: gl.tensor, bars: gl.tensor, kept: gl.tensor, lengths: gl.tensor,
+    sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, LSE: gl.constexpr,
+    STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, LSE: gl.constexpr, SHARED: gl.constexpr,
+    TURNS: gl.constexpr, THREE_WAY: gl.constexpr, SKIP: gl.constexpr,
 ) -> None:  # fmt: skip
     """The second warp group's entry."""
     _consume(
-        q, outs, queries, rings, bars, lengths, sizes, strides, scale, window, CAUSAL, GROUP, TOKENS, CHUNK, BN, STAGES, D, D_TAIL,
-        DV, LSE, 1,
+        q, outs, queries, rings, bars, kept, lengths, sizes, strides, scale, window, CAUSAL, GROUP, TOKENS, CHUNK, BN, STAGES, D,
+        D_TAIL, DV, LSE, SHARED, TURNS, THREE_WAY, SKIP, 1,
     )  # fmt: skip
 
 
 @gluon_jit(do_not_specialize=["SEQS", "TILES", "window", "table_stride"])
 def attention_kernel(
-    q: gl.tensor, k_desc: gl.tensor, t_desc: gl.tensor, v_desc: gl.tensor, out: gl.tensor, lse: gl.tensor, q_starts: gl.tensor,
-    kv_starts: gl.tensor, kv_lens: gl.tensor, table: gl.tensor, table_stride: gl.tensor, SEQS: gl.tensor, HEADS: gl.tensor,
-    TILES: gl.tensor, q_stride_token: gl.tensor, q_stride_head: gl.tensor, o_stride_token: gl.tensor, o_stride_head: gl.tensor,
-    lse_stride: gl.tensor, scale: gl.tensor, window: gl.tensor,
+    q: gl.tensor, k_desc: gl.tensor, t_desc: gl.tensor, v_desc: gl.tensor, out: gl.tensor, lse: gl.tensor, kept: gl.tensor,
+    q_starts: gl.tensor, kv_starts: gl.tensor, kv_lens: gl.tensor, table: gl.tensor, table_stride: gl.tensor, SEQS: gl.tensor,
+    HEADS: gl.tensor, TILES: gl.tensor, q_stride_token: gl.tensor, q_stride_head: gl.tensor, o_stride_token: gl.tensor,
+    o_stride_head: gl.tensor, lse_stride: gl.tensor, scale: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, GROUP: gl.constexpr, HEAD_TILES: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr,
     BN: gl.constexpr, PAGE: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr,
-    DV: gl.constexpr, LSE: gl.constexpr,
+    DV: gl.constexpr, LSE: gl.constexpr, SHARED: gl.constexpr, TURNS: gl.constexpr, THREE_WAY: gl.constexpr, SKIP: gl.constexpr,
 ) -> None:  # fmt: skip
-    """Softmax attention of packed queries over packed or paged keys and values; see the module's text for the arithmetic."""
+    """Softmax attention of packed queries over packed or paged keys and values; see the module's text for the arithmetic.
+
+    kept: float32 [programs, 128, DV], where totals wait for the end of a chunk; unused with SHARED, where they wait in shared memory.
+    TURNS, THREE_WAY, SKIP: `attention_variant.PrefillVariant`.
+    """
     dtype: gl.constexpr = k_desc.dtype
     k_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, D], gl.NVMMASharedLayout(128, 16))
     v_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, DV], gl.NVMMASharedLayout(128, 16))
@@ -235,13 +332,11 @@ def attention_kernel(
         tail_buffer = gl.allocate_shared_memory(dtype, [2, 64, D_TAIL], gl.NVMMASharedLayout(128, 16))
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    if SHARED:
+        kept = gl.allocate_shared_memory(gl.float32, [2, 64, DV], gl.NVMMASharedLayout.get_default_for([64, DV], gl.float32))
     for i in gl.static_range(STAGES):
         mbarrier.init(k_ready.index(i), count=1)
         mbarrier.init(v_ready.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_empty.index(i), count=2)
     fence_async_shared()
     gl.thread_barrier()
     grid_release()
@@ -249,19 +344,19 @@ def attention_kernel(
     outs = (out, lse)
     queries = (q_buffer, tail_buffer)
     rings = (k_ring, t_ring, v_ring)
-    bars = (k_ready, v_ready, k_empty, v_empty)
+    bars = (k_ready, v_ready)
     lengths = (q_starts, kv_starts, kv_lens)
     sizes = (SEQS, HEADS, TILES, 1)
     strides = (q_stride_token, q_stride_head, o_stride_token, o_stride_head, lse_stride)
     descs = (k_desc, t_desc, v_desc)
     gl.warp_specialize(
         [
-            (_consume_first, (q, outs, queries, rings, bars, lengths, sizes, strides, scale, window, CAUSAL, GROUP, TOKENS, CHUNK, BN,
-                              STAGES, D, D_TAIL, DV, LSE)),
-            (_consume_second, (q, outs, queries, rings, bars, lengths, sizes, strides, scale, window, CAUSAL, GROUP, TOKENS, CHUNK, BN,
-                               STAGES, D, D_TAIL, DV, LSE)),
-            (produce, (descs, rings, bars, lengths, sizes, table, table_stride, window, CAUSAL, False, 2 * TOKENS, CHUNK, BN,
-                       PAGE, BOX, STAGES, D, D_TAIL, DV, HEAD_TILES)),
+            (_consume_first, (q, outs, queries, rings, bars, kept, lengths, sizes, strides, scale, window, CAUSAL, GROUP, TOKENS,
+                              CHUNK, BN, STAGES, D, D_TAIL, DV, LSE, SHARED, TURNS, THREE_WAY, SKIP)),
+            (_consume_second, (q, outs, queries, rings, bars, kept, lengths, sizes, strides, scale, window, CAUSAL, GROUP, TOKENS,
+                               CHUNK, BN, STAGES, D, D_TAIL, DV, LSE, SHARED, TURNS, THREE_WAY, SKIP)),
+            (produce, (descs, rings, bars + bars, lengths, sizes, table, table_stride, window, CAUSAL, False, 2 * TOKENS,
+                       CHUNK, BN, PAGE, BOX, STAGES, D, D_TAIL, DV, HEAD_TILES, 1, True)),
         ],
         [4, 1],
         [240, 24],

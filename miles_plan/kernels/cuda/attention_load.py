@@ -6,7 +6,8 @@ what is computed with them.
 
 from __future__ import annotations
 
-from .toolchain import gl, gluon_jit, mbarrier, tma
+from .named_barrier import meet
+from .toolchain import async_copy, gl, gluon_jit, mbarrier, tma
 
 
 @gluon_jit
@@ -79,17 +80,31 @@ def _fetch(
 
 
 @gluon_jit
+def _until_free(
+    kind: gl.constexpr, empty: gl.tensor, step: gl.tensor, STAGES: gl.constexpr, NAMED: gl.constexpr
+) -> None:  # fmt: skip
+    """Wait until the consumers have given the stage of `step` back."""
+    stage = step % STAGES
+    if NAMED:
+        if step >= STAGES:
+            meet(kind, stage)
+    else:
+        mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+
+
+@gluon_jit
 def produce(
     descs: gl.tensor, rings: gl.tensor, bars: gl.tensor, lengths: gl.tensor, sizes: gl.tensor, table: gl.tensor,
     table_stride: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr, BN: gl.constexpr,
     PAGE: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr,
-    DV: gl.constexpr, HEAD_TILES: gl.constexpr, PARTS: gl.constexpr = 1,
+    DV: gl.constexpr, HEAD_TILES: gl.constexpr, PARTS: gl.constexpr = 1, NAMED: gl.constexpr = False,
 ) -> None:  # fmt: skip
     """The producer warp: keys and values of every work item of this program, as far ahead as the ring allows.
 
-    The page table is read 32 boxes at a time, and those ahead of their turn: block by block, its latency would be paid for each
-    until the ring is full. With PARTS > 1 a head's values are cut into parts of DV columns, each an item of its own.
+    The consumers give a stage back at its mbarrier of k_empty or v_empty or, with NAMED, at its named barrier. The page table is
+    read 32 boxes at a time, and those ahead of their turn: block by block, its latency would be paid for each until the ring is
+    full. With PARTS > 1 a head's values are cut into parts of DV columns, each an item of its own.
     """
     k_desc, t_desc, v_desc = descs
     k_ring, t_ring, v_ring = rings
@@ -115,22 +130,36 @@ def produce(
             ahead = _pages_from(pages, lo + AT_ONCE, kv_len, PAGE, BN, BOX)
         for block in range(lo, hi):
             stage = step % STAGES
-            phase = ((step // STAGES) & 1) ^ 1
             first_box = (block - lo) % AT_ONCE * BOXES
             if PAGE:
                 if (first_box == 0) & (block > lo):
                     place = ahead
                     ahead = _pages_from(pages, block + AT_ONCE, kv_len, PAGE, BN, BOX)
-            mbarrier.wait(k_empty.index(stage), phase)
+            _until_free("keys", k_empty, step, STAGES, NAMED)
             mbarrier.expect(k_ready.index(stage), K_BYTES)
             _fetch(k_desc, k_ring, k_ready.index(stage), stage, place, first_box, block, kv_head * (D + D_TAIL), PAGE, BN, BOX)
             if D_TAIL:
                 t_col = kv_head * (D + D_TAIL) + D
                 _fetch(t_desc, t_ring, k_ready.index(stage), stage, place, first_box, block, t_col, PAGE, BN, BOX)
-            mbarrier.wait(v_empty.index(stage), phase)
+            _until_free("values", v_empty, step, STAGES, NAMED)
             mbarrier.expect(v_ready.index(stage), V_BYTES)
             _fetch(v_desc, v_ring, v_ready.index(stage), stage, place, first_box, block, v_col, PAGE, BN, BOX)
             step += 1
+
+
+@gluon_jit
+def _query_places(
+    q: gl.tensor, strides: gl.tensor, q_start: gl.tensor, first_token: gl.tensor, q_len: gl.tensor, head0: gl.tensor,
+    COL: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr, WARPS: gl.constexpr,
+) -> gl.tensor:  # fmt: skip
+    """Where columns [COL, COL + D) of an item's rows of Q lie, and which rows have a query."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
+    r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    d = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+    token = first_token + r // GROUP
+    valid = (r < TOKENS * GROUP) & (token < q_len)
+    offset = (q_start + token).to(gl.int64) * strides[0] + (head0 + r % GROUP) * strides[1]
+    return q + offset[:, None] + (COL + d)[None, :], valid[:, None]
 
 
 @gluon_jit
@@ -140,11 +169,16 @@ def load_queries(
     WARPS: gl.constexpr,
 ) -> None:  # fmt: skip
     """Columns [COL, COL + D) of an item's rows of Q into shared memory; rows without a query become zeros."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
-    r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    d = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
-    token = first_token + r // GROUP
-    valid = (r < TOKENS * GROUP) & (token < q_len)
-    offset = (q_start + token).to(gl.int64) * strides[0] + (head0 + r % GROUP) * strides[1]
-    values = gl.load(q + offset[:, None] + (COL + d)[None, :], mask=valid[:, None], other=0.0)
-    buffer.store(values)
+    places, valid = _query_places(q, strides, q_start, first_token, q_len, head0, COL, GROUP, TOKENS, ROWS, D, WARPS)
+    buffer.store(gl.load(places, mask=valid, other=0.0))
+
+
+@gluon_jit
+def fetch_queries(
+    q: gl.tensor, buffer: gl.tensor, strides: gl.tensor, q_start: gl.tensor, first_token: gl.tensor, q_len: gl.tensor,
+    head0: gl.tensor, COL: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr,
+    WARPS: gl.constexpr,
+) -> None:  # fmt: skip
+    """`load_queries` without waiting for them: part of the thread's next group of asynchronous copies."""
+    places, valid = _query_places(q, strides, q_start, first_token, q_len, head0, COL, GROUP, TOKENS, ROWS, D, WARPS)
+    async_copy.async_copy_global_to_shared(buffer, places, mask=valid)

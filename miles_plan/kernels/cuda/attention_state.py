@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from .attention_registers import lane_maxima
 from .toolchain import fence_async_shared, gl, gluon_jit
 
 
@@ -25,28 +26,102 @@ def masked(
     s: gl.tensor, block: gl.tensor, position: gl.tensor, kv_len: gl.tensor, window: gl.tensor, CAUSAL: gl.constexpr,
     GROUP: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
-    """Scores with -inf where the row may not look; a block that every row sees whole is left untouched."""
+    """Scores with -inf where the row may not look; a block that every row sees whole is left untouched.
+
+    A row at a place within the sequence that sees only keys up to its own sees none past the end; other rows are not written.
+    """
     first = block * BN
-    outside = (first + BN > kv_len) | (first <= position + TOKENS - 1 - window)
+    cut = first <= position + TOKENS - 1 - window
     if CAUSAL:
-        outside = outside | (first + BN - 1 > position)
-    if outside:
+        ragged = first + BN - 1 > position
+    else:
+        ragged = first + BN > kv_len
+    if ragged | cut:
         layout: gl.constexpr = s.type.layout
         key = first + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
         place = position + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)) // GROUP
-        seen = (key < kv_len)[None, :] & (key[None, :] > (place - window)[:, None])
         if CAUSAL:
-            seen = seen & (key[None, :] <= place[:, None])
-        s = gl.where(seen, s, float("-inf"))
+            s = gl.where(key[None, :] <= place[:, None], s, float("-inf"))
+        else:
+            s = gl.where((key < kv_len)[None, :], s, float("-inf"))
+        if cut:
+            s = gl.where(key[None, :] > (place - window)[:, None], s, float("-inf"))
     return s
 
 
 @gluon_jit
-def to_weights(s: gl.tensor, m: gl.tensor, scale: gl.tensor) -> gl.tensor:
-    """Scores to unnormalised weights under the new running maximum (an integer power of two)."""
-    m_new = gl.maximum(m, gl.ceil(gl.max(s, 1) * scale))
+def _row_maxima(s: gl.tensor, ROWS: gl.constexpr, BN: gl.constexpr, THREE_WAY: gl.constexpr) -> gl.tensor:
+    """The largest score of each row."""
+    rows: gl.constexpr = gl.SliceLayout(1, s.type.layout)
+    if THREE_WAY:
+        # Of a lane's keys 8 i + 2 lane + j, j = 0 is taken, then the even half of i until i = 0 is left.
+        x, _ = lane_maxima(s).reshape([ROWS, BN // 8, 4, 2]).permute((0, 2, 1, 3)).split()
+        x, _ = x.reshape([ROWS, 4, BN // 16, 2]).split()
+        x, _ = x.reshape([ROWS, 4, BN // 32, 2]).split()
+        x, _ = x.reshape([ROWS, 4, BN // 64, 2]).split()
+        x, _ = x.reshape([ROWS, 4, BN // 128, 2]).split()
+        top = gl.convert_layout(gl.max(x.reshape([ROWS, 4]), 1), rows)
+    else:
+        top = gl.max(s, 1)
+    return top
+
+
+@gluon_jit
+def to_weights(
+    s: gl.tensor, m: gl.tensor, scale: gl.tensor, ROWS: gl.constexpr, BN: gl.constexpr, THREE_WAY: gl.constexpr
+) -> gl.tensor:
+    """Scores to unnormalised weights under the new running maximum (an integer power of two), and what a row's four lanes each add
+    up, [ROWS, 4]."""
+    m_new = gl.maximum(m, gl.ceil(_row_maxima(s, ROWS, BN, THREE_WAY) * scale))
     p = gl.exp2(gl.fma(s, scale, -m_new[:, None]))
-    return m_new, p, gl.sum(p, 1)
+    by_lane = p.reshape([ROWS, BN // 8, 4, 2]).permute((0, 2, 1, 3)).reshape([ROWS, 4, BN // 4])
+    return m_new, p, gl.sum(by_lane, 2)
+
+
+@gluon_jit
+def added(l: gl.tensor, alpha: gl.tensor, lanes: gl.tensor) -> gl.tensor:
+    """The rescaled sum of weights with a block's."""
+    return gl.fma(l, alpha, gl.convert_layout(gl.sum(lanes, 1), l.type.layout))
+
+
+@gluon_jit
+def _places(kept: gl.tensor, acc: gl.tensor) -> gl.tensor:
+    """Where a row's total lies in memory."""
+    layout: gl.constexpr = acc.type.layout
+    r = gl.arange(0, acc.type.shape[0], layout=gl.SliceLayout(1, layout))
+    d = gl.arange(0, acc.type.shape[1], layout=gl.SliceLayout(0, layout))
+    return kept + r[:, None] * acc.type.shape[1] + d[None, :]
+
+
+@gluon_jit
+def keep(kept: gl.tensor, total: gl.tensor, SHARED: gl.constexpr) -> None:
+    """Put a row's total aside until the next chunk ends: it would take the registers of half the products."""
+    if SHARED:
+        kept.store(total)
+    else:
+        gl.store(_places(kept, total), total)
+
+
+@gluon_jit
+def fold_kept(
+    totals: gl.tensor, kept: gl.tensor, chunks: gl.tensor, state: gl.tensor, SHARED: gl.constexpr
+) -> gl.tensor:  # fmt: skip
+    """`fold` of one more chunk's state into a total that was put aside, after `chunks` chunks."""
+    total_m, total_l = totals
+    m, l, acc = state
+    m_new = gl.maximum(total_m, m)
+    a = gl.exp2(total_m - m_new)
+    b = gl.exp2(m - m_new)
+    if chunks > 0:
+        if SHARED:
+            total = kept.load(acc.type.layout)
+        else:
+            total = gl.load(_places(kept, acc))
+        rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+        total = gl.fma(acc, gl.convert_layout(b, rows)[:, None], total * gl.convert_layout(a, rows)[:, None])
+    else:
+        total = acc + 0.0  # what folding into zeros gives
+    return m_new, gl.fma(l, b, total_l * a), total
 
 
 @gluon_jit

@@ -66,6 +66,7 @@ HAVE_GLUON: bool = HAVE_TRITON and None not in (_gluon, _hopper, _host) and _kno
 
 gl: Any = _language() if HAVE_GLUON else None
 tma: Any = _hopper.tma if HAVE_GLUON else None
+async_copy: Any = _hopper.async_copy if HAVE_GLUON else None
 mbarrier: Any = _hopper.mbarrier if HAVE_GLUON else None
 warpgroup_mma: Any = _hopper.warpgroup_mma if HAVE_GLUON else None
 warpgroup_mma_wait: Any = _hopper.warpgroup_mma_wait if HAVE_GLUON else None

@@ -21,17 +21,17 @@ DESCRIPTOR = (1 << 62) | (64 << 32) | (1 << 16)
 _NAMES = {"bf16": "bf16", "fp16": "f16"}
 
 
-def _inline(function: Callable[..., Any]) -> Any:
+def inline(function: Callable[..., Any]) -> Any:
     """Called while a kernel is compiled, to emit instructions."""
     return tl.core.extern(function) if HAVE_GLUON else function
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What a compile-time constant holds."""
     return getattr(value, "value", value)
 
 
-def _in_place(asm: str, pieces: list[Any], more: list[Any], constraints: list[str], semantic: Any) -> Any:
+def in_place(asm: str, pieces: list[Any], more: list[Any], constraints: list[str], semantic: Any) -> Any:
     """Emit `asm` once on all registers of the pieces ($0 upwards, read and written) and on what else it reads."""
     each = pieces[0].type.numel // THREADS
     count = each * len(pieces)
@@ -42,7 +42,7 @@ def _in_place(asm: str, pieces: list[Any], more: list[Any], constraints: list[st
     return tl.core.tuple(list(found))
 
 
-@_inline
+@inline
 def shared_base(_semantic: Any = None) -> Any:
     """Where the kernel's shared memory begins, which is where its largest allocation lies."""
     return tl.inline_asm_elementwise(
@@ -50,7 +50,7 @@ def shared_base(_semantic: Any = None) -> Any:
     )
 
 
-@_inline
+@inline
 def multiply(pieces: Any, a: Any, b: Any, fresh: Any, dtype: Any, _semantic: Any = None) -> Any:
     """Start four k16 steps and commit them as a group: pieces += A B^T, or = with `fresh`.
 
@@ -61,7 +61,7 @@ def multiply(pieces: Any, a: Any, b: Any, fresh: Any, dtype: Any, _semantic: Any
     each = sums[0].type.numel // THREADS
     count = each * len(sums)
     columns = int(sums[0].type.shape[1]) * len(sums)
-    name = _NAMES[str(_plain(dtype))]
+    name = _NAMES[str(plain(dtype))]
     registers = ", ".join(f"${i}" for i in range(count))
     lines = ["{ .reg .b32 at; .reg .b64 a; .reg .b64 b; .reg .pred add;"]
     for matrix, operand in (("a", 2 * count), ("b", 2 * count + each)):
@@ -69,7 +69,7 @@ def multiply(pieces: Any, a: Any, b: Any, fresh: Any, dtype: Any, _semantic: Any
     lines.append("wgmma.fence.sync.aligned;")
     for step in range(STEPS):
         lines += [
-            f"setp.ne.b32 add, {0 if _plain(fresh) and step == 0 else 1}, 0;",
+            f"setp.ne.b32 add, {0 if plain(fresh) and step == 0 else 1}, 0;",
             f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{name}.{name} {{{registers}}}, a, b, add, 1, 1, 0, 0;",
             "add.s64 a, a, 2; add.s64 b, b, 2;",  # sixteen elements on, in units of 16 bytes
         ]
@@ -77,19 +77,30 @@ def multiply(pieces: Any, a: Any, b: Any, fresh: Any, dtype: Any, _semantic: Any
     shape, layout = [int(size) for size in sums[0].type.shape], sums[0].type.layout
     # Inline assembly takes tensors of one shape; of these it uses the first element.
     places = [gl.full(shape, address, gl.int32, layout, _semantic=_semantic) for address in (a, b)]
-    return _in_place(" ".join(lines), sums, places, ["r"] * (2 * each), _semantic)
+    return in_place(" ".join(lines), sums, places, ["r"] * (2 * each), _semantic)
 
 
-@_inline
+@inline
 def wait(pieces: Any, outstanding: Any, _semantic: Any = None) -> Any:
     """The pieces, once at most `outstanding` groups are in flight."""
-    return _in_place(f"wgmma.wait_group.sync.aligned {int(_plain(outstanding))};", list(pieces), [], [], _semantic)
+    return in_place(f"wgmma.wait_group.sync.aligned {int(plain(outstanding))};", list(pieces), [], [], _semantic)
 
 
-@_inline
+@inline
 def rounded(x: Any, dtype: Any, _semantic: Any = None) -> Any:
     """A float32 tensor in half precision, converted at this place: left to itself the assembler puts it off until the registers
     belong to the next sum, and then lets no two products overlap."""
-    name = _NAMES[str(_plain(dtype))]
+    name = _NAMES[str(plain(dtype))]
     asm = f"cvt.rn.{name}x2.f32 $0, $2, $1;"
-    return tl.inline_asm_elementwise(asm, "=r,r,r", [x], dtype=_plain(dtype), is_pure=False, pack=2, _semantic=_semantic)
+    return tl.inline_asm_elementwise(asm, "=r,r,r", [x], dtype=plain(dtype), is_pure=False, pack=2, _semantic=_semantic)
+
+
+@inline
+def computed(x: Any, _semantic: Any = None) -> Any:
+    """x, and with it all that it needs, computed before the wait that follows in the program's text.
+
+    The assembler moves a wait for products up above arithmetic that does not depend on them, which is then hidden behind nothing. It
+    does not move it above another barrier's instruction, here one that no finite sum of weights lets run.
+    """
+    asm = "{ .reg .pred never; setp.eq.f32 never, $1, 0f7F7FFFFF; @never bar.arrive 15, 32; mov.f32 $0, $1; }"
+    return tl.inline_asm_elementwise(asm, "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1, _semantic=_semantic)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from miles_plan.kernels.cuda.attention import attention
+from miles_plan.kernels.cuda.attention import attention, attention_by
+from miles_plan.kernels.cuda.attention_variant import VARIANTS, PrefillVariant
 from miles_plan.kernels.cuda.draw import Draw
 from miles_plan.kernels.cuda.embedding import embedding, embedding_reference
 from miles_plan.kernels.cuda.expert_rows import expert_order, expert_rows
@@ -191,6 +192,31 @@ def test_router_and_its_gradient_against_the_reference(gpu: torch.device, scorin
     assert leaf.grad is not None
     assert wide.grad is not None
     assert error(leaf.grad.cpu(), wide.grad) < 1e-5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("heads", [(32, 8, 128, 128), (10, 2, 128, 128), (8, 8, 64, 64), (4, 4, 192, 128)])
+def test_variants_of_prefill_give_the_bits_of_decode(
+    gpu: torch.device, variant: PrefillVariant, heads: tuple[int, int, int, int]
+) -> None:
+    """Scores far from even, so that maxima rise and rows are all negative; sequences that end within a block, and a window."""
+    q_heads, kv_heads, d, dv = heads
+    lengths = (1000, 1, 2500, 129, 1024)
+    steep = torch.logspace(-1, 1.5, sum(lengths), device=gpu)[:, None, None]
+    q = (torch.randn(sum(lengths), q_heads, d, device=gpu) * steep).bfloat16()
+    k = (torch.randn(sum(lengths), kv_heads, d, device=gpu) - 0.5).bfloat16()
+    v = torch.randn(sum(lengths), kv_heads, dv, device=gpu).bfloat16()
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    starts = torch.tensor([0, *ends], device=gpu, dtype=torch.int32)
+    for window in (None, 300):
+        whole, lse = attention_by(variant, q, k, v, q_starts=starts, max_q_len=max(lengths), window=window)
+        assert not whole.isnan().any()
+        for length, end in zip(lengths, ends, strict=True):
+            row, keys = slice(end - 1, end), slice(end - length, end)
+            lens = torch.tensor([length], device=gpu, dtype=torch.int32)
+            alone, alone_lse = attention_by(None, q[row], k[keys], v[keys], kv_lens=lens, window=window)
+            assert torch.equal(alone, whole[row])
+            assert torch.equal(alone_lse, lse[row])
 
 
 def test_attention_gradients_against_float64(gpu: torch.device, error: Error) -> None:

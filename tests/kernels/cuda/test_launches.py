@@ -8,7 +8,10 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
+import subprocess
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -257,6 +260,32 @@ def test_the_direct_kernel_waits_for_every_warp_before_it_lays_a_tile_out_anew(l
     ptx: str = compiled(*launched.first["gemm_direct_kernel"]).asm["ptx"]
     end = ptx[ptx.rindex("wgmma.wait_group.sync.aligned") :]
     assert end.index("bar.sync") < end.index("st.shared")
+
+
+@pytest.mark.parametrize("launched", ["hopper"], indirect=True)
+@pytest.mark.parametrize("number", range(4))
+def test_prefill_computes_weights_while_the_tensor_core_multiplies_values(launched: Launched, number: int) -> None:
+    """The assembler is free to wait for the values first, which would cost speed and no bit, or to keep scores in memory."""
+    from miles_plan.kernels.cuda.attention import attention_by
+    from miles_plan.kernels.cuda.attention_variant import VARIANTS
+
+    attention_by(VARIANTS[number], half(300, 32, 128), half(300, 8, 128), half(300, 8, 128))
+    code = machine_code(compiled(*launched.first["attention_kernel"]))
+    scores, values = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+    between = [part.split(values)[0] for part in code.split(scores)[1:]]
+    assert [part.count("MUFU.EX2") >= 64 and "LDL" not in part for part in between] == [True, True]  # one loop a warp group
+    assert ("VIMNMX3" in code) == VARIANTS[number].three_way
+
+
+def machine_code(program: Any) -> str:
+    """A compiled launch, disassembled."""
+    tools = Path(importlib.import_module("triton.backends.nvidia").__file__ or "").parent / "bin"
+    if not (tools / "nvdisasm").exists():
+        pytest.skip("this build of Triton has no disassembler")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(program.asm["cubin"])
+        file.flush()
+        return subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
 
 
 def shared_bytes(kernel: Any, given: tuple[object, ...], keywords: dict[str, object]) -> int:

@@ -1,0 +1,41 @@
+"""The multiprocessor's named barriers, at which warps of a warp-specialised kernel meet behind Triton's back.
+
+To arrive at one is a single instruction that waits for nobody. With an mbarrier the warps of a group would first have to meet, so that
+one thread can speak for them. Triton takes the low numbers, one for each part of a kernel; those here end at the last, 15.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .toolchain import tl
+from .wgmma import THREADS, inline, plain
+
+GROUPS = 2  # consumer warp groups, whose threads all take part
+WARP = 32
+MOST_STAGES = 3  # of a ring whose stages are given back here
+# First number and threads. A turn is taken by one of the two groups; a stage given back by both is taken by the producer's warp.
+_BARRIERS = {
+    "turn": (8, GROUPS * THREADS),
+    "keys": (10, GROUPS * THREADS + WARP),
+    "values": (13, GROUPS * THREADS + WARP),
+}
+
+
+def _at(instruction: str, kind: Any, index: Any, semantic: Any) -> Any:
+    first, threads = _BARRIERS[plain(kind)]
+    asm = f"{{ .reg .b32 barrier; add.s32 barrier, $1, {first}; bar.{instruction} barrier, {threads}; mov.b32 $0, 0; }}"
+    place = semantic.to_tensor(index)
+    return tl.inline_asm_elementwise(asm, "=r,r", [place], dtype=tl.int32, is_pure=False, pack=1, _semantic=semantic)
+
+
+@inline
+def arrive(kind: Any, index: Any, _semantic: Any = None) -> Any:
+    """This thread's warp has reached barrier `index` of a kind: "turn" (0, 1), "keys" or "values" (a stage). Does not wait."""
+    return _at("arrive", kind, index, _semantic)
+
+
+@inline
+def meet(kind: Any, index: Any, _semantic: Any = None) -> Any:
+    """Wait at a barrier until every thread that takes part has arrived or waits; what they did before is seen after it."""
+    return _at("sync", kind, index, _semantic)
