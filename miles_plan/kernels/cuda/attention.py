@@ -7,7 +7,7 @@ another size than key heads (MLA). `attention_kernel` states the arithmetic; sou
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from .attention_backward import attention_gradients
 from .attention_decode import attention_decode_kernel, layout_of_sums
 from .attention_kernel import BLOCK_KEYS, EMPTY, TILE_ROWS, attention_kernel
 from .attention_portable import attention_merge_kernel, attention_portable_kernel
-from .attention_variant import PrefillVariant, prefill_variant
 from .device import multiprocessors, runs_gluon, runs_triton
 from .gemm import descriptor
 from .named_barrier import MOST_STAGES
@@ -55,7 +54,6 @@ class _Call:
     causal: bool
     window: int
     scale: float
-    variant: PrefillVariant | None = None  # None is the table's choice
 
     @property
     def seqs(self) -> int:
@@ -132,13 +130,6 @@ def attention(
 
 def attention_with_lse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **keywords: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention` and the natural log-sum-exp of each row's scaled scores, float32 [tokens, heads]; no gradients."""
-    return attention_by(None, q, k, v, **keywords)
-
-
-def attention_by(
-    variant: PrefillVariant | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **keywords: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attention_with_lse` by one variant of the prefill kernel, where that runs; None is the table's choice."""
     take = keywords.pop
     call = _check(
         q, k, v, take("q_starts", None), take("kv_starts", None), take("kv_lens", None), take("page_table", None),
@@ -146,7 +137,7 @@ def attention_by(
     )  # fmt: skip
     if keywords:
         raise ValueError(f"{next(iter(keywords))} is not an argument; allowed: those of attention()")
-    out, lse = _forward(replace(call, variant=variant), want_lse=True)
+    out, lse = _forward(call, want_lse=True)
     return out, lse / LOG2_E
 
 
@@ -300,12 +291,9 @@ def _launch_prefill(
     shared = query_bytes + total_bytes + 2 * (d + dv) * 2 * BLOCK_KEYS <= SHARED_MEMORY_BYTES - 1024
     kept = lse if shared else torch.empty(programs, rows, dv, device=call.q.device, dtype=torch.float32)
     stages = _stages(query_bytes + total_bytes if shared else query_bytes, options)
-    gpu = torch.cuda.get_device_name(call.q.device)
-    variant = call.variant or prefill_variant(gpu, d, dv, call.max_q_len)
     attention_kernel[(programs,)](
         call.q, *descs, out, lse, kept, *_keys_of(call), call.seqs, heads, tiles, *places, call.scale * LOG2_E, call.window,
-        STAGES=min(stages, MOST_STAGES), SHARED=shared, TURNS=variant.turns, THREE_WAY=variant.three_way, SKIP=variant.skip,
-        num_warps=4, **options,
+        STAGES=min(stages, MOST_STAGES), SHARED=shared, num_warps=4, **options,
     )  # fmt: skip
 
 

@@ -25,7 +25,6 @@ The online softmax is Milakov & Gimelshein 2018 (arXiv 1805.02867), the tiling F
 from __future__ import annotations
 
 from .attention_load import fetch_queries, item_of, produce, span
-from .attention_registers import rescaled
 from .attention_state import added, fold_kept, keep, masked, scrub, store_rows, to_weights
 from .named_barrier import arrive, meet
 from .toolchain import (
@@ -181,7 +180,7 @@ def _attend(
     sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor, item: gl.tensor,
     CAUSAL: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, LSE: gl.constexpr, SHARED: gl.constexpr,
-    TURNS: gl.constexpr, THREE_WAY: gl.constexpr, SKIP: gl.constexpr, ME: gl.constexpr,
+    ME: gl.constexpr,
 ) -> None:  # fmt: skip
     """All key blocks of `item` and of the items after it."""
     k_ready, _ = bars
@@ -194,7 +193,7 @@ def _attend(
         _fetch_queries(q, queries, strides, coming, GROUP, TOKENS, ROWS, D, D_TAIL, ME)
     empty, nothing, acc = _no_keys(ROWS, BN, DV)
     s = masked(s, block, position, kv_len, window, CAUSAL, GROUP, TOKENS, ROWS, BN)
-    m, p, lanes = to_weights(s, empty, scale, ROWS, BN, THREE_WAY)
+    m, p, lanes = to_weights(s, empty, scale, ROWS, BN)
     weights = _operand(p, v_ring, acc)
     l = nothing
     alpha = nothing
@@ -207,12 +206,10 @@ def _attend(
         if last:
             _await_queries()
         mbarrier.wait(k_ready.index(ahead), ((step + 1) // STAGES) & 1)
-        if TURNS:
-            meet("turn", ME)
+        meet("turn", ME)
         s_pending = _scores(queries, rings, ahead, ME, ROWS, BN, D_TAIL)
         acc_pending = _start_values(weights, acc, rings, bars, step, last, kv_len - block * BN, BN, STAGES, DV)
-        if TURNS:
-            arrive("turn", 1 - ME)
+        arrive("turn", 1 - ME)
         l = added(l, alpha, lanes)
         ended = item
         block += 1
@@ -227,7 +224,7 @@ def _attend(
         s = masked(s, block, position, kv_len, window, CAUSAL, GROUP, TOKENS, ROWS, BN)
         restart = last | (block % (CHUNK // BN) == 0)
         m_old = gl.where(restart, empty, m)
-        m_new, p, lanes = to_weights(s, m_old, scale, ROWS, BN, THREE_WAY)
+        m_new, p, lanes = to_weights(s, m_old, scale, ROWS, BN)
         lanes = computed(lanes)
         alpha = gl.where(restart, 0.0, gl.exp2(m_old - m_new))  # a new chunk begins with nothing
         acc, weights = warpgroup_mma_wait(num_outstanding=0, deps=(acc_pending, weights))
@@ -238,8 +235,6 @@ def _attend(
                 outs, strides, kept, totals, chunks, (m, l, acc), ended, last, GROUP, TOKENS, ROWS, BN, DV, LSE, SHARED
             )
             acc = gl.zeros_like(acc)
-        elif SKIP:
-            acc = rescaled(acc, alpha)
         else:
             acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
         m = m_new
@@ -257,11 +252,11 @@ def _consume(
     sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, LSE: gl.constexpr, SHARED: gl.constexpr,
-    TURNS: gl.constexpr, THREE_WAY: gl.constexpr, SKIP: gl.constexpr, ME: gl.constexpr,
+    ME: gl.constexpr,
 ) -> None:  # fmt: skip
     """Consumer warp group ME: its 64 rows of every work item of this program."""
     ROWS: gl.constexpr = 64
-    if TURNS and ME == 1:
+    if ME == 1:
         arrive("turn", 0)  # the first group begins
     if SHARED:
         mine = kept.index(ME)
@@ -272,7 +267,7 @@ def _consume(
     if item[7] < item[8]:
         _attend(
             q, outs, queries, rings, bars, mine, lengths, sizes, strides, scale, window, item, CAUSAL, GROUP, TOKENS, CHUNK, ROWS,
-            BN, STAGES, D, D_TAIL, DV, LSE, SHARED, TURNS, THREE_WAY, SKIP, ME,
+            BN, STAGES, D, D_TAIL, DV, LSE, SHARED, ME,
         )  # fmt: skip
 
 
@@ -282,12 +277,11 @@ def _consume_first(
     sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, LSE: gl.constexpr, SHARED: gl.constexpr,
-    TURNS: gl.constexpr, THREE_WAY: gl.constexpr, SKIP: gl.constexpr,
 ) -> None:  # fmt: skip
     """The first warp group's entry."""
     _consume(
         q, outs, queries, rings, bars, kept, lengths, sizes, strides, scale, window, CAUSAL, GROUP, TOKENS, CHUNK, BN, STAGES, D,
-        D_TAIL, DV, LSE, SHARED, TURNS, THREE_WAY, SKIP, 0,
+        D_TAIL, DV, LSE, SHARED, 0,
     )  # fmt: skip
 
 
@@ -297,12 +291,11 @@ def _consume_second(
     sizes: gl.tensor, strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, LSE: gl.constexpr, SHARED: gl.constexpr,
-    TURNS: gl.constexpr, THREE_WAY: gl.constexpr, SKIP: gl.constexpr,
 ) -> None:  # fmt: skip
     """The second warp group's entry."""
     _consume(
         q, outs, queries, rings, bars, kept, lengths, sizes, strides, scale, window, CAUSAL, GROUP, TOKENS, CHUNK, BN, STAGES, D,
-        D_TAIL, DV, LSE, SHARED, TURNS, THREE_WAY, SKIP, 1,
+        D_TAIL, DV, LSE, SHARED, 1,
     )  # fmt: skip
 
 
@@ -314,12 +307,11 @@ def attention_kernel(
     o_stride_head: gl.tensor, lse_stride: gl.tensor, scale: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, GROUP: gl.constexpr, HEAD_TILES: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr,
     BN: gl.constexpr, PAGE: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr,
-    DV: gl.constexpr, LSE: gl.constexpr, SHARED: gl.constexpr, TURNS: gl.constexpr, THREE_WAY: gl.constexpr, SKIP: gl.constexpr,
+    DV: gl.constexpr, LSE: gl.constexpr, SHARED: gl.constexpr,
 ) -> None:  # fmt: skip
     """Softmax attention of packed queries over packed or paged keys and values; see the module's text for the arithmetic.
 
     kept: float32 [programs, 128, DV], where totals wait for the end of a chunk; unused with SHARED, where they wait in shared memory.
-    TURNS, THREE_WAY, SKIP: `attention_variant.PrefillVariant`.
     """
     dtype: gl.constexpr = k_desc.dtype
     k_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, D], gl.NVMMASharedLayout(128, 16))
@@ -352,9 +344,9 @@ def attention_kernel(
     gl.warp_specialize(
         [
             (_consume_first, (q, outs, queries, rings, bars, kept, lengths, sizes, strides, scale, window, CAUSAL, GROUP, TOKENS,
-                              CHUNK, BN, STAGES, D, D_TAIL, DV, LSE, SHARED, TURNS, THREE_WAY, SKIP)),
+                              CHUNK, BN, STAGES, D, D_TAIL, DV, LSE, SHARED)),
             (_consume_second, (q, outs, queries, rings, bars, kept, lengths, sizes, strides, scale, window, CAUSAL, GROUP, TOKENS,
-                               CHUNK, BN, STAGES, D, D_TAIL, DV, LSE, SHARED, TURNS, THREE_WAY, SKIP)),
+                               CHUNK, BN, STAGES, D, D_TAIL, DV, LSE, SHARED)),
             (produce, (descs, rings, bars + bars, lengths, sizes, table, table_stride, window, CAUSAL, False, 2 * TOKENS,
                        CHUNK, BN, PAGE, BOX, STAGES, D, D_TAIL, DV, HEAD_TILES, 1, True)),
         ],

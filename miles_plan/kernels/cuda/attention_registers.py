@@ -1,33 +1,15 @@
-"""Parts of the Hopper prefill kernel's softmax as instructions on the registers of a tile in `wgmma`'s layout.
+"""The Hopper prefill kernel's row maxima as instructions on the registers of a tile in `wgmma`'s layout.
 
-There a thread holds two rows, of which four registers in turn belong to the first, the first, the second and the second. Both functions
-branch on what a warp's values are, which Gluon has no words for.
+There a thread holds two rows, of which four registers in turn belong to the first, the first, the second and the second. The
+second pass depends on what a warp's values are, which Gluon has no words for.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from .toolchain import gl, tl
-from .wgmma import THREADS, in_place, inline
-
-
-@inline
-def rescaled(acc: Any, alpha: Any, _semantic: Any = None) -> Any:
-    """acc * alpha[:, None], where a warp whose factors are all one leaves its rows as they are."""
-    alpha = gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout), _semantic=_semantic)
-    factors, _ = gl.broadcast(gl.expand_dims(alpha, 1, _semantic=_semantic), acc, _semantic=_semantic)
-    each = acc.type.numel // THREADS
-    first, second = each, each + 2
-    lines = [
-        "{ .reg .pred one;",
-        f"setp.eq.f32 one, ${first}, 0f3F800000; setp.eq.and.f32 one, ${second}, 0f3F800000, one;",
-        "vote.sync.all.pred one, one, -1; @one bra DONE;",
-        *(f"mul.f32 ${i}, ${i}, ${second if i & 2 else first};" for i in range(each)),
-        "DONE: }",
-    ]
-    # The factors' operands follow those that tie the results to acc: $each is the first of them.
-    return in_place(" ".join(lines), [acc], [factors], ["f"] * each, _semantic)[0]
+from .toolchain import tl
+from .wgmma import THREADS, inline
 
 
 @inline

@@ -50,29 +50,22 @@ def masked(
 
 
 @gluon_jit
-def _row_maxima(s: gl.tensor, ROWS: gl.constexpr, BN: gl.constexpr, THREE_WAY: gl.constexpr) -> gl.tensor:
-    """The largest score of each row."""
-    rows: gl.constexpr = gl.SliceLayout(1, s.type.layout)
-    if THREE_WAY:
-        # Of a lane's keys 8 i + 2 lane + j, j = 0 is taken, then the even half of i until i = 0 is left.
-        x, _ = lane_maxima(s).reshape([ROWS, BN // 8, 4, 2]).permute((0, 2, 1, 3)).split()
-        x, _ = x.reshape([ROWS, 4, BN // 16, 2]).split()
-        x, _ = x.reshape([ROWS, 4, BN // 32, 2]).split()
-        x, _ = x.reshape([ROWS, 4, BN // 64, 2]).split()
-        x, _ = x.reshape([ROWS, 4, BN // 128, 2]).split()
-        top = gl.convert_layout(gl.max(x.reshape([ROWS, 4]), 1), rows)
-    else:
-        top = gl.max(s, 1)
-    return top
+def _row_maxima(s: gl.tensor, ROWS: gl.constexpr, BN: gl.constexpr) -> gl.tensor:
+    """The largest score of each row, lane by lane and then over the lanes."""
+    # Of a lane's keys 8 i + 2 lane + j, j = 0 is taken, then the even half of i until i = 0 is left.
+    x, _ = lane_maxima(s).reshape([ROWS, BN // 8, 4, 2]).permute((0, 2, 1, 3)).split()
+    x, _ = x.reshape([ROWS, 4, BN // 16, 2]).split()
+    x, _ = x.reshape([ROWS, 4, BN // 32, 2]).split()
+    x, _ = x.reshape([ROWS, 4, BN // 64, 2]).split()
+    x, _ = x.reshape([ROWS, 4, BN // 128, 2]).split()
+    return gl.convert_layout(gl.max(x.reshape([ROWS, 4]), 1), gl.SliceLayout(1, s.type.layout))
 
 
 @gluon_jit
-def to_weights(
-    s: gl.tensor, m: gl.tensor, scale: gl.tensor, ROWS: gl.constexpr, BN: gl.constexpr, THREE_WAY: gl.constexpr
-) -> gl.tensor:
+def to_weights(s: gl.tensor, m: gl.tensor, scale: gl.tensor, ROWS: gl.constexpr, BN: gl.constexpr) -> gl.tensor:
     """Scores to unnormalised weights under the new running maximum (an integer power of two), and what a row's four lanes each add
     up, [ROWS, 4]."""
-    m_new = gl.maximum(m, gl.ceil(_row_maxima(s, ROWS, BN, THREE_WAY) * scale))
+    m_new = gl.maximum(m, gl.ceil(_row_maxima(s, ROWS, BN) * scale))
     p = gl.exp2(gl.fma(s, scale, -m_new[:, None]))
     by_lane = p.reshape([ROWS, BN // 8, 4, 2]).permute((0, 2, 1, 3)).reshape([ROWS, 4, BN // 4])
     return m_new, p, gl.sum(by_lane, 2)

@@ -31,7 +31,7 @@ def plain(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
-def in_place(asm: str, pieces: list[Any], more: list[Any], constraints: list[str], semantic: Any) -> Any:
+def _in_place(asm: str, pieces: list[Any], more: list[Any], constraints: list[str], semantic: Any) -> Any:
     """Emit `asm` once on all registers of the pieces ($0 upwards, read and written) and on what else it reads."""
     each = pieces[0].type.numel // THREADS
     count = each * len(pieces)
@@ -77,13 +77,13 @@ def multiply(pieces: Any, a: Any, b: Any, fresh: Any, dtype: Any, _semantic: Any
     shape, layout = [int(size) for size in sums[0].type.shape], sums[0].type.layout
     # Inline assembly takes tensors of one shape; of these it uses the first element.
     places = [gl.full(shape, address, gl.int32, layout, _semantic=_semantic) for address in (a, b)]
-    return in_place(" ".join(lines), sums, places, ["r"] * (2 * each), _semantic)
+    return _in_place(" ".join(lines), sums, places, ["r"] * (2 * each), _semantic)
 
 
 @inline
 def wait(pieces: Any, outstanding: Any, _semantic: Any = None) -> Any:
     """The pieces, once at most `outstanding` groups are in flight."""
-    return in_place(f"wgmma.wait_group.sync.aligned {int(plain(outstanding))};", list(pieces), [], [], _semantic)
+    return _in_place(f"wgmma.wait_group.sync.aligned {int(plain(outstanding))};", list(pieces), [], [], _semantic)
 
 
 @inline

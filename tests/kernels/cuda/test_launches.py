@@ -263,18 +263,16 @@ def test_the_direct_kernel_waits_for_every_warp_before_it_lays_a_tile_out_anew(l
 
 
 @pytest.mark.parametrize("launched", ["hopper"], indirect=True)
-@pytest.mark.parametrize("number", range(4))
-def test_prefill_computes_weights_while_the_tensor_core_multiplies_values(launched: Launched, number: int) -> None:
+def test_prefill_computes_weights_while_the_tensor_core_multiplies_values(launched: Launched) -> None:
     """The assembler is free to wait for the values first, which would cost speed and no bit, or to keep scores in memory."""
-    from miles_plan.kernels.cuda.attention import attention_by
-    from miles_plan.kernels.cuda.attention_variant import VARIANTS
+    from miles_plan.kernels.cuda.attention import attention
 
-    attention_by(VARIANTS[number], half(300, 32, 128), half(300, 8, 128), half(300, 8, 128))
+    attention(half(300, 32, 128), half(300, 8, 128), half(300, 8, 128))
     code = machine_code(compiled(*launched.first["attention_kernel"]))
     scores, values = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
     between = [part.split(values)[0] for part in code.split(scores)[1:]]
     assert [part.count("MUFU.EX2") >= 64 and "LDL" not in part for part in between] == [True, True]  # one loop a warp group
-    assert ("VIMNMX3" in code) == VARIANTS[number].three_way
+    assert "VIMNMX3" in code  # three integers compared at a time
 
 
 def machine_code(program: Any) -> str:
