@@ -27,9 +27,7 @@ from .workspace import zeroed_ints
 SPLIT_BELOW = 0.75  # rows of decode tiles a multiprocessor; with more, each is computed whole and not in chunks
 MERGE_INSIDE_UP_TO = 1  # split work items a multiprocessor; with more, the chunks are merged by a kernel of their own
 BLOCK_BY_BLOCK_UP_TO = 4  # split work items a multiprocessor; with more, a block's scores are under way during the one before
-HALVE_VALUES_UP_TO = (
-    0.25  # split work items a multiprocessor; with so few, two thread blocks take half the values' columns each
-)
+HALVE_VALUES_UP_TO = 0.25  # split work items a multiprocessor; with so few, two thread blocks take half the values each
 WHOLE_ROWS_RING_BYTES = 128 * 1024  # of each thread block when all stream at once; more in flight is up to 1 % slower
 CHUNK_KEYS = 1024  # keys after which the running state restarts; what a split decode computes alone
 LOG2_E = 1.4426950408889634
