@@ -1,6 +1,6 @@
 """The real engines, one case after another, each under its own time limit, one result file a case.
 
-    python -m benchmarks.engines OUT_FOLDER [case ...] [--run-dir FOLDER] [--set path=value ...]
+    python -m benchmarks.engines OUT_FOLDER [case ...] [--run-dir FOLDER] [--set path=value ...] [--beside-others]
 
 A case that fails or runs out of time leaves its log and what was gathered so far; the others go on. The exit code says whether
 all went well. Cases that need more GPUs than there are, are left out by name.
@@ -61,8 +61,11 @@ CASES = {
 BRINGUP = "bringup"
 
 
-def run_case(name: str, case: Case, out: Path, folder: Path) -> bool:
-    """One run; returns whether it ended well within its limit."""
+def run_case(name: str, case: Case, out: Path, folder: Path, *, beside_others: bool) -> bool:
+    """One run; returns whether it ended well within its limit.
+
+    beside_others: its GPUs have other work, so that their memory says nothing of the run, and its times are upper bounds.
+    """
     run_dir = folder / name
     shutil.rmtree(run_dir, ignore_errors=True)
     settings = [part for each in case.settings for part in ("--set", each)]
@@ -70,8 +73,11 @@ def run_case(name: str, case: Case, out: Path, folder: Path) -> bool:
     environment = {**os.environ, **(EXACT_ENVIRONMENT if case.exact else {})}
     done = _within(command, case.limit_s, out / f"{name}.log", environment)
     if (run_dir / "plan.json").exists():
-        result = json.dumps(gather(run_dir, list(case.settings)), indent=1)
-        (out / f"engines_{name}.json").write_text(result + "\n", encoding="utf-8")
+        result = gather(run_dir, list(case.settings))
+        if beside_others:
+            result = {"beside_others": True, **result}
+            result["planned_against_measured"]["memory"] = []
+        (out / f"engines_{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         if (run_dir / "logs").is_dir():
             shutil.make_archive(str(out / f"{name}_logs"), "xztar", run_dir / "logs")
     return done
@@ -111,6 +117,9 @@ def main() -> int:
     parser.add_argument(
         "--set", action="append", default=[], dest="settings", metavar="PATH=VALUE", help="in every case's spec"
     )
+    parser.add_argument(
+        "--beside-others", action="store_true", help="the GPUs have other work: times bound, memory says nothing"
+    )
     parser.add_argument("--run-dir", type=Path, help="where runs are written; a folder in memory makes checkpoints quick")
     args = parser.parse_args()
     names = args.cases or [BRINGUP, *CASES]
@@ -127,7 +136,7 @@ def main() -> int:
             print(f"{name:<16} left out: needs {CASES[name].gpus} GPUs, {gpus} here", flush=True)
         else:
             case = replace(CASES[name], settings=(*CASES[name].settings, *args.settings))
-            good &= run_case(name, case, args.out, folder)
+            good &= run_case(name, case, args.out, folder, beside_others=args.beside_others)
     return 0 if good else 1
 
 

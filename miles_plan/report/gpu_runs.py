@@ -1,7 +1,7 @@
 """Runs on real engines, each a line: how far memory and step time lay from its plan.
 
 Read from what `python -m benchmarks.engines` leaves (`planned_against_measured` beside the spec's name), or from a run
-directory's measured.json.
+directory's measured.json. A run that had other work beside it (`beside_others`) bounds its time from above and says no more.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ def read_gpu_run(path: Path) -> dict[str, Any]:
     found = data.get("planned_against_measured", data) if isinstance(data, dict) else {}
     if not isinstance(found.get("memory"), list) or not isinstance(found.get("times"), list):
         raise ValueError("no comparison of a run with its plan; expected `memory` and `times`")
-    about = {"run": data.get("spec", path.parent.name), "note": data.get("note", "")}
+    about = {
+        "run": data.get("spec", path.parent.name),
+        "note": data.get("note", ""),
+        "beside_others": bool(data.get("beside_others")),
+    }
     return {**about, "memory": found["memory"], "times": found["times"]}
 
 
@@ -39,5 +43,13 @@ def _cells(run: Mapping[str, Any]) -> list[str]:
     phases = [f"{row['phase']} {row['error']:+.1%}" for row in run["memory"]]
     steps = [row for row in run["times"] if row["task"] == WHOLE_STEP and row["runs"] > 1]
     step = steps[-1] if steps else None
-    times = [seconds_text(step["planned_s"]), seconds_text(step["median_s"]), f"{step['error']:+.1%}"] if step else ["", "", ""]
+    times = ["", "", ""]
+    if step:
+        took = seconds_text(step["median_s"])
+        alone = not run["beside_others"]
+        times = [
+            seconds_text(step["planned_s"]),
+            took if alone else f"at most {took}",
+            f"{step['error']:+.1%}" if alone else "",
+        ]
     return [run["run"], ", ".join(phases) or "not measured apart", *times]

@@ -28,6 +28,13 @@ def test_a_run_is_a_line_with_its_memory_and_its_last_loops_step(tmp_path: Path)
     assert lines[-1] == "- a-run: Alone."
 
 
+def test_a_run_beside_others_bounds_its_time_and_is_no_judge_of_the_plan(tmp_path: Path) -> None:
+    found = {"memory": [], "times": [STEP]}
+    content = {"spec": "a-run", "beside_others": True, "planned_against_measured": found}
+    lines = gpu_runs_table([read_gpu_run(written(tmp_path / "engines.json", content))]).splitlines()
+    assert lines[2] == "| a-run | not measured apart | 2 s | at most 1.5 s |  |"
+
+
 def test_a_run_directorys_own_file_is_read_too(tmp_path: Path) -> None:
     folder = tmp_path / "my-run"
     folder.mkdir()
