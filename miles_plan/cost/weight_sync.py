@@ -46,9 +46,10 @@ class SyncOptions:
     """bucket_bytes: weights sent at once; rollout_precision: what the engine loads, quantised on the way when it is
     not bf16; changed_fraction: share of bytes a delta carries; disk_bytes_per_s: shared storage of one node;
     adapter_fraction: share of the parameters that travels where only adapters train; draft_params: of a draft that travels
-    along; exposed_receive_bytes: what an engine's rank must have before its loader starts (NCCL into staging buffers; RDMA
-    writes the next bucket while this one loads); engine_load_bytes_per_s: rate of
-    an engine whose loader copies what it receives (vLLM), 0 where tensors land in place (SGLang)."""
+    along; running: engines are in the middle of generating and must be paused, as servers are; exposed_receive_bytes: what an
+    engine's rank must have before its loader starts (NCCL into staging buffers; RDMA writes the next bucket while this one
+    loads); engine_load_bytes_per_s: rate of an engine whose loader copies what it receives (vLLM), 0 where tensors land in
+    place (SGLang)."""
 
     bucket_bytes: float = 1 << 30
     rollout_precision: str = "bf16"
@@ -58,6 +59,7 @@ class SyncOptions:
     engine_load_bytes_per_s: float = 0.0
     draft_params: float = 0.0
     exposed_receive_bytes: float = 0.0
+    running: bool = True
 
 
 def weight_sync_time(
@@ -87,7 +89,8 @@ def weight_sync_time(
     size = _payload(model, how)
     terms = move(size, train, rollout, links, how)
     terms["quantize"] = _quantize_seconds(size.bf16_bytes / (train.tp * train.ep), links, how)
-    terms["pause"] = PAUSE_S if transport != "shared_memory" else 0.0  # embedded engines have no server to drain
+    stopped = how.running and transport != "shared_memory"  # embedded engines have no server to drain
+    terms["pause"] = PAUSE_S if stopped else 0.0
     if how.exposed_receive_bytes:
         terms["receive"] = how.exposed_receive_bytes / links.nic("p2p")
     if how.engine_load_bytes_per_s:

@@ -46,6 +46,7 @@ def sync_price(
         bucket_bytes=bucket_bytes,
         rollout_precision=ROLLOUT_PRECISION[ctx.job.precision.rollout],
         draft_params=trained_draft_params(ctx),
+        running=False,  # a rollout task ends before the next sync begins
     )
     return weight_sync_time(ctx.model, train, rollout, transport, cluster or ctx.cluster, options)
 

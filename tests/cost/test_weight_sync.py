@@ -6,7 +6,15 @@ import pytest
 
 from miles_plan.catalog.gpus import cluster_of
 from miles_plan.catalog.models import find_model
-from miles_plan.cost.weight_sync import TRANSPORTS, SyncOptions, Transport, checkpoint_time, offload_time, weight_sync_time
+from miles_plan.cost.weight_sync import (
+    PAUSE_S,
+    TRANSPORTS,
+    SyncOptions,
+    Transport,
+    checkpoint_time,
+    offload_time,
+    weight_sync_time,
+)
 from miles_plan.ir.layout import RolloutLayout, TrainLayout
 
 QWEN = find_model("qwen3-30b-a3b")
@@ -55,6 +63,14 @@ def test_an_engine_that_copies_what_it_receives_is_slower() -> None:
     direct = weight_sync_time(QWEN, TRAIN, ROLLOUT, "nccl_broadcast", CLUSTER)
     copied = weight_sync_time(QWEN, TRAIN, ROLLOUT, "nccl_broadcast", CLUSTER, SyncOptions(engine_load_bytes_per_s=8e9))
     assert copied.mid > direct.mid
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_engines_between_two_rollouts_need_no_pause(transport: Transport) -> None:
+    running, idle = (
+        weight_sync_time(QWEN, TRAIN, ROLLOUT, transport, CLUSTER, SyncOptions(running=each)).mid for each in (True, False)
+    )
+    assert running - idle == pytest.approx(0.0 if transport == "shared_memory" else PAUSE_S)
 
 
 def test_an_unknown_transport_is_refused() -> None:
