@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from miles_plan.backends.training.device_allocator import native_segments, use_expandable_segments
+from miles_plan.backends.training.device_allocator import native_segments, settings, use_expandable_segments
 from miles_plan.backends.weight_transport.cuda_ipc import lend
 
 MIB = 1 << 20
@@ -20,6 +20,23 @@ def test_on_a_cpu_the_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -
     use_expandable_segments("cpu")
     with native_segments("cpu"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}, "max_split_size_mb:512,expandable_segments:True"),
+        (
+            {"PYTORCH_ALLOC_CONF": "expandable_segments:True, max_split_size_mb:64"},
+            "max_split_size_mb:64,expandable_segments:True",
+        ),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, None),
+    ],
+)
+def test_what_the_environment_asks_of_the_allocator_stays(given: dict[str, str], expected: str | None) -> None:
+    assert settings(given, expandable=True) == expected
+    assert settings(given, expandable=False) == (expected and expected.replace("segments:True", "segments:False"))
 
 
 @pytest.mark.gpu
