@@ -16,8 +16,9 @@ from miles_plan.backends.fsdp_engine.options import FsdpEngineOptions
 from miles_plan.backends.fsdp_engine.train_engine import FsdpTrainEngine
 from miles_plan.backends.megatron_engine.options import MegatronEngineOptions
 from miles_plan.backends.megatron_engine.train_engine import MegatronTrainEngine
+from miles_plan.backends.sglang_engine.engine_link import EngineLink
 from miles_plan.backends.sglang_engine.generation import Routed
-from miles_plan.backends.sglang_engine.rollout_engine import SglangOptions, SglangRolloutEngine
+from miles_plan.backends.sglang_engine.rollout_engine import SglangOptions, SglangRolloutEngine, launch
 from miles_plan.backends.sglang_engine.server_arguments import ServerArguments
 from miles_plan.backends.torch_engine.options import RolloutEngineOptions, TrainEngineOptions
 from miles_plan.backends.torch_engine.rollout_engine import TorchRolloutEngine
@@ -119,7 +120,31 @@ def _fsdp_trainer(directory: Path, host: Path) -> TrainEngine:
     )
 
 
-def _sglang_rollout(directory: Path) -> RolloutEngine:
+class SglangEngines:
+    """SGLang engines, one after another: the next one's process imports SGLang, half of its start, while a test still runs."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs, self._launched = logs, 0
+        self._next: dict[Path, tuple[SglangOptions, EngineLink]] = {}
+
+    def rollout(self, directory: Path) -> RolloutEngine:
+        """An engine of the model in `directory`."""
+        options, link = self._next.pop(directory, None) or self._launch(directory)
+        self._next[directory] = self._launch(directory)
+        return SglangRolloutEngine(options, link)
+
+    def _launch(self, directory: Path) -> tuple[SglangOptions, EngineLink]:
+        self._launched += 1
+        options = _sglang_options(directory, self._logs / f"sglang-{self._launched}.log")
+        return options, launch(options.arguments, gpus=options.gpus, log=options.log, name=options.name)
+
+    def close(self) -> None:
+        """End the processes whose turn never came."""
+        for _, link in self._next.values():
+            link.close()
+
+
+def _sglang_options(directory: Path, log: Path) -> SglangOptions:
     moe = directory.name == "moe"
     arguments = ServerArguments(
         model_path=str(directory),
@@ -148,15 +173,13 @@ def _sglang_rollout(directory: Path) -> RolloutEngine:
         random_seed=0,
     )
     routed = Routed(layers=(0, 1), num_layers=2, num_experts=8, topk=2) if moe else None
-    return SglangRolloutEngine(
-        SglangOptions(
-            arguments=arguments,
-            gpus=("0",),
-            log=directory.parent / "sglang.log",
-            vocab_size=SIZES["vocab_size"],
-            max_positions=SIZES["max_position_embeddings"],
-            routed=routed,
-        )
+    return SglangOptions(
+        arguments=arguments,
+        gpus=("0",),
+        log=log,
+        vocab_size=SIZES["vocab_size"],
+        max_positions=SIZES["max_position_embeddings"],
+        routed=routed,
     )
 
 
@@ -170,7 +193,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "torch": {"make_trainer": _torch_trainer, "make_rollout": _torch_rollout, "exact": True},
     "fsdp": {"make_trainer": _fsdp_trainer, "make_rollout": _torch_rollout, "exact": False},
     "megatron": {"make_trainer": _megatron_trainer, "make_rollout": _torch_rollout, "exact": False},
-    "sglang": {"make_trainer": _torch_trainer, "make_rollout": _sglang_rollout, "exact": False},
+    "sglang": {"make_trainer": _torch_trainer, "make_rollout": None, "exact": False},  # of the session's SglangEngines
 }
 
 
@@ -183,13 +206,24 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def sglang_engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangEngines]:
+    made = SglangEngines(tmp_path_factory.mktemp("sglang"))
+    yield made
+    made.close()
+
+
 @pytest.fixture(params=[(kind, model) for kind in KINDS for model in MODELS], ids="-".join)
-def engines(request: pytest.FixtureRequest, checkpoints: Path, tmp_path: Path) -> Iterator[Engines]:
+def engines(
+    request: pytest.FixtureRequest, checkpoints: Path, sglang_engines: SglangEngines, tmp_path: Path
+) -> Iterator[Engines]:
     kind, model = request.param
+    parts = dict(KINDS[kind])
     if kind == "megatron":
         cuda_stand_ins.need_megatron()
     elif kind == "sglang":
         need_sglang()
-    made = Engines(model=model, directory=checkpoints / model, scratch=tmp_path, **KINDS[kind])
+        parts["make_rollout"] = sglang_engines.rollout
+    made = Engines(model=model, directory=checkpoints / model, scratch=tmp_path, **parts)
     yield made
     made.close()
