@@ -169,6 +169,14 @@ def test_a_decode_graphs_tensors_stay_where_they_are(backends: Any) -> None:
         backend.init_forward_metadata_out_graph(batch(backend, [2], [0], [3]))
 
 
+def test_models_find_the_pools_by_sglangs_names(backends: Any) -> None:
+    """`forward_context.get_token_to_kv_pool` and `get_req_to_token_pool`, which Qwen3-MoE asks before it rotates."""
+    of = runner()
+    backend = backends.PagedAttention(of)
+    assert backend.token_to_kv_pool is of.token_to_kv_pool
+    assert backend.req_to_token_pool is of.req_to_token_pool
+
+
 def test_models_that_are_not_covered_are_refused(backends: Any) -> None:
     for changes in ({"use_mla_backend": True}, {"sliding_window_size": 128}):
         with pytest.raises(ValueError, match=r"^the model keeps latent or windowed keys"):
