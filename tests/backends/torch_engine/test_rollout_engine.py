@@ -198,12 +198,14 @@ def test_tensor_parallel_ranks_generate_the_bits_of_one(
 def test_tensor_parallel_processes_generate_the_bits_of_one(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     directory = checkpoint("qwen3_moe")
     script = (
-        "import pickle, sys\n"
+        "import os, pickle, sys\n"
         "from miles_plan.backends.torch_engine.rollout_engine import TorchRolloutEngine\n"
         "options, requests, sampling, rank, rendezvous, out = pickle.load(open(sys.argv[1], 'rb'))\n"
         "engine = TorchRolloutEngine(options, rank=rank, rendezvous=rendezvous)\n"
-        "pickle.dump(engine.generate(requests, sampling, min_version=0), open(out, 'wb'))\n"
+        "with open(out, 'wb') as file:\n"
+        "    pickle.dump(engine.generate(requests, sampling, min_version=0), file)\n"
         "engine.close()\n"
+        "os._exit(0)\n"  # gloo's threads may still be waiting when Python ends, which would abort the process
     )
     options = RolloutEngineOptions(model_directory=directory, layout=RolloutLayout(tp=2), return_routing=True)
     processes = []
