@@ -26,6 +26,9 @@ def open_pool(function, *, workers=2, limits=LIMITS):
     return RewardPool(locate(f"sample_rewards:{function}", [HERE]), workers=workers, limits=limits, search_path=[HERE])
 
 
+PF_EXITING = 0x4  # of a process's flags: it has ended and runs no code of its own, however long the kernel takes over it
+
+
 def descendants(process):
     """Living processes below one, by /proc."""
     parents = {}
@@ -35,7 +38,7 @@ def descendants(process):
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
             except OSError:
                 continue
-            if fields[0] not in "ZX":
+            if fields[0] not in "ZX" and not int(fields[6]) & PF_EXITING:
                 parents[int(entry.name)] = int(fields[1])
     found, more = set(), {process}
     while more:
