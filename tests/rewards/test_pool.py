@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import subprocess
@@ -26,19 +27,23 @@ def open_pool(function, *, workers=2, limits=LIMITS):
     return RewardPool(locate(f"sample_rewards:{function}", [HERE]), workers=workers, limits=limits, search_path=[HERE])
 
 
-PF_EXITING = 0x4  # of a process's flags: it has ended and runs no code of its own, however long the kernel takes over it
+PF_EXITING = 0x4  # of a process's flags
+SIGKILL_PENDING = 1 << (signal.SIGKILL - 1)  # of its pending signals
 
 
 def descendants(process):
-    """Living processes below one, by /proc."""
+    """Living processes below one, by /proc. One that is ending, or is killed and only has to be woken to end, runs nothing any
+    more, however long the kernel takes over it: half a minute was seen."""
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                pending = [int(line.split()[1], 16) for line in (entry / "status").open() if line[:6] in ("SigPnd", "ShdPnd")]
             except OSError:
                 continue
-            if fields[0] not in "ZX" and not int(fields[6]) & PF_EXITING:
+            killed = any(each & SIGKILL_PENDING for each in pending)
+            if fields[0] not in "ZX" and not int(fields[6]) & PF_EXITING and not killed:
                 parents[int(entry.name)] = int(fields[1])
     found, more = set(), {process}
     while more:
@@ -47,16 +52,16 @@ def descendants(process):
     return found
 
 
-def states(pool, process):
-    """What a process that should be gone is doing, and what the pool thinks."""
-    fields = {}
-    for name in ("stat", "wchan", "stack", "status"):
-        try:
-            fields[name] = Path(f"/proc/{process}/{name}").read_text()
-        except OSError as error:
-            fields[name] = str(error)
-    links = {number: (link.state, len(link.run)) for number, link in pool.links.items()}
-    return process, links, fields
+def what_is_left(pool, keeper):
+    """What processes that should be gone are doing, and what the pool thinks, a line each."""
+    lines = [f"{number}: {link.state}, {len(link.run)} calls" for number, link in pool.links.items()]
+    for process in sorted(descendants(keeper)):
+        fields = [process]
+        for name in ("stat", "wchan", "cmdline"):
+            with contextlib.suppress(OSError):
+                fields.append(Path(f"/proc/{process}/{name}").read_text()[:160])
+        lines.append(" | ".join(map(str, fields)))
+    return "\n".join(lines)
 
 
 def alive(processes):
@@ -160,7 +165,7 @@ def assert_trouble(pool, response, reason, detail):
     deadline = time.monotonic() + 30  # a machine may stand still for some seconds
     while len(descendants(keeper)) > 2 and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert len(left := descendants(keeper)) <= 2, [states(pool, each) for each in left]  # the two workers
+    assert len(descendants(keeper)) <= 2, what_is_left(pool, keeper)  # the two workers
 
 
 @pytest.mark.parametrize(

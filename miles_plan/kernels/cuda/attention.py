@@ -458,7 +458,7 @@ def _reference_rows(
         total = _reference_fold(total, (m, l, acc))
     m, l, acc = total
     inverse = torch.where(l > 0, 1.0 / l, 0.0)
-    return (acc * inverse[:, None]).to(q.dtype), torch.where(l > 0, m + torch.log2(l), -math.inf)
+    return (acc * inverse[:, None]).to(q.dtype), torch.where(l > 0, m + torch.log2(l.double()).float(), -math.inf)
 
 
 def _reference_fold(

@@ -345,8 +345,13 @@ def _reference_groups(logits: torch.Tensor, vocab_size: int, temperature: float)
     m = (x.amax((2, 4, 5)) * scale).clamp(min=-1.0e30)
     s = torch.zeros(rows, chunks, GROUPS, 32, device=logits.device)
     for step in range(steps):
-        s = s + _tree_sum(torch.exp2(_fused(x[:, :, step], scale, -m[..., None, None])))
+        s = s + _tree_sum(_exp2(_fused(x[:, :, step], scale, -m[..., None, None])))
     return m, _tree_sum(s)
+
+
+def _exp2(x: torch.Tensor) -> torch.Tensor:
+    """In float64, so that rounding hides the last bit, in which torch's vector loop and the rest of a tensor differ."""
+    return torch.exp2(x.double()).float()
 
 
 def _tree_sum(x: torch.Tensor) -> torch.Tensor:
@@ -360,7 +365,7 @@ def _tree_sum(x: torch.Tensor) -> torch.Tensor:
 def _reference_fold(m: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`_fold` along the last dimension."""
     top = m.amax(-1)
-    return top, _tree_sum(s * torch.exp2(m - top[..., None]))
+    return top, _tree_sum(s * _exp2(m - top[..., None]))
 
 
 def combine_log_prob(
@@ -397,7 +402,7 @@ def _reference_combine(
     m: torch.Tensor, s: torch.Tensor, chosen: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     top, total = _reference_fold(m, s)
-    lse = (top + torch.log2(total)) * LN_2
+    lse = (top + torch.log2(total.double()).float()) * LN_2
     return _fused(chosen, _scale(temperature), -lse), lse
 
 
