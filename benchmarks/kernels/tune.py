@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ class Bench:
         """Device seconds of each tile."""
         runs = {}
         for tile in tiles:
-            calls = [lambda w=w, tile=tile: self.run(tile, w, self.out) for w in self.weights]  # type: ignore[misc]  # defaults bind the loop's values
+            calls = [partial(self.run, tile, weight, self.out) for weight in self.weights]
             runs[tile] = repeated(calls, predict_s(tile, self.problem, multiprocessors(DEVICE)))
         return time_by_elimination(runs)
 

@@ -9,11 +9,18 @@ from typing import Any
 
 import pytest
 
-from miles_plan.backends.sglang_engine.server_arguments import ArgumentsError, ServerArguments, server_arguments
+from miles_plan.backends.sglang_engine.server_arguments import (
+    CHUNKED_PREFILL_TOKENS,
+    GRAPH_BATCH,
+    ArgumentsError,
+    ServerArguments,
+    server_arguments,
+)
 from miles_plan.cli.compile import compiled_job
 from miles_plan.ir.layout import RolloutLayout
 from miles_plan.ir.plan import Plan
 from miles_plan.ir.tasks import Speculation
+from miles_plan.passes import rollout_choices
 
 SPECS = Path("specs")
 COLOCATED = """\
@@ -146,3 +153,8 @@ def test_exact_alignment_needs_pages_that_our_attention_reads() -> None:
     plan = plan_of("gpu_grpo_0_6b_colocated.yaml", "precision.alignment=exact", "rollout.page_tokens=16")
     with pytest.raises(ArgumentsError, match="pages of"):
         arguments_of(plan)
+
+
+def test_engines_are_started_with_what_the_memory_plan_counts() -> None:
+    assert GRAPH_BATCH == rollout_choices.GRAPH_BATCH
+    assert CHUNKED_PREFILL_TOKENS == rollout_choices.PREFILL_TOKENS

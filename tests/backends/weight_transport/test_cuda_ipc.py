@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miles_plan.backends.engine import WeightTensor
+from miles_plan.backends.weight_transport import cuda_ipc
 from miles_plan.backends.weight_transport.cuda_ipc import Nothing, checksums, lend, packed, view_of, with_checksums
+from miles_plan.passes.sync_price import CHECKSUM_BYTES
 
 
 def described(sizes: list[int]) -> list[WeightTensor]:
@@ -84,3 +86,8 @@ def test_a_placeholder_is_loaded_without_torchs_own_loader() -> None:
 def test_only_what_lies_on_a_gpu_can_be_lent() -> None:
     with pytest.raises(ValueError, match="only CUDA tensors"):
         lend(torch.zeros(4))
+
+
+def test_checksums_take_the_memory_that_the_plan_counts() -> None:
+    """Words, their places and the products of both, of one chunk."""
+    assert CHECKSUM_BYTES == 3 * 8 * cuda_ipc._CHUNK_WORDS
