@@ -8,7 +8,7 @@ units of log2, which is what the hardware's exponential takes.
 Within a chunk, columns c to c + 255 belong to group (c // 256) % 8, and column c to the group's lane (c // 8) % 32. A group finds
 its maximum first, which puts all its loads under way at once; then a lane adds its eights of columns in ascending order, each
 eight as a tree, and lanes and groups are added as trees. A tree adds the second half onto the first, so each of its sums has
-two terms, and no layout of threads can show.
+two terms, and no layout of threads can show. A log-probability that rounding puts above 0 is 0.
 """
 
 from __future__ import annotations
@@ -40,6 +40,12 @@ def tree_sum(x: tl.tensor) -> tl.tensor:
         return tl.sum(x, 1)
     else:  # the compiler takes one of two returns only so
         return tree_sum(tl.sum(tl.reshape(x, (x.shape[0], 2, n // 2)), 1))
+
+
+@jit
+def at_most_zero(log_prob: tl.tensor) -> tl.tensor:
+    """No probability is above one: what a certain token's log-probability exceeds 0 by is the rounding of its log-sum-exp."""
+    return tl.where(log_prob > 0.0, 0.0, log_prob)  # what is not a number stays so, and is seen
 
 
 @jit
@@ -141,7 +147,7 @@ def combine_kernel(
     m, s = _fold(tl.reshape(m, (BLOCK, CHUNKS)), tl.reshape(s, (BLOCK, CHUNKS)))
     total = (m + tl.log2(s)) * 0.6931471805599453
     tl.store(lse + row, total, mask=mask)
-    tl.store(log_probs + row, tl.fma(picked, tl.zeros_like(picked) + scale, -total), mask=mask)
+    tl.store(log_probs + row, at_most_zero(tl.fma(picked, tl.zeros_like(picked) + scale, -total)), mask=mask)
 
 
 @jit
@@ -166,7 +172,7 @@ def shift_kernel(
     column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = column < COLUMNS
     x = tl.load(logits + row * stride + column, mask=mask, other=0.0).to(tl.float32)
-    value = tl.fma(x, tl.zeros_like(x) + scale, tl.zeros_like(x) - tl.load(lse + row))
+    value = at_most_zero(tl.fma(x, tl.zeros_like(x) + scale, tl.zeros_like(x) - tl.load(lse + row)))
     tl.store(out + row * COLUMNS + column, value.to(out.dtype.element_ty), mask=mask)
 
 
@@ -257,7 +263,7 @@ def _log_softmax(logits: torch.Tensor, temperature: float, out_dtype: torch.dtyp
     targets = torch.zeros(logits.shape[0], device=logits.device, dtype=torch.int64)
     lse = log_prob_with_lse(logits, targets, temperature, 0, logits.shape[1], None)[1]
     if not runs_triton(logits.device):
-        return _fused(logits.float(), _scale(temperature), -lse[:, None]).to(out_dtype), lse
+        return _at_most_zero(_fused(logits.float(), _scale(temperature), -lse[:, None])).to(out_dtype), lse
     out = torch.empty(logits.shape, device=logits.device, dtype=out_dtype)
     if out.numel():
         shift_kernel[(logits.shape[0] * -(-logits.shape[1] // 4096),)](
@@ -403,7 +409,12 @@ def _reference_combine(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     top, total = _reference_fold(m, s)
     lse = (top + torch.log2(total.double()).float()) * LN_2
-    return _fused(chosen, _scale(temperature), -lse), lse
+    return _at_most_zero(_fused(chosen, _scale(temperature), -lse)), lse
+
+
+def _at_most_zero(log_prob: torch.Tensor) -> torch.Tensor:
+    """`at_most_zero` for the references."""
+    return torch.where(log_prob > 0.0, 0.0, log_prob)
 
 
 def _chosen(logits: torch.Tensor, targets: torch.Tensor, vocab_start: int) -> torch.Tensor:

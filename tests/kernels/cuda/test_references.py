@@ -335,6 +335,20 @@ def test_linear_log_prob_is_matmul_and_log_prob(vocabulary: int, error: Error) -
     assert linear_log_prob(hidden[:0], weight, targets[:0]).shape == (0,)
 
 
+@pytest.mark.parametrize("vocabulary", [64, 1000, 4096])
+def test_a_certain_tokens_log_prob_is_not_above_0(vocabulary: int) -> None:
+    logits = normal(256, vocabulary) * 5
+    targets = torch.arange(256) * 7 % vocabulary
+    rows = torch.arange(256)
+    logits[rows, targets] = logits.amax(1) + torch.linspace(0, 60, 256).to(logits.dtype)
+    found = log_prob(logits, targets)
+    assert found.max() == 0
+    assert log_softmax(logits).max() == 0
+    assert torch.equal(log_softmax(logits)[rows, targets], found)
+    logits[0, 5] = float("nan")
+    assert log_prob(logits, targets)[0].isnan(), "what is not a number is not hidden"
+
+
 def test_log_softmax_is_differentiable(error: Error) -> None:
     logits = normal(5, 300).requires_grad_()
     grad = torch.randn(5, 300)

@@ -62,8 +62,13 @@ def sample_problems(
     if (batch.response_length > max_response_tokens).any():
         found.append(f"a response of {int(batch.response_length.max())} tokens, the limit is {max_response_tokens}")
     log_probs = batch.rollout_log_probs
-    if not np.isfinite(log_probs).all() or (log_probs > 0).any():
-        found.append("log-probs that are not finite, or above 0")
+    unknown = int((~np.isfinite(log_probs)).sum())
+    if unknown:
+        found.append(f"{unknown} of {log_probs.size} log-probs are not finite")
+    if (log_probs > 0).any():
+        found.append(
+            f"{int((log_probs > 0).sum())} of {log_probs.size} log-probs are above 0, by {log_probs[log_probs > 0].max():.3g}"
+        )
     if (batch.weight_version != version).any():
         versions = sorted({int(each) for each in np.unique(batch.weight_version)})
         found.append(f"sampled with weight versions {versions}, asked for {version}")
