@@ -336,6 +336,10 @@ def check_log_prob(draw: Draw, dtype: torch.dtype) -> None:
     whole = log_prob(logits, targets, temperature=0.9)
     for some in draw.spans(rows, 4):
         draw.compare(whole[some], log_prob(logits[some], targets[some], temperature=0.9), f"{_rows(some, rows)}, V={vocab}")
+    each = torch.tensor([draw.pick([0.7, 0.9, 1.0, 1.1]) for _ in range(rows)], device=logits.device)
+    mixed = log_prob(logits, targets, temperature=each)
+    same = each == each.new_tensor(0.9)
+    draw.compare(mixed[same], whole[same], f"a temperature a row, {rows} rows, V={vocab}")
     column = log_softmax(logits, temperature=0.9).gather(1, targets[:, None])[:, 0]
     draw.compare(column, whole, f"log_softmax, {rows} rows, V={vocab}")
     if vocab % 16:
@@ -358,6 +362,10 @@ def check_sample(draw: Draw, dtype: torch.dtype) -> None:
     for some in draw.spans(rows, 4):
         alone = sample(logits[some], seeds[some], positions[some], **options)
         draw.compare(whole[some], alone, f"{_rows(some, rows)}, V={vocab}, {options}")
+    each = torch.tensor([draw.pick([0.7, 1.0, 1.3]) for _ in range(rows)], device=logits.device)
+    one = sample(logits, seeds, positions, temperature=0.7)
+    mixed = sample(logits, seeds, positions, temperature=each)
+    draw.compare(mixed[each == each.new_tensor(0.7)], one[each == each.new_tensor(0.7)], f"a temperature a row, {rows} rows")
 
 
 def check_fp8(draw: Draw, dtype: torch.dtype) -> None:

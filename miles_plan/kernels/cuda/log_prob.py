@@ -59,15 +59,17 @@ def _fold(m: tl.tensor, s: tl.tensor) -> tl.tensor:
 def partial_kernel(
     logits: tl.tensor, part_m: tl.tensor, part_s: tl.tensor, stride: tl.tensor, scale: tl.tensor,
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, GROUPS: tl.constexpr, STEPS: tl.constexpr,
-    ALIGNED: tl.constexpr, OVERLAP: tl.constexpr,
+    ALIGNED: tl.constexpr, EACH: tl.constexpr, OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program row * CHUNKS + chunk, a warp a group; pairs [rows, CHUNKS, GROUPS]: a group's maximum, and its sum of
     exp2(x - maximum) with x = logit * scale, one fused multiply-add each. Warps never meet, so none waits for another.
 
-    ALIGNED: rows and chunks begin at multiples of 16 bytes.
+    ALIGNED: rows and chunks begin at multiples of 16 bytes. EACH: `scale` points to one a row.
     """
     begin(OVERLAP)
     row = (tl.program_id(0) // CHUNKS).to(tl.int64)
+    if EACH:
+        scale = tl.load(scale + row)
     chunk = tl.program_id(0) % CHUNKS  # neighbours read neighbouring memory
     if ALIGNED:
         stride = stride // 8 * 8  # says what the compiler cannot know of an argument
@@ -129,13 +131,15 @@ def _target_logit(
 def combine_kernel(
     part_m: tl.tensor, part_s: tl.tensor, chosen: tl.tensor, logits: tl.tensor, targets: tl.tensor, log_probs: tl.tensor,
     lse: tl.tensor, rows: tl.tensor, stride: tl.tensor, columns: tl.tensor, scale: tl.tensor, CHUNKS: tl.constexpr,
-    GROUPS: tl.constexpr, BLOCK: tl.constexpr, PICK: tl.constexpr, OVERLAP: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK: tl.constexpr, PICK: tl.constexpr, EACH: tl.constexpr, OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program: BLOCK rows, from the pairs of their chunks (GROUPS 1) or of their chunks' groups. PICK takes the target's logit
-    from the logits, which are then whole; otherwise it is in `chosen`."""
+    from the logits, which are then whole; otherwise it is in `chosen`. EACH: `scale` points to one a row."""
     begin(OVERLAP)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = row < rows
+    if EACH:
+        scale = tl.load(scale + row, mask=mask, other=0.0)
     at = row.to(tl.int64)[:, None] * (CHUNKS * GROUPS) + tl.arange(0, CHUNKS * GROUPS)[None, :]
     m = tl.load(part_m + at, mask=mask[:, None], other=0.0)
     s = tl.load(part_s + at, mask=mask[:, None], other=0.0)
@@ -222,7 +226,7 @@ def log_prob(
     logits: torch.Tensor,
     targets: torch.Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
     vocab_start: int = 0,
     vocab_size: int | None = None,
     group: Any = None,
@@ -231,14 +235,17 @@ def log_prob(
 
     logits: [rows, columns] bf16, fp16 or fp32, last dimension contiguous: the whole vocabulary, or with `group` this rank's
     columns, which begin at `vocab_start` of `vocab_size`; shards are whole sixteenths of the vocabulary.
-    targets: int32 or int64 [rows], ids of the whole vocabulary. temperature: positive.
+    targets: int32 or int64 [rows], ids of the whole vocabulary. temperature: positive; or one a row, float32 [rows] on the
+    logits' device, whose values are not looked at, with the bits of the same numbers given one by one.
 
-    Order of the sum: see the module's text. Reads the logits once. Differentiable in logits (also on a shard).
+    Order of the sum: see the module's text. Reads the logits once. Differentiable in logits (also on a shard) at one temperature.
     Raises ValueError naming a wrong argument.
     """
     vocab_size = logits.shape[-1] if vocab_size is None else vocab_size
     check_log_prob(logits, targets, temperature, vocab_start, vocab_size)
     if torch.is_grad_enabled() and logits.requires_grad:
+        if isinstance(temperature, torch.Tensor):
+            raise ValueError("temperature is a tensor and logits require gradients; allowed: one number for all rows")
         return _LogProb.apply(logits, targets, temperature, vocab_start, vocab_size, group)  # type: ignore[no-any-return, no-untyped-call]  # torch's apply is untyped
     return log_prob_with_lse(logits, targets, temperature, vocab_start, vocab_size, group)[0]
 
@@ -272,7 +279,9 @@ def _log_softmax(logits: torch.Tensor, temperature: float, out_dtype: torch.dtyp
     return out, lse
 
 
-def check_log_prob(logits: torch.Tensor, targets: torch.Tensor, temperature: float, vocab_start: int, vocab_size: int) -> None:
+def check_log_prob(
+    logits: torch.Tensor, targets: torch.Tensor, temperature: float | torch.Tensor, vocab_start: int, vocab_size: int
+) -> None:
     """Raise ValueError naming an argument of `log_prob` that is wrong."""
     arguments.require_dims("logits", logits, 2, "[rows, columns]")
     arguments.require_dtype("logits", logits, DTYPES)
@@ -280,7 +289,9 @@ def check_log_prob(logits: torch.Tensor, targets: torch.Tensor, temperature: flo
     arguments.require_dtype("targets", targets, (torch.int32, torch.int64))
     arguments.require_shape("targets", targets, (logits.shape[0],), "[rows]")
     arguments.require_same_device(logits=logits, targets=targets)
-    if not temperature > 0:
+    if isinstance(temperature, torch.Tensor):
+        check_temperatures(logits, temperature)
+    elif not temperature > 0:
         raise ValueError(f"temperature is {temperature}; allowed: a positive number")
     if logits.shape[1] != vocab_size:
         chunk = vocab_size // CHUNKS
@@ -291,14 +302,28 @@ def check_log_prob(logits: torch.Tensor, targets: torch.Tensor, temperature: flo
             )
 
 
+def check_temperatures(logits: torch.Tensor, temperature: torch.Tensor) -> None:
+    """Raise ValueError where one temperature a row is not given as it must be."""
+    arguments.require_dtype("temperature", temperature, (torch.float32,))
+    arguments.require_shape("temperature", temperature, (logits.shape[0],), "[rows]")
+    arguments.require_same_device(logits=logits, temperature=temperature)
+
+
 def _scale(temperature: float) -> float:
     """Of the temperature in float32, which is how SGLang keeps it; a trainer has it in float64."""
     return 1.0 / ctypes.c_float(temperature).value
 
 
-def _fused(x: torch.Tensor, factor: float, addend: torch.Tensor) -> torch.Tensor:
+def row_scales(temperature: float | torch.Tensor, factor: float = 1.0) -> float | torch.Tensor:
+    """What rows' logits are multiplied by, rounded to float32 as late for a tensor as a launch does it for a number."""
+    if isinstance(temperature, torch.Tensor):
+        return (1.0 / temperature.double() * factor).float()
+    return _scale(temperature) * factor
+
+
+def _fused(x: torch.Tensor, factor: float | torch.Tensor, addend: torch.Tensor) -> torch.Tensor:
     """x * factor + addend rounded once, for the references."""
-    return (x.double() * torch.tensor(factor, dtype=torch.float32).double() + addend.double()).float()
+    return (x.double() * torch.as_tensor(factor, dtype=torch.float32, device=x.device).double() + addend.double()).float()
 
 
 def chunk_columns(vocab_size: int) -> int:
@@ -306,7 +331,9 @@ def chunk_columns(vocab_size: int) -> int:
     return -(-vocab_size // CHUNKS)
 
 
-def log_prob_partials(logits: torch.Tensor, vocab_size: int, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+def log_prob_partials(
+    logits: torch.Tensor, vocab_size: int, temperature: float | torch.Tensor = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Each chunk's maximum and sum of exponentials for the columns at hand: two float32 [rows, chunks here]."""
     if not runs_triton(logits.device):
         return _reference_fold(*_reference_groups(logits, vocab_size, temperature))
@@ -319,7 +346,7 @@ def log_prob_partials(logits: torch.Tensor, vocab_size: int, temperature: float 
     return m, s
 
 
-def _groups(logits: torch.Tensor, vocab_size: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _groups(logits: torch.Tensor, vocab_size: int, temperature: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Each group's maximum and sum of exponentials: two float32 [rows, chunks here, GROUPS]."""
     chunk = chunk_columns(vocab_size)
     rows, columns = logits.shape
@@ -330,18 +357,21 @@ def _groups(logits: torch.Tensor, vocab_size: int, temperature: float) -> tuple[
     m, s = (torch.empty(rows, chunks, GROUPS, device=logits.device, dtype=torch.float32) for _ in range(2))
     if rows:
         partial_kernel[(rows * chunks,)](
-            logits, m, s, logits.stride(0), _scale(temperature) * LOG2_E, COLUMNS=columns, CHUNK=chunk, CHUNKS=chunks,
-            GROUPS=GROUPS, STEPS=-(-chunk // STEP), ALIGNED=aligned, num_warps=GROUPS, **overlap(logits.device),
+            logits, m, s, logits.stride(0), row_scales(temperature, LOG2_E), COLUMNS=columns, CHUNK=chunk, CHUNKS=chunks,
+            GROUPS=GROUPS, STEPS=-(-chunk // STEP), ALIGNED=aligned, EACH=isinstance(temperature, torch.Tensor),
+            num_warps=GROUPS, **overlap(logits.device),
         )  # fmt: skip
     return m, s
 
 
-def _reference_groups(logits: torch.Tensor, vocab_size: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _reference_groups(
+    logits: torch.Tensor, vocab_size: int, temperature: float | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The same groups, lanes and steps in plain torch."""
     rows, columns = logits.shape
     chunk = chunk_columns(vocab_size)
     chunks = CHUNKS if columns == vocab_size else columns // chunk
-    scale = float(torch.tensor(_scale(temperature) * LOG2_E, dtype=torch.float32))
+    scale = torch.as_tensor(row_scales(temperature, LOG2_E), dtype=torch.float32, device=logits.device).view(-1, 1, 1)
     steps = -(-chunk // STEP)
     padded = torch.full((rows, chunks, steps * STEP), float("-inf"), device=logits.device)
     for c in range(chunks):
@@ -351,7 +381,7 @@ def _reference_groups(logits: torch.Tensor, vocab_size: int, temperature: float)
     m = (x.amax((2, 4, 5)) * scale).clamp(min=-1.0e30)
     s = torch.zeros(rows, chunks, GROUPS, 32, device=logits.device)
     for step in range(steps):
-        s = s + _tree_sum(_exp2(_fused(x[:, :, step], scale, -m[..., None, None])))
+        s = s + _tree_sum(_exp2(_fused(x[:, :, step], scale[..., None, None], -m[..., None, None])))
     return m, _tree_sum(s)
 
 
@@ -375,7 +405,7 @@ def _reference_fold(m: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def combine_log_prob(
-    m: torch.Tensor, s: torch.Tensor, chosen: torch.Tensor, temperature: float = 1.0
+    m: torch.Tensor, s: torch.Tensor, chosen: torch.Tensor, temperature: float | torch.Tensor = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """From all chunks' pairs [rows, 16]: log-probabilities and log-sum-exps, float32 [rows].
 
@@ -387,7 +417,7 @@ def combine_log_prob(
 
 
 def _combine(
-    m: torch.Tensor, s: torch.Tensor, temperature: float, *, chosen: torch.Tensor | None = None,
+    m: torch.Tensor, s: torch.Tensor, temperature: float | torch.Tensor, *, chosen: torch.Tensor | None = None,
     logits: torch.Tensor | None = None, targets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Launch `combine_kernel` on pairs [rows, 16, groups or 1] with the targets' logits, or the whole logits to take them from."""
@@ -398,18 +428,18 @@ def _combine(
     if rows:
         combine_kernel[(-(-rows // COMBINED_ROWS),)](
             m, s, m if chosen is None else chosen, logits if pick else m, targets if pick else m, log_probs, lse, rows, stride,
-            columns, _scale(temperature), CHUNKS=chunks, GROUPS=groups, BLOCK=COMBINED_ROWS, PICK=pick, num_warps=COMBINED_ROWS,
-            enable_fp_fusion=False, **overlap(m.device),
+            columns, row_scales(temperature), CHUNKS=chunks, GROUPS=groups, BLOCK=COMBINED_ROWS, PICK=pick,
+            EACH=isinstance(temperature, torch.Tensor), num_warps=COMBINED_ROWS, enable_fp_fusion=False, **overlap(m.device),
         )  # fmt: skip
     return log_probs, lse
 
 
 def _reference_combine(
-    m: torch.Tensor, s: torch.Tensor, chosen: torch.Tensor, temperature: float
+    m: torch.Tensor, s: torch.Tensor, chosen: torch.Tensor, temperature: float | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     top, total = _reference_fold(m, s)
     lse = (top + torch.log2(total.double()).float()) * LN_2
-    return _at_most_zero(_fused(chosen, _scale(temperature), -lse)), lse
+    return _at_most_zero(_fused(chosen, row_scales(temperature), -lse)), lse
 
 
 def _at_most_zero(log_prob: torch.Tensor) -> torch.Tensor:
@@ -433,7 +463,12 @@ def _chosen(logits: torch.Tensor, targets: torch.Tensor, vocab_start: int) -> to
 
 
 def log_prob_with_lse(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: float, vocab_start: int, vocab_size: int, group: Any
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float | torch.Tensor,
+    vocab_start: int,
+    vocab_size: int,
+    group: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`log_prob` and each row's log-sum-exp over the whole vocabulary, float32 [rows]; no gradients, nothing checked."""
     if logits.shape[1] == vocab_size and runs_triton(logits.device):

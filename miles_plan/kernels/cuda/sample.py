@@ -10,7 +10,7 @@ import torch
 
 from . import arguments
 from .device import runs_triton
-from .log_prob import log_softmax
+from .log_prob import check_temperatures, log_softmax
 from .toolchain import jit, tl
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -24,10 +24,12 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 @jit
 def sample_kernel(
     logits: tl.tensor, seeds: tl.tensor, positions: tl.tensor, best: tl.tensor, where: tl.tensor, stride: tl.tensor,
-    scale: tl.tensor, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, NOISE: tl.constexpr,
+    scale: tl.tensor, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, NOISE: tl.constexpr, EACH: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program (row, block of columns): the block's best score and its lowest column."""
+    """Program (row, block of columns): the block's best score and its lowest column. EACH: `scale` points to one a row."""
     row = tl.program_id(0).to(tl.int64)
+    if EACH:
+        scale = tl.load(scale + row)
     block = tl.program_id(1)
     column = block * BLOCK + tl.arange(0, BLOCK)
     mask = column < COLUMNS
@@ -50,21 +52,21 @@ def sample(
     seeds: torch.Tensor,
     positions: torch.Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> torch.Tensor:
     """One token of each row, int64 [rows].
 
     logits: [rows, vocabulary] bf16, fp16 or fp32, last dimension contiguous. seeds, positions: int64 [rows]; the same pair
-    with the same logits gives the same token anywhere. temperature: 0 takes the best token. top_k: 0 for all. top_p: the
-    fewest tokens whose probabilities (of `log_softmax`) add up to at least this; they are counted in units of 2^-40, whose
-    sum is exact in any order.
+    with the same logits gives the same token anywhere. temperature: 0 takes the best token; or one a row, positive, float32
+    [rows] on the logits' device, which nobody has to read first. top_k: 0 for all. top_p: the fewest tokens
+    whose probabilities (of `log_softmax`) add up to at least this, counted in units of 2^-40, whose sum is exact in any order.
 
     Raises ValueError naming a wrong argument.
     """
     _check(logits, seeds, positions, temperature, top_k, top_p)
-    if temperature > 0 and (top_p < 1.0 or 0 < top_k < logits.shape[1]):
+    if not isinstance(temperature, torch.Tensor) and temperature > 0 and (top_p < 1.0 or 0 < top_k < logits.shape[1]):
         logits = _keep(logits, temperature, top_k, top_p)
     if not runs_triton(logits.device):
         return sample_reference(logits, seeds, positions, temperature)
@@ -74,15 +76,32 @@ def sample(
     where = torch.empty(rows, blocks, device=logits.device, dtype=torch.int32)
     if rows:
         sample_kernel[(rows, blocks)](
-            logits, seeds, positions, best, where, logits.stride(0), 1.0 / temperature if temperature > 0 else 1.0,
-            COLUMNS=columns, BLOCKS=blocks, BLOCK=BLOCK, NOISE=temperature > 0, num_warps=4,
+            logits, seeds, positions, best, where, logits.stride(0), _scale(temperature), COLUMNS=columns, BLOCKS=blocks,
+            BLOCK=BLOCK, NOISE=_draws(temperature), EACH=isinstance(temperature, torch.Tensor), num_warps=4,
         )  # fmt: skip
     top = best.amax(1, keepdim=True)
     return torch.where(best == top, where, columns).amin(1).long()
 
 
+def _draws(temperature: float | torch.Tensor) -> bool:
+    """Whether chance has a say."""
+    return isinstance(temperature, torch.Tensor) or temperature > 0
+
+
+def _scale(temperature: float | torch.Tensor) -> float | torch.Tensor:
+    """What rows' logits are multiplied by: a number, or float32 [rows]."""
+    if isinstance(temperature, torch.Tensor):
+        return (1.0 / temperature.double()).float()
+    return 1.0 / temperature if temperature > 0 else 1.0
+
+
 def _check(
-    logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, temperature: float, top_k: int, top_p: float
+    logits: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: float | torch.Tensor,
+    top_k: int,
+    top_p: float,
 ) -> None:
     arguments.require_dims("logits", logits, 2, "[rows, vocabulary]")
     arguments.require_dtype("logits", logits, DTYPES)
@@ -91,7 +110,11 @@ def _check(
         arguments.require_dtype(name, tensor, (torch.int64,))
         arguments.require_shape(name, tensor, (logits.shape[0],), "[rows]")
     arguments.require_same_device(logits=logits, seeds=seeds, positions=positions)
-    if not temperature >= 0:
+    if isinstance(temperature, torch.Tensor):
+        check_temperatures(logits, temperature)
+        if top_p < 1.0 or top_k:
+            raise ValueError("temperature is a tensor with top_k or top_p; allowed: one number for all rows")
+    elif not temperature >= 0:
         raise ValueError(f"temperature is {temperature}; allowed: 0 or more")
     if top_k < 0:
         raise ValueError(f"top_k is {top_k}; allowed: 0 or more")
@@ -130,10 +153,12 @@ def _wide_product(factor: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return (high >> 16) & _MASK, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def sample_reference(logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, temperature: float) -> torch.Tensor:
+def sample_reference(
+    logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, temperature: float | torch.Tensor
+) -> torch.Tensor:
     """The same in plain torch."""
-    score = logits.float() * (1.0 / temperature if temperature > 0 else 1.0)
-    if temperature > 0:
+    score = logits.float() * torch.as_tensor(_scale(temperature), dtype=torch.float32, device=logits.device).view(-1, 1)
+    if _draws(temperature):
         column = torch.arange(logits.shape[1], device=logits.device)[None, :].expand(logits.shape)
         position = positions[:, None].expand(logits.shape)
         zero = torch.zeros_like(column)

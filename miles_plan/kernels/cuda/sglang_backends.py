@@ -129,21 +129,12 @@ class SeededSampler(Sampler):
         seeds = sampling_info.sampling_seed
         if seeds is None:
             seeds = torch.randint(0, 2**62, (logits.shape[0],), device=logits.device)
-        tokens = torch.empty(logits.shape[0], device=logits.device, dtype=torch.int64)
-        chosen = torch.empty(logits.shape[0], device=logits.device, dtype=torch.float32)
+        drawing = Drawing(logits, seeds.to(torch.int64), positions.to(torch.int64), return_logprob)
         wants_table = return_logprob and (any(top_logprobs_nums) or any(ids is not None for ids in token_ids_logprobs))
-        table = torch.empty(logits.shape, device=logits.device, dtype=torch.float32) if wants_table else None
-        for rows, temperature, top_k, top_p in rows_by_options(sampling_info, logits.shape[1]):
-            part = logits[rows]
-            drawn = sample(
-                part, seeds[rows].to(torch.int64), positions[rows].to(torch.int64), top_k=top_k, top_p=top_p,
-                temperature=0.0 if top_k == 1 else temperature,  # SGLang's way of saying greedy
-            )  # fmt: skip
-            tokens[rows] = drawn
-            if return_logprob:
-                chosen[rows] = log_prob(part, drawn, temperature=temperature)
-            if table is not None:
-                table[rows] = log_softmax(part, temperature=temperature)
+        if wants_table or sampling_info.need_top_p_sampling or sampling_info.need_top_k_sampling:
+            tokens, chosen, table = drawn_by_options(drawing, sampling_info, wants_table)
+        else:
+            tokens, chosen, table = (*drawn_at_once(drawing, sampling_info), None)
         if return_logprob:
             result = LogprobResult()
             if table is not None:
@@ -153,6 +144,47 @@ class SeededSampler(Sampler):
         tokens = tokens.to(torch.int32)
         self._sync_token_ids_across_tp(tokens, sampling_info)
         return tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """The next tokens that are asked for: bf16 or fp32 [requests, vocabulary], int64 [requests] twice, and whether to score them."""
+
+    logits: torch.Tensor
+    seeds: torch.Tensor
+    positions: torch.Tensor
+    scored: bool
+
+
+def drawn_at_once(of: Drawing, sampling_info: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Tokens and log-probabilities of requests that keep the whole vocabulary.
+
+    The host reads nothing back: SGLang prepares the next step while the device computes this one.
+    """
+    temperatures = sampling_info.temperatures.flatten().float()
+    tokens = sample(of.logits, of.seeds, of.positions, temperature=temperatures)
+    return tokens, log_prob(of.logits, tokens, temperature=temperatures) if of.scored else None
+
+
+def drawn_by_options(
+    of: Drawing, sampling_info: Any, wants_table: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Tokens, log-probabilities and, where asked for, every token's, group by group of requests with equal options."""
+    logits = of.logits
+    tokens = torch.empty(logits.shape[0], device=logits.device, dtype=torch.int64)
+    chosen = torch.empty(logits.shape[0], device=logits.device, dtype=torch.float32)
+    table = torch.empty(logits.shape, device=logits.device, dtype=torch.float32) if wants_table else None
+    for rows, temperature, top_k, top_p in rows_by_options(sampling_info, logits.shape[1]):
+        part = logits[rows]
+        tokens[rows] = drawn = sample(
+            part, of.seeds[rows], of.positions[rows], top_k=top_k, top_p=top_p,
+            temperature=0.0 if top_k == 1 else temperature,  # SGLang's way of saying greedy
+        )  # fmt: skip
+        if of.scored:
+            chosen[rows] = log_prob(part, drawn, temperature=temperature)
+        if table is not None:
+            table[rows] = log_softmax(part, temperature=temperature)
+    return tokens, chosen, table
 
 
 def as_computed(logits: torch.Tensor, sampling_info: Any) -> torch.Tensor:

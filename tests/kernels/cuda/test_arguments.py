@@ -148,6 +148,22 @@ CASES: list[tuple[Callable[[], object], str]] = [
     (lambda: embedding(half(2), half(4, 8)), r"^ids has dtype bfloat16; allowed: int32, int64"),
     (lambda: embedding(ints(1), half(4, 8), vocab_start=-1), r"^vocab_start is -1; allowed: 0 or more"),
     (lambda: log_prob(half(2, 32), ints(1, 2), temperature=0.0), r"^temperature is 0.0; allowed: a positive number"),
+    (
+        lambda: log_prob(half(2, 32), ints(1, 2), temperature=torch.ones(3)),
+        r"^temperature has shape \[3\]; allowed: \[rows\] = \[2\]",
+    ),
+    (
+        lambda: log_prob(half(2, 32), ints(1, 2), temperature=torch.ones(2).double()),
+        r"^temperature has dtype float64; allowed: float32",
+    ),
+    (
+        lambda: log_prob(half(2, 32).requires_grad_(), ints(1, 2), temperature=torch.ones(2)),
+        r"^temperature is a tensor and logits require gradients; allowed: one number",
+    ),
+    (
+        lambda: sample(half(2, 32), ints(1, 2).long(), ints(1, 2).long(), temperature=torch.ones(2), top_k=3),
+        r"^temperature is a tensor with top_k or top_p; allowed: one number",
+    ),
     (lambda: log_prob(half(2, 32), ints(1)), r"^targets has shape \[1\]; allowed: \[rows\] = \[2\]"),
     (
         lambda: log_prob(half(2, 30), ints(1, 2), vocab_size=64),

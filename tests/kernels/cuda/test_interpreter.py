@@ -171,6 +171,9 @@ seeds, positions = torch.randint(0, 2**62, (6,)), torch.randint(0, 2**40, (6,))
 for temperature in (0, 1.0, 0.7):
     want = sample_reference(logits, seeds, positions, temperature)
     assert torch.equal(sample(logits, seeds, positions, temperature=temperature), want)
+each = torch.tensor([0.7, 1.0, 0.85, 1.1, 0.9, 1.3])
+one_by_one = [sample(logits[i : i + 1], seeds[i : i + 1], positions[i : i + 1], temperature=float(each[i])) for i in range(6)]
+assert torch.equal(sample(logits, seeds, positions, temperature=each), torch.cat(one_by_one))
 for vocab in (2048, 1000, 5000 * 16):
     x = (torch.randn(3, vocab) * 4).half().requires_grad_()
     t = torch.randint(0, vocab, (3,))
@@ -187,6 +190,9 @@ for vocab in (2048, 1000, 5000 * 16):
     table.backward(g)
     torch.log_softmax(wide / 0.7, -1).backward(g.double())
     assert rel(x.grad, wide.grad) < 1e-3
+    each = torch.tensor([0.7, 0.85, 1.1])
+    one_by_one = [lp.log_prob(x.detach()[i : i + 1], t[i : i + 1], temperature=float(each[i])) for i in range(3)]
+    assert torch.equal(lp.log_prob(x.detach(), t, temperature=each), torch.cat(one_by_one))
     certain = x.detach().clone()
     certain[torch.arange(3), t] = torch.tensor([80.0, 90.0, 100.0]).half()
     assert lp.log_prob(certain, t).max() == 0 and lp.log_softmax(certain).max() == 0

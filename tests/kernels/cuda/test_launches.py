@@ -202,6 +202,8 @@ def test_rows(launched: Launched) -> None:
     backward(moe_combine(half(18, 64, grad=True), index, torch.zeros(9, 2, requires_grad=True)))
     backward(expert_rows(half(9, 64, grad=True), expert_order(torch.zeros(9, 2, dtype=torch.int64), 3)))
     sample(half(9, 5000), at, at, top_p=0.9)
+    sample(half(9, 5000), at, at, temperature=torch.ones(9))
+    log_prob(half(9, 4096), at, temperature=torch.ones(9))
     backward(log_prob(half(9, 4096, grad=True), at))
     log_prob(half(9, 1024), at, vocab_size=4096)
     backward(log_softmax(half(9, 4096, grad=True)))

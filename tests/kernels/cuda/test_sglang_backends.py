@@ -189,7 +189,10 @@ def sampling(rows: int, **changes: Any) -> SimpleNamespace:
         "need_min_p_sampling": False, "return_sampling_masks": None, "has_custom_logit_processor": False,
         "sampling_seed": torch.arange(rows) + 7,
     }  # fmt: skip
-    return SimpleNamespace(**(values | changes))
+    values |= changes
+    values["need_top_k_sampling"] = bool((values["top_ks"] != 1 << 30).any())
+    values["need_top_p_sampling"] = bool((values["top_ps"] != 1.0).any())
+    return SimpleNamespace(**values)
 
 
 def test_each_request_is_drawn_and_scored_at_its_own_temperature(backends: Any) -> None:
@@ -210,6 +213,24 @@ def test_each_request_is_drawn_and_scored_at_its_own_temperature(backends: Any) 
     assert output.table is None
     sampler.forward(output, info, True, [0, 2, 0, 0, 0], [None] * 5, positions)
     assert torch.equal(output.table[1:2], log_softmax(half[1:2], temperature=0.7))
+
+
+def test_requests_of_the_whole_vocabulary_are_drawn_at_once_with_the_same_bits(
+    backends: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    half, positions = (torch.randn(6, 320) * 3).bfloat16(), torch.arange(6) + 90
+    temperatures = torch.tensor([[1.0], [0.7], [0.85], [1.3], [0.9], [1.1]])
+    info = sampling(6, temperatures=temperatures)
+    one_by_one, _, _ = backends.drawn_by_options(backends.Drawing(half, info.sampling_seed, positions, True), info, False)
+    _, scores, _ = backends.drawn_by_options(backends.Drawing(half, info.sampling_seed, positions, True), info, False)
+    output = SimpleNamespace(next_token_logits=half.float())
+    monkeypatch.setattr(torch.Tensor, "tolist", None)
+    monkeypatch.setattr(torch.Tensor, "item", None)
+    tokens = backends.SeededSampler().forward(output, info, True, [0] * 6, [None] * 6, positions)
+    monkeypatch.undo()
+    assert torch.equal(tokens, one_by_one.int())
+    assert torch.equal(output.next_token_logprobs, scores)
 
 
 def test_changed_logits_are_taken_as_they_are_and_min_p_is_refused(backends: Any) -> None:
