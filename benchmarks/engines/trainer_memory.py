@@ -32,9 +32,9 @@ TRAINERS: dict[str, dict[str, Any]] = {
 }
 
 
-def batch_of(model: str, tokens: int, scored: int) -> SampleBatch:
-    """Sequences of 128 random tokens, whose last `scored` are responses; experts at random."""
-    draw, config, samples = np.random.default_rng(0), MODELS[model], tokens // LENGTH
+def batch_of(model: str, tokens: int, scored: int, *, length: int = LENGTH) -> SampleBatch:
+    """Sequences of `length` random tokens, whose last `scored` are responses; experts at random."""
+    draw, config, samples = np.random.default_rng(0), MODELS[model], tokens // length
     routing = None
     if "num_experts" in config:
         shape = (tokens, config["num_hidden_layers"], config["num_experts"])
@@ -44,8 +44,8 @@ def batch_of(model: str, tokens: int, scored: int) -> SampleBatch:
         sample_id=np.arange(samples, dtype=np.int64),
         prompt_id=np.arange(samples, dtype=np.int64),
         tokens=draw.integers(0, config["vocab_size"], size=tokens).astype(np.int32),
-        prompt_length=np.full(samples, LENGTH - scored, dtype=np.int32),
-        length=np.full(samples, LENGTH, dtype=np.int32),
+        prompt_length=np.full(samples, length - scored, dtype=np.int32),
+        length=np.full(samples, length, dtype=np.int32),
         stopped=np.ones(samples, dtype=bool),
         rollout_log_probs=np.zeros(count, dtype=np.float32),
         weight_version=np.zeros(count, dtype=np.int32),

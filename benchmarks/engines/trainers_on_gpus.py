@@ -212,11 +212,11 @@ def build(case: Case, rank: int, rendezvous: str | None) -> Any:
         from miles_plan.backends.fsdp_engine.options import FsdpEngineOptions
         from miles_plan.backends.fsdp_engine.train_engine import FsdpTrainEngine
 
-        return FsdpTrainEngine(FsdpEngineOptions(**common, **case.options), rank=rank, rendezvous=rendezvous)
+        return FsdpTrainEngine(FsdpEngineOptions(**{**common, **case.options}), rank=rank, rendezvous=rendezvous)
     from miles_plan.backends.megatron_engine.options import MegatronEngineOptions
     from miles_plan.backends.megatron_engine.train_engine import MegatronTrainEngine
 
-    return MegatronTrainEngine(MegatronEngineOptions(**common, **case.options), rank=rank, rendezvous=rendezvous)
+    return MegatronTrainEngine(MegatronEngineOptions(**{**common, **case.options}), rank=rank, rendezvous=rendezvous)
 
 
 def measure(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:

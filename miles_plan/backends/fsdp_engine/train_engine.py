@@ -90,6 +90,7 @@ class FsdpTrainEngine(ClusterTrainer):
     def _log_probs(self, batch: SampleBatch, model: WhichModel, temperature: float, replay_routing: bool) -> RankLogProbs:
         chosen = self._model(model)
         parts = self._pack(batch, chosen, replay_routing)
+        parts.sort(key=lambda part: len(part.targets), reverse=True)  # the first logits leave room for all that follow
         routers = self._routers["teacher" if model == "teacher" else "policy"]
         routers.reset()
         found: list[Tensor] = []

@@ -105,6 +105,7 @@ class MegatronTrainEngine(ClusterTrainer):
         parts = self._micro_batches(batch, chosen.config, replay_routing)
         if not parts:
             return empty_batch_result()
+        parts.sort(key=lambda part: len(part.packed.targets), reverse=True)  # the first logits leave room for all that follow
         found: list[tuple[MicroBatch, Tensor]] = []
 
         def keep(part: MicroBatch, log_probs: Tensor, entropy: Tensor) -> Tensor:
@@ -112,7 +113,7 @@ class MegatronTrainEngine(ClusterTrainer):
             return log_probs.sum()
 
         with torch.no_grad(), self._weights_of(model):
-            self._run(chosen, chosen.chunks, parts, keep, temperature, forward_only=True)
+            self._run(chosen, chosen.chunks, parts, keep, temperature, forward_only=True, entropy_counts=False)
         if not self._speaks:
             found = []
         scored = torch.cat([each for _, each in found], dim=1).cpu().numpy() if found else np.zeros((2, 0), dtype=np.float32)
@@ -156,7 +157,8 @@ class MegatronTrainEngine(ClusterTrainer):
             return value
 
         self._optimizer.begin()
-        self._run(self._policy, self._wrapped, parts, score, temperature, forward_only=False)
+        counts = bool(loss.entropy_coef)
+        self._run(self._policy, self._wrapped, parts, score, temperature, forward_only=False, entropy_counts=counts)
         found = self._sum_over_ranks(dict(zip(names, sums.tolist(), strict=True)), replay_routing)
         with self._optimizer_at_hand():
             metrics_of_step = self._optimizer.step(optimizer)
@@ -284,8 +286,12 @@ class MegatronTrainEngine(ClusterTrainer):
         temperature: float,
         *,
         forward_only: bool,
+        entropy_counts: bool,
     ) -> None:
-        """Megatron's schedule over the micro-batches; `scored` gets each one's scores on the last stage and gives its loss."""
+        """Megatron's schedule over the micro-batches; `scored` gets each one's scores on the last stage and gives its loss.
+
+        entropy_counts: the loss depends on entropies, so that they have a gradient.
+        """
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         from miles_plan.backends.megatron_engine.model import invariant_arithmetic
@@ -297,7 +303,7 @@ class MegatronTrainEngine(ClusterTrainer):
             part = parts[next(batches)]
             number = bare.index(id(getattr(chunk, "module", chunk)))
             model.replay.begin(part.replay, part.counted, model.columns[number])
-            output = self._forward(chunk, model, part, temperature)
+            output = self._forward(chunk, model, part, temperature, entropy_counts)
             model.replay.end()
 
             def loss(scores: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -316,7 +322,7 @@ class MegatronTrainEngine(ClusterTrainer):
                 forward_only=forward_only,
             )
 
-    def _forward(self, chunk: Any, model: _Model, part: MicroBatch, temperature: float) -> Tensor:
+    def _forward(self, chunk: Any, model: _Model, part: MicroBatch, temperature: float, entropy_counts: bool) -> Tensor:
         """Hidden states; on the last chunk scores [2, r]: log-probs and entropies of the response tokens."""
         from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -333,7 +339,7 @@ class MegatronTrainEngine(ClusterTrainer):
             position_ids=torch.zeros_like(fed.tokens)[None],  # RoPE takes positions from the sequences
             attention_mask=None,
             packed_seq_params=sequences,
-            output_processor=lambda **given: self._score(model, part, temperature, **given),
+            output_processor=lambda **given: self._score(model, part, temperature, entropy_counts, **given),
         )
         return output
 
@@ -342,6 +348,7 @@ class MegatronTrainEngine(ClusterTrainer):
         model: _Model,
         part: MicroBatch,
         temperature: float,
+        entropy_counts: bool,
         *,
         hidden_states: Tensor,
         output_layer: Any,
@@ -361,10 +368,14 @@ class MegatronTrainEngine(ClusterTrainer):
         first, stop = (min((self.place.tp + end) * share, model.config.vocab_size) for end in (0, 1))
         group = parallel_state.get_tensor_model_parallel_group()
         targets = packed.targets[part.fed.predicted]
-        log_probs, entropy = _apply(VocabParallelScores, logits[:, 0], targets, first, stop, temperature or 1.0, group)
-        if self.options.layers == "batch_invariant":
+        logits = logits[:, 0]
+        exact = self.options.layers == "batch_invariant"
+        # exact log-probs have a gradient of their own; a second one of zeros would be written and added over all the logits
+        scored = logits.detach() if exact and not entropy_counts else logits
+        log_probs, entropy = _apply(VocabParallelScores, scored, targets, first, stop, temperature or 1.0, group)
+        if exact:
             log_probs = log_prob(
-                logits[:, 0],
+                logits,
                 targets,
                 temperature=temperature or 1.0,
                 vocab_start=first,

@@ -11,6 +11,7 @@ import pytest
 from miles_plan.backends.megatron_engine.options import MegatronEngineOptions
 from miles_plan.backends.torch_engine.weights import initialise_checkpoint
 from miles_plan.ir.layout import TrainLayout
+from miles_plan.ir.options import LossOptions, OptimizerOptions
 from tests.backends.megatron_engine import cuda_stand_ins
 from tests.backends.sample_trainers import MODELS, MOE_LAYERS, in_batch_order, random_batch, step
 
@@ -50,3 +51,31 @@ def test_layouts_give_the_bits_of_one_rank(model, ranks, tmp_path: Path):
         np.testing.assert_allclose(ours[1], theirs[1], atol=1e-5)
         for _, metrics in found:
             assert metrics == pytest.approx(expected, rel=2e-2, abs=2e-3)
+
+
+def gradient_norms(rank: int, rendezvous: str | None, options: dict[str, Any], coefficients: list[float]) -> list[float]:
+    cuda_stand_ins.install()
+    from miles_plan.backends.megatron_engine.train_engine import MegatronTrainEngine
+
+    batch = random_batch(moe_layers=0)
+    found = []
+    for coefficient in coefficients:
+        engine = MegatronTrainEngine(MegatronEngineOptions(**options), rank=rank, rendezvous=rendezvous)
+        loss = LossOptions(kind="policy_gradient", entropy_coef=coefficient)
+        metrics = engine.train_step(batch, loss=loss, optimizer=OptimizerOptions(learning_rate=1e-3), replay_routing=False)
+        found.append(metrics["grad_norm"])
+        engine.close()
+    return found
+
+
+def test_a_loss_with_entropy_has_its_gradient(ranks, tmp_path: Path):
+    """Exact log-probs and entropies come from two passes over the logits, of which the second has a gradient only if asked."""
+    cuda_stand_ins.need_megatron()
+    initialise_checkpoint({**MODELS["dense"], **SIZES}, tmp_path / "model", seed=0)
+    options = {"model_directory": tmp_path / "model", "host_directory": tmp_path, "micro_batch_tokens": 30, "device": "cpu"}
+    options |= {"dtype": "bfloat16"}
+    coefficients = [0.0, 2.0]
+    [exact] = ranks.run(gradient_norms, 1, {**options, "layer_spec": "batch_invariant"}, coefficients)
+    [local] = ranks.run(gradient_norms, 1, {**options, "layer_spec": "local"}, coefficients)
+    assert exact == pytest.approx(local, rel=2e-2)
+    assert abs(exact[1] / exact[0] - 1) > 0.1, "entropy shows in the norm, so its gradient is there"

@@ -1,0 +1,113 @@
+"""Where a trainer's step and log-prob pass spend the GPU's time, by kernel, on Megatron's layers and on this package's.
+
+    python -m benchmarks.engines.step_profile OUT.json [--trainers megatron invariant] [--layers 28]
+
+Qwen3-1.7B's shape with random weights, three micro-batches of 32 sequences of 512 tokens, of which 497 are responses: what
+`long` and `long_exact` of `benchmarks.engines` train on. Times are of a third step and a third pass, without and then with the
+profiler; a kernel's share is of the GPU's busy time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engines.trainer_memory import batch_of
+from benchmarks.engines.trainers_on_gpus import ADAM, DENSE, MODELS, WORK, Case, build, old_log_probs, timed
+from benchmarks.machine import machine
+from miles_plan.ir.options import LossOptions
+
+MODEL = "dense 1.7b"
+TOKENS, LENGTH, SCORED = 16384, 512, 497
+MICRO_BATCHES = 3
+WARM = 2
+TRAINERS: dict[str, dict[str, Any]] = {"megatron": {}, "invariant": {"layer_spec": "batch_invariant"}}
+NAME_CHARACTERS = 90
+
+
+def profiled(run: Callable[[], object]) -> dict[str, dict[str, float]]:
+    """Milliseconds and launches of each kernel, the longest first."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as of:
+        run()
+        torch.cuda.synchronize()
+    spent: Counter[str] = Counter()
+    launches: Counter[str] = Counter()
+    for event in of.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            name = event.name[:NAME_CHARACTERS]
+            spent[name] += event.device_time
+            launches[name] += 1
+    return {name: {"ms": us / 1e3, "launches": launches[name]} for name, us in spent.most_common()}
+
+
+def measure(name: str) -> dict[str, Any]:
+    """One trainer, built once: times and kernels of both."""
+    import torch
+
+    engine = build(Case(name, MODEL, options={"micro_batch_tokens": TOKENS, **TRAINERS[name]}), 0, None)
+    found: dict[str, Any] = {"trainer": name}
+    try:
+        for what, run in runs_of(engine).items():
+            for _ in range(WARM + 1):
+                with timed(found, f"{what}_s"):
+                    run()
+            found[what] = profiled(run)
+    finally:
+        engine.close()
+        del engine
+        gc.collect()
+        torch.cuda.empty_cache()
+    return found
+
+
+def runs_of(engine: Any) -> dict[str, Callable[[], object]]:
+    """The pass and the step."""
+    batch = batch_of(MODEL, MICRO_BATCHES * TOKENS, SCORED, length=LENGTH)
+    scored = engine.log_probs(batch, model="policy", temperature=1.0, replay_routing=False)
+    batch = batch.with_columns(old_log_probs=old_log_probs(batch, scored, engine))
+    loss = LossOptions(kind="policy_gradient")
+    return {
+        "log_probs": lambda: engine.log_probs(batch, model="policy", temperature=1.0, replay_routing=False),
+        "step": lambda: engine.train_step(batch, loss=loss, optimizer=ADAM, replay_routing=False),
+    }
+
+
+def show(found: dict[str, Any], most: int) -> None:
+    """A table of each kind of run."""
+    for what in ("log_probs", "step"):
+        busy_ms = sum(each["ms"] for each in found[what].values())
+        print(f"{found['trainer']} {what}: {found[f'{what}_s'] * 1e3:.0f} ms, kernels {busy_ms:.0f} ms")
+        for name, each in list(found[what].items())[:most]:
+            print(f"  {each['ms']:8.1f} ms {each['launches']:6.0f}x {name}")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), choices=list(TRAINERS))
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--most", type=int, default=28, help="kernels to print")
+    asked = parser.parse_args()
+    MODELS[MODEL] = {**DENSE, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": asked.layers}
+    WORK.mkdir(exist_ok=True)
+    found = []
+    for name in asked.trainers:
+        found.append(measure(name))
+        show(found[-1], asked.most)
+        asked.out.write_text(json.dumps({"machine": machine(), "trainers": found}, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
