@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +36,13 @@ written 12, bf16 copy 8."""
 TENSOR_HOST_S = 27.0e-6
 """Host time an optimizer step spends on each weight: copies of gradients and masters are loops (measured: 100 to 2,100
 weights), which the precision-aware optimizer does without."""
-LOSS_FORWARD_BYTES, LOSS_BACKWARD_BYTES = 30.0, 5.0
-"""HBM traffic of an element of the logits in vocabulary-parallel cross entropy (measured, not fused)."""
+Scores = Literal["cross_entropy", "fused", "batch_invariant"]
+LOSS_BYTES: dict[Scores, tuple[float, float]] = {
+    "cross_entropy": (30.0, 5.0),  # Megatron's, over the parallel vocabulary: measured, not fused
+    "fused": (2.0, 4.0),  # one kernel over bf16 logits each way, as this package's cluster trainers score
+    "batch_invariant": (4.0, 4.0),  # exact log-probs beside it
+}
+"""HBM traffic of an element of the logits, forward and backward."""
 CONTENTION = 0.2
 """How much a communication kernel slows the compute it runs beside (1.1 to 1.3 in arXiv 2412.01523 and Galvatron)."""
 CPU_ADAM_BYTES_PER_S = 60.0e9
@@ -89,7 +95,7 @@ def workload_of_lengths(lengths: Iterable[float], tokens_per_gpu: float, gradien
 class TrainTimeOptions:
     """How a step runs. grad_bytes: bytes a gradient element has on the wire; overlap_dp: reduction and gathering run
     behind the last backward and first forward. mtp_layers: multi-token-prediction layers that train along, each with a
-    pass of its own through the head."""
+    pass of its own through the head. scores: what turns logits into log-probs."""
 
     compute: ComputeOptions = field(default_factory=ComputeOptions)
     recompute: Recompute = "none"
@@ -100,6 +106,7 @@ class TrainTimeOptions:
     grad_bytes: float = 4.0
     overlap_dp: bool = True
     mtp_layers: int = 0
+    scores: Scores = "cross_entropy"
 
 
 def train_step_time(
@@ -244,8 +251,9 @@ def _stage_seconds(
     reached = links.gpu.hbm_bytes_per_s * links.profile.hbm_fraction
     element = tokens * model.vocab_size / columns.tp / reached
     heads = 1.0 + columns.mtp_layers
-    forward["head"][:, -1] = heads * (product + element * LOSS_FORWARD_BYTES)
-    backward["head"][:, -1] = heads * (2.0 * product + element * LOSS_BACKWARD_BYTES)
+    ahead_bytes, back_bytes = LOSS_BYTES[options.scores]
+    forward["head"][:, -1] = heads * (product + element * ahead_bytes)
+    backward["head"][:, -1] = heads * (2.0 * product + element * back_bytes)
     return forward, backward
 
 

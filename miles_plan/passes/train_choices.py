@@ -16,7 +16,7 @@ from miles_plan.cost.draft import draft_of
 from miles_plan.cost.profile import profile_for
 from miles_plan.cost.software_release import release_compute
 from miles_plan.cost.train_options import Layers, OptimizerOptions, TrainMemoryOptions
-from miles_plan.cost.train_time import TrainTimeOptions, TrainWorkload, fed_tokens
+from miles_plan.cost.train_time import Scores, TrainTimeOptions, TrainWorkload, fed_tokens
 from miles_plan.ir.graph import TaskGraph
 from miles_plan.ir.layout import Recompute, TrainLayout
 from miles_plan.ir.tasks import TrainStep
@@ -317,7 +317,15 @@ def time_options(ctx: PassContext, options: TrainChoice | _Options) -> TrainTime
         recompute=options.recompute,
         optimizer=_optimizer(ctx, options),
         grad_bytes=GRADIENT_BYTES[ctx.job.train.gradients],
+        scores=_scores(ctx),
     )
+
+
+def _scores(ctx: PassContext) -> Scores:
+    """How the trainer scores: the embedded engine in full precision, the others in a kernel, exact ones in one more."""
+    if ctx.job.train.engine == "torch":
+        return "cross_entropy"
+    return "batch_invariant" if layers_of(ctx) == "batch_invariant" else "fused"
 
 
 def _optimizer(ctx: PassContext, options: TrainChoice | _Options) -> OptimizerOptions:
