@@ -38,7 +38,7 @@ def test_a_phase_is_planned_within_three_percent_of_its_peak(run: Any, planned: 
 
 
 def test_log_prob_passes_are_planned_within_three_percent_once_their_first_is_over(planned: dict[str, Any]) -> None:
-    """The first held 2.4 GiB more: its micro-batches came in growing sizes, so that freed logits were too small for the next."""
+    """The first held 2.4 GiB more: its micro-batches grew, so that the logits freed were too small for the next."""
     apart = read("process_memory_h200.json")["mib"]
     later = (apart["trainer in its second log-prob pass, at most"] + apart["engine asleep"]) * MIB
     first = (apart["trainer in its first log-prob pass, at most"] + apart["engine asleep"]) * MIB
