@@ -2,7 +2,8 @@
 
 Warp-specialised Gluon kernel: one producer warp streams tiles through a ring of shared-memory stages with TMA, one or two
 consumer warp groups run `wgmma` on them, each on its own `rows` of the tile. Persistent: a program walks several tiles, and
-where registers allow it stores a tile while the next one's first products are under way.
+where registers allow it stores a tile while the next one's first products are under way. Each role waits for the kernel before
+by itself, so that the roles are handed out while that one ends.
 
 Order of the sum, for every output element, whatever the tile: products enter one float32 accumulator sixteen at a time in
 ascending K (a `wgmma` k16 step adds its sixteen products and the accumulator in one fused, truncated sum, so neither the tile
@@ -60,6 +61,7 @@ def _produce(
     ROWS: gl.constexpr, COLS: gl.constexpr, EXTRA: gl.constexpr, DEPTH: gl.constexpr,
 ) -> None:  # fmt: skip
     """The producer warp: fill the next free stage of the ring with the A rows of each consumer and the shared B columns."""
+    grid_wait()
     a_desc, b_desc, e_desc = descs
     a_ring, b_ring, e_ring = rings
     ready, empty = bars
@@ -100,6 +102,7 @@ def _consume(
     STORE: gl.constexpr, AHEAD: gl.constexpr, DEFER: gl.constexpr, ME: gl.constexpr,
 ) -> None:  # fmt: skip
     """Consumer warp group ME: its ROWS rows of every tile this program walks; with DEFER each is written during the next."""
+    grid_wait()
     c_buffers, e_buffers, stash = buffers
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     COLS_E: gl.constexpr = max(EXTRA, 8)
@@ -225,7 +228,6 @@ def gemm_kernel(
     gl.thread_barrier()
     if RELEASE:
         grid_release()
-    grid_wait()
     rings = (a_ring, b_ring, e_ring)
     bars = (ready, empty)
     outs = (out, out_e)

@@ -20,6 +20,7 @@ def _produce(
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, COUNT: gl.constexpr,
 ) -> None:  # fmt: skip
     """The producer warp: a stage is the rows of A of each consumer, then the columns' rows of B, all of them 128 bytes long."""
+    grid_wait()
     ready, empty = bars
     A_UNITS: gl.constexpr = CONSUMERS * 64 // PIECE
     STAGE_BYTES: gl.constexpr = a_desc.block_type.nbytes * CONSUMERS + b_desc.block_type.nbytes * COUNT
@@ -195,6 +196,7 @@ def _consume(
     LEAVES: gl.constexpr, DRIP: gl.constexpr, ME: gl.constexpr,
 ) -> None:  # fmt: skip
     """Consumer warp group ME: its 64 rows of every tile this program walks. A chain's tile is written during the next."""
+    grid_wait()
     TYPE: gl.constexpr = out_desc.dtype  # the operands' too
     FIRST: gl.constexpr = ME * COUNT * (2 if LEAVES else 1)  # a tree's buffers are the first half of its own stash
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 16])
@@ -290,7 +292,6 @@ def gemm_pieces_kernel(
     gl.thread_barrier()
     if RELEASE:
         grid_release()
-    grid_wait()
     bars = (ready, empty)
     if CONSUMERS == 2:
         gl.warp_specialize(
