@@ -1,8 +1,10 @@
 """Measure the tiles of the matrix kernels: python -m benchmarks.kernels.tune --out TABLE.json [--shapes FILE.json]
 
 For every product of the list and every power of two of rows, the shipped table's choice and the tiles predicted fastest are
-compared bit for bit with the portable kernel's result on random data, and the fastest that is equal wins. Processes compile ahead
-of the timing; the table is written as it grows, and begins as the shipped one. Point MILES_PLAN_KERNEL_TABLE at it to use it.
+compared bit for bit with the portable kernel's result on random data, and the fastest that is equal wins. Of few rows the tiles
+nearly as fast are timed again between the small kernels that stand beside the product in a layer, whose launches they overlap.
+Processes compile ahead of the timing; the table is written as it grows, and begins as the shipped one. Point
+MILES_PLAN_KERNEL_TABLE at it to use it.
 """
 
 from __future__ import annotations
@@ -25,8 +27,20 @@ import torch
 from miles_plan.kernels.cuda.device import multiprocessors
 from miles_plan.kernels.cuda.gemm import TREE_LEAVES, gemm
 from miles_plan.kernels.cuda.grouped_matmul import plan_tiles
+from miles_plan.kernels.cuda.rms_norm import rms_norm
+from miles_plan.kernels.cuda.swiglu import swiglu
 from miles_plan.kernels.cuda.toolchain import triton
-from miles_plan.kernels.cuda.tuning import GemmProblem, GemmTile, Table, contenders, predict_s, table_for, tune
+from miles_plan.kernels.cuda.tuning import (
+    LONG_S,
+    GemmProblem,
+    GemmTile,
+    Table,
+    candidates,
+    contenders,
+    predict_s,
+    table_for,
+    tune,
+)
 
 from .shapes import Shape, default_shapes, read_shapes, small_shapes
 from .timing import Call, copies, event_ms
@@ -40,8 +54,12 @@ BUCKETS = {
 MOST_WORKERS = 14
 ROUNDS, ROUNDS_OF_LONG = 7, 4
 BUDGET_S = 6e-4  # of one tile in one round
-WARMING_S = 0.015
+WARMING_S = 0.015  # until the clocks have risen
+WARMING_OF_LONG_S = 0.05  # and fallen again to what the power allows
 DROPPED_AT_ONCE, DROPPED = 1.25, 1.06  # a tile so many times slower than the fastest so far, after one round and later, is out
+FEW_ROWS = 256  # of more, what stands beside a product takes little of its time
+NEARLY = 1.04  # a tile so many times slower than the fastest may yet be the better one in a layer
+BESIDE_HIDDEN, BESIDE_GATE_UP = 4096, 24_576  # widths of the small kernels beside a product
 UNCAPTURED_S = 1e-3  # a product that takes this long needs no graph to hide its launch
 
 
@@ -101,11 +119,38 @@ class Bench:
 
     def times_s(self, tiles: Sequence[GemmTile]) -> dict[GemmTile, float]:
         """Device seconds of each tile."""
-        runs = {}
-        for tile in tiles:
-            calls = [partial(self.run, tile, weight, self.out) for weight in self.weights]
-            runs[tile] = repeated(calls, predict_s(tile, self.problem, multiprocessors(DEVICE)))
-        return time_by_elimination(runs)
+        sms = multiprocessors(DEVICE)
+        runs = {tile: repeated(self.calls(tile), predict_s(tile, self.problem, sms)) for tile in tiles}
+        return time_by_elimination(runs, WARMING_S if self.short() else WARMING_OF_LONG_S)
+
+    def calls(self, tile: GemmTile) -> list[Call]:
+        """The product by one tile, with each of the weights."""
+        return [partial(self.run, tile, weight, self.out) for weight in self.weights]
+
+    def short(self) -> bool:
+        """Whether the product takes so little time that what stands beside it matters."""
+        problem = self.problem
+        few = problem.m <= FEW_ROWS and not problem.experts
+        return few and min(predict_s(tile, problem, multiprocessors(DEVICE)) for tile in candidates(problem)) < LONG_S
+
+    def between_s(self, tiles: Sequence[GemmTile]) -> dict[GemmTile, float]:
+        """Device seconds of each tile and of two small kernels that stand beside it in a layer: trees (the projections back to the
+        hidden state) come after the gating and before a norm, chains after a norm and before the gating."""
+        new = {"device": DEVICE, "dtype": self.problem.dtype}
+        hidden, gate_up = torch.randn(self.problem.m, BESIDE_HIDDEN, **new), torch.randn(self.problem.m, BESIDE_GATE_UP, **new)
+        norm = partial(rms_norm, hidden, torch.ones(BESIDE_HIDDEN, **new), 1e-6, hidden)
+        gate = partial(swiglu, gate_up)
+        before, after = (gate, norm) if self.problem.leaves else (norm, gate)
+
+        def run(product: Call) -> None:
+            before()
+            product()
+            after()
+
+        run(before)  # compiles them, which cannot be captured
+        expected_s = predict_s(tiles[0], self.problem, multiprocessors(DEVICE))
+        runs = {tile: repeated([partial(run, product) for product in self.calls(tile)], expected_s) for tile in tiles}
+        return time_by_elimination(runs, WARMING_S)
 
 
 Repeated = tuple[Call, int]  # a function, and how many calls it makes
@@ -123,13 +168,13 @@ def repeated(calls: Sequence[Call], expected_s: float) -> Repeated:
     return graph.replay, repeats
 
 
-def time_by_elimination(runs: dict[GemmTile, Repeated]) -> dict[GemmTile, float]:
+def time_by_elimination(runs: dict[GemmTile, Repeated], warming_s: float) -> dict[GemmTile, float]:
     """Seconds a call of each: rounds in turn, so that clocks and power hit all of them alike, and those that fall behind leave. The
-    figure is the median of a tile's rounds. Before them, a while in which the clocks rise."""
+    figure is the median of a tile's rounds. Before them, a while in which the clocks rise, and fall to what the power allows."""
     samples: dict[GemmTile, list[float]] = {tile: [] for tile in runs}
     racing = list(runs)
     begin = time.monotonic()
-    while time.monotonic() - begin < WARMING_S:
+    while time.monotonic() - begin < warming_s:
         event_ms(runs[racing[0]][0])
     for turn in range(ROUNDS if any(repeats > 1 for _, repeats in runs.values()) else ROUNDS_OF_LONG):
         for tile in racing if turn % 2 == 0 else reversed(racing):
@@ -148,6 +193,11 @@ def tune_one(problem: GemmProblem, tiles: Sequence[GemmTile], table: Table) -> d
     times = tune(problem, bench.result, bench.reference(), bench.times_s, tiles, table)
     best = table.get(problem)
     assert best is not None
+    near = [tile for tile in times if times[tile] <= NEARLY * times[best]]
+    between: dict[GemmTile, float] = {}
+    if bench.short() and len(near) > 1:
+        between = bench.between_s(near)
+        best = min(near, key=lambda tile: times[tile] * between[tile])
     predicted = min(times, key=lambda tile: predict_s(tile, problem, sms))
     for m in BUCKETS.get(problem.m, (problem.bucket,)):
         table.put(replace(problem, m=m), best)
@@ -155,6 +205,7 @@ def tune_one(problem: GemmProblem, tiles: Sequence[GemmTile], table: Table) -> d
         "key": problem.key, "m": problem.m, "best_us": round(times[best] * 1e6, 2), "best": _numbers(best),
         "predicted_over_best": round(times[predicted] / times[best], 3), "unequal": sum(tile not in times for tile in tiles),
         "times_us": [[*_numbers(tile), round(s * 1e6, 2)] for tile, s in sorted(times.items(), key=lambda p: p[1])],
+        "between_us": [[*_numbers(tile), round(s * 1e6, 2)] for tile, s in sorted(between.items(), key=lambda p: p[1])],
     }  # fmt: skip
 
 
@@ -258,7 +309,7 @@ def main() -> int:
                 print(f"{problem.key} m={problem.m}: {error}"[:300], flush=True)
                 continue
             count += 1
-            print({key: value for key, value in entry.items() if key != "times_us"}, flush=True)
+            print({key: value for key, value in entry.items() if not key.endswith("_us") or key == "best_us"}, flush=True)
             times.write(json.dumps(entry) + "\n")
             times.flush()
             table.save(options.out)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ pytest.importorskip("triton", reason="the tuner compiles kernels")
 
 from benchmarks.kernels import tune
 from benchmarks.kernels.shapes import default_shapes, small_shapes
-from miles_plan.kernels.cuda.tuning import GemmProblem, GemmTile, contenders, ranked, table_for
+from miles_plan.kernels.cuda.tuning import GemmProblem, GemmTile, Table, contenders, ranked, table_for
 
 SMS = 132
 
@@ -42,7 +44,6 @@ class Clock:
         self.ran: GemmTile | None = None
         self.seconds = seconds
         monkeypatch.setattr(tune, "event_ms", self.event_ms)
-        monkeypatch.setattr(tune, "WARMING_S", 0.0)
 
     def runs(self) -> dict[GemmTile, tune.Repeated]:
         return {tile: (lambda tile=tile: setattr(self, "ran", tile), 2) for tile in self.seconds}
@@ -58,12 +59,62 @@ class Clock:
 def test_the_fastest_wins_and_the_slow_leave_early(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = ranked(GemmProblem(512, 4096, 4096), SMS)[:4]
     clock = Clock(dict(zip(tiles, (1.02e-5, 1.0e-5, 1.2e-5, 2e-5), strict=True)), monkeypatch)
-    times = tune.time_by_elimination(clock.runs())
+    times = tune.time_by_elimination(clock.runs(), warming_s=0.0)
     assert min(times, key=lambda tile: times[tile]) == tiles[1]
     assert times[tiles[1]] == pytest.approx(1.0e-5), "one late round does not show in a median"
     assert clock.calls[tiles[0]] == clock.calls[tiles[1]] == tune.ROUNDS
     assert clock.calls[tiles[3]] == 1
     assert clock.calls[tiles[2]] < tune.ROUNDS
+
+
+def test_few_rows_get_the_tile_that_is_good_alone_and_in_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = GemmProblem(16, 6144, 4096)
+    alone, layer, both, slow = ranked(problem, SMS)[:4]
+    times = {alone: 1.0e-5, layer: 1.039e-5, both: 1.01e-5, slow: 1.05e-5}
+    between = {alone: 1.5e-5, layer: 1.38e-5, both: 1.39e-5}
+
+    class Measured:
+        def __init__(self, problem: GemmProblem) -> None:
+            self.few = problem.m <= tune.FEW_ROWS
+
+        result = staticmethod(lambda tile: torch.zeros(1))
+        reference = staticmethod(lambda: torch.zeros(1))
+        times_s = staticmethod(lambda tiles: times)
+        between_s = staticmethod(lambda tiles: {tile: between[tile] for tile in tiles})
+
+        def short(self) -> bool:
+            return self.few
+
+    monkeypatch.setattr(tune, "Bench", Measured)
+    monkeypatch.setattr(tune, "multiprocessors", lambda _: SMS)
+    table = Table("some GPU")
+    tune.tune_one(problem, list(times), table)
+    assert table.get(problem) == both
+    tune.tune_one(replace(problem, m=1024), list(times), table)
+    assert table.get(replace(problem, m=1024)) == alone
+
+
+@pytest.mark.parametrize(("leaves", "order"), [(0, "norm product gate"), (8, "gate product norm")])
+def test_a_product_is_timed_between_what_stands_beside_it(leaves: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    rms_norm, swiglu = tune.rms_norm, tune.swiglu
+    monkeypatch.setattr(tune, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(tune, "multiprocessors", lambda _: SMS)
+    monkeypatch.setattr(tune, "gemm", lambda *_, **__: ran.append("product"))
+    monkeypatch.setattr(tune, "rms_norm", lambda *given: (ran.append("norm"), rms_norm(*given)))
+    monkeypatch.setattr(tune, "swiglu", lambda *given: (ran.append("gate"), swiglu(*given)))
+    monkeypatch.setattr(tune, "repeated", lambda calls, _: (calls[0], 1))
+    monkeypatch.setattr(tune, "event_ms", lambda run: run() or 1.0)
+    monkeypatch.setattr(tune, "WARMING_S", 0.0)
+    problem = GemmProblem(16, 256, 512, leaves=leaves)
+    bench = tune.Bench(problem)
+    assert bench.short()
+    tiles = ranked(problem, SMS)[:2]
+    assert set(bench.times_s(tiles)) == set(tiles)
+    assert set(ran) == {"product"}
+    ran.clear()
+    assert set(bench.between_s(tiles)) == set(tiles)
+    assert " ".join(ran[-3:]) == order
 
 
 def test_long_products_are_called_and_not_captured() -> None:
