@@ -24,6 +24,7 @@ SHARED_MEMORY_BYTES = 232_448  # what one Hopper thread block may use
 TABLE_VARIABLE = "MILES_PLAN_KERNEL_TABLE"
 BARRIER_BYTES = 1_024  # barriers and alignment, rounded up
 LARGEST_BUCKET = 65_536
+EXACT_TOKENS = 1024  # up to here a tile is predicted for the very number of tokens
 MOST_STAGES = 12
 FEW_ROWS = 32  # for so few a tile in pieces was never the fastest
 LAUNCHED_IN_EVERY_WAY = 3  # of the tiles that come first
@@ -354,10 +355,34 @@ def table_for(gpu: str) -> Table:
 
 @lru_cache(maxsize=4096)
 def choose(problem: GemmProblem, gpu: str, multiprocessors: int) -> GemmTile:
-    """The tile for a problem: measured if the table has it, else the one predicted fastest."""
+    """The tile for a problem: measured if the table has it, else the one predicted fastest for about as many tokens.
+
+    A trainer's micro-batches hold another number of tokens each. Predicting for each would take the host a millisecond a product,
+    and every tile that only some of them get is a kernel more to compile.
+    """
     if (tile := table_for(gpu).get(problem)) is not None:
         return tile
+    return _predicted(_for_about_as_many_tokens(problem), multiprocessors)
+
+
+@lru_cache(maxsize=4096)
+def _predicted(problem: GemmProblem, multiprocessors: int) -> GemmTile:
     return min(candidates(problem, multiprocessors), key=lambda tile: predict_s(tile, problem, multiprocessors))
+
+
+def _for_about_as_many_tokens(problem: GemmProblem) -> GemmProblem:
+    """The problem with its tokens rounded up to an eighth of an octave: M or, in a weight gradient, K. Tiles fit both alike, for
+    what a tile asks of M and K concerns few tokens or the tree."""
+    if problem.a_km:
+        return replace(problem, k=_rounded_up(problem.k))
+    return replace(problem, m=_rounded_up(problem.m))
+
+
+def _rounded_up(tokens: int) -> int:
+    if tokens <= EXACT_TOKENS:
+        return tokens
+    step = 1 << ((tokens - 1).bit_length() - 4)
+    return -(-tokens // step) * step
 
 
 def prove(

@@ -174,3 +174,22 @@ def test_a_shape_outside_the_table_gets_a_tile(m: int) -> None:
     problem = GemmProblem(m, 3000, 1000)
     assert table_for("NVIDIA H200").get(problem) is None
     assert choose(problem, "NVIDIA H200", SMS) in candidates(problem, SMS)
+
+
+@pytest.mark.parametrize("problem", [
+    GemmProblem(1, 3000, 2048), GemmProblem(1, 3072, 2048, leaves=8), GemmProblem(1, 3072, 2048, leaves=8, b_kn=True),
+    GemmProblem(3072, 2048, 1, a_km=True, b_kn=True),
+])  # fmt: skip
+def test_micro_batches_of_about_as_many_tokens_take_one_tile(problem: GemmProblem) -> None:
+    """Each tile is a kernel to compile, and each prediction costs the host a millisecond."""
+
+    def of(tokens: int) -> GemmProblem:
+        return replace(problem, k=tokens) if problem.a_km else replace(problem, m=tokens)
+
+    counts = range(15_400, 16_385, 41)
+    tiles = {choose(of(tokens), "NVIDIA X", SMS) for tokens in counts}
+    assert len(tiles) == 1
+    assert all(tiles <= set(candidates(of(tokens), SMS)) for tokens in (15_401, 15_999, 16_384)), "it fits every one"
+    for few in (1, 63, 1000):
+        best = min(candidates(of(few), SMS), key=lambda tile: predict_s(tile, of(few), SMS))
+        assert choose(of(few), "NVIDIA X", SMS) == best
