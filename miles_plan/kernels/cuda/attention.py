@@ -106,7 +106,8 @@ def attention(
     q: [tokens, heads, D], bf16 or fp16, last dimension contiguous; sequence i owns tokens q_starts[i] .. q_starts[i + 1].
     k, v: packed [keys, kv_heads, D or DV], sequence i owning kv_lens[i] keys from kv_starts[i]; or, with page_table
         [sequences, pages] int32, paged [pages, page size, kv_heads, D or DV]. heads is a multiple of kv_heads.
-    q_starts: int32 [sequences + 1]; None is one sequence. kv_starts, kv_lens: int32 [sequences]; None means q's own.
+    q_starts: int32 [sequences + 1]; None is one sequence. kv_starts, kv_lens: int32 [sequences]; None means q's own. kv_starts is
+        not used with a page table.
     A sequence's queries are its last ones: query j of n stands at position kv_len - n + j, so prefill, a later chunk and a
     decode step (n = 1) need no further argument. kv_len must be at least n.
     max_q_len, max_kv_len: upper bounds, known without reading the device; None reads them (a synchronisation).
@@ -163,7 +164,8 @@ def _check(
         max_kv_len = max_q_len if max_kv_len is None else max_kv_len
         kv_starts = q_starts[:-1].contiguous() if kv_starts is None else kv_starts
     if kv_starts is None:
-        kv_starts = torch.cumsum(kv_lens, 0, dtype=torch.int32) - kv_lens
+        # Pages say where keys begin; what would be added up for nothing takes two launches, more than a short decode can hide.
+        kv_starts = torch.cumsum(kv_lens, 0, dtype=torch.int32) - kv_lens if table is None else kv_lens
     arguments.require_shape("q_starts", q_starts, (kv_lens.numel() + 1,), "[sequences + 1]")
     arguments.require_shape("kv_starts", kv_starts, (kv_lens.numel(),), "[sequences]")
     if table is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .named_barrier import meet
 from .toolchain import async_copy, gl, gluon_jit, mbarrier, tma
+from .warp_lanes import from_lane, lane
 
 
 @gluon_jit
@@ -58,7 +59,7 @@ def _pages_from(
     pages: gl.tensor, block: gl.tensor, kv_len: gl.tensor, PAGE: gl.constexpr, BN: gl.constexpr, BOX: gl.constexpr
 ) -> gl.tensor:
     """The pages of 32 boxes from a block on, one a lane; past the sequence's end page 0, whose keys will be masked."""
-    key = block * BN + gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0])) * BOX
+    key = block * BN + lane() * BOX
     return gl.load(pages + key // PAGE, mask=key < kv_len, other=0)
 
 
@@ -72,11 +73,11 @@ def _fetch(
     if PAGE == 0:
         tma.async_copy_global_to_shared(desc, [place + block * BN, col], bar, ring.index(stage))
     else:
-        lane = gl.arange(0, 32, layout=place.type.layout)
         for part in gl.static_range(BN // BOX):
-            page = gl.sum(gl.where(lane == first_box + part, place, 0), 0)
-            within = (block * BN + part * BOX) % PAGE
-            tma.async_copy_global_to_shared(desc, [page * PAGE + within, col], bar, ring.index(stage).slice(part * BOX, BOX))
+            row = from_lane(place, first_box + part) * PAGE
+            if BOX < PAGE:
+                row += block * BN % PAGE
+            tma.async_copy_global_to_shared(desc, [row, col], bar, ring.index(stage).slice(part * BOX, BOX))
 
 
 @gluon_jit
