@@ -173,6 +173,27 @@ def test_how_decode_work_is_cut(
     assert shared_bytes(*launch) <= SHARED_MEMORY_BYTES
 
 
+@pytest.mark.parametrize("launched", ["hopper"], indirect=True)
+def test_pages_cost_a_decode_neither_launches_nor_sums(launched: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where keys begin is added up for packed ones alone, and a box's page number is one shuffle, not a sum over lanes."""
+    from miles_plan.kernels.cuda.attention import attention
+
+    sums = []
+    monkeypatch.setattr(torch, "cumsum", lambda x, *_, **__: sums.append(x) or torch.zeros_like(x))
+    starts, lens = torch.arange(3, dtype=torch.int32), torch.full((2,), 4096, dtype=torch.int32)
+    given: dict[str, Any] = {"q_starts": starts, "kv_lens": lens, "max_q_len": 1, "max_kv_len": 4096}
+    shuffles = []
+    for table in (None, torch.zeros(2, 64, dtype=torch.int32)):
+        keys = torch.empty(*((8192,) if table is None else (128, 64)), 8, 128, dtype=torch.bfloat16)
+        launched.first.clear()
+        attention(half(2, 32, 128), keys, keys, page_table=table, **given)
+        ptx: str = compiled(*launched.first["attention_decode_kernel"]).asm["ptx"]
+        shuffles.append((ptx.count("shfl.sync.bfly"), ptx.count("shfl.sync.idx") > 4))
+        assert len(sums) == 1
+    assert shuffles[0][0] == shuffles[1][0]
+    assert shuffles[1][1]
+
+
 def test_rows(launched: Launched) -> None:
     from miles_plan.kernels.cuda.embedding import embedding
     from miles_plan.kernels.cuda.expert_rows import expert_order, expert_rows
