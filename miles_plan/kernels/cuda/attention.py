@@ -21,6 +21,7 @@ from .device import multiprocessors, runs_gluon, runs_triton
 from .gemm import descriptor
 from .named_barrier import MOST_STAGES
 from .overlap import overlap, overlaps
+from .toolchain import gl, gluon_descriptor
 from .tuning import SHARED_MEMORY_BYTES
 from .workspace import zeroed_ints
 
@@ -28,6 +29,8 @@ SPLIT_BELOW = 0.75  # rows of decode tiles a multiprocessor; with more, each is 
 MERGE_INSIDE_UP_TO = 1  # split work items a multiprocessor; with more, the chunks are merged by a kernel of their own
 BLOCK_BY_BLOCK_UP_TO = 4  # split work items a multiprocessor; with more, a block's scores are under way during the one before
 HALVE_VALUES_UP_TO = 0.25  # split work items a multiprocessor; with so few, two thread blocks take half the values each
+L2_BYTES = 16 * 2**20  # of keys and values that prefill works on at a time
+BARRIER_BYTES = 1024  # of shared memory, for barriers and what else is small
 WHOLE_ROWS_RING_BYTES = 128 * 1024  # of each thread block when all stream at once; more in flight is up to 1 % slower
 CHUNK_KEYS = 1024  # keys after which the running state restarts; what a split decode computes alone
 LOG2_E = 1.4426950408889634
@@ -275,7 +278,7 @@ def _keys_of(call: _Call) -> tuple[Any, ...]:
 def _stages(fixed_bytes: int, options: dict[str, Any], ring_bytes: int | None = None) -> int:
     """Blocks of keys and values that fit beside what else is in shared memory, or that `ring_bytes` hold if those are fewer."""
     block_bytes: int = (options["D"] + options["D_TAIL"] + options["DV"]) * 2 * BLOCK_KEYS
-    room = SHARED_MEMORY_BYTES - 1024 - fixed_bytes
+    room = SHARED_MEMORY_BYTES - BARRIER_BYTES - fixed_bytes
     return max(2, min(6, min(room, ring_bytes or room) // block_bytes))
 
 
@@ -283,18 +286,35 @@ def _launch_prefill(
     call: _Call, out: torch.Tensor, lse: torch.Tensor, descs: tuple[Any, ...], places: tuple[int, ...], options: dict[str, Any]
 ) -> None:
     heads = call.kv_heads * call.head_tiles
-    tiles = -(-call.max_q_len // (2 * options["TOKENS"]))
-    programs = min(call.seqs * heads * tiles, multiprocessors(call.q.device))
+    items = (call.q.shape[0] // (2 * options["TOKENS"]) + call.seqs) * heads
+    programs = min(items, multiprocessors(call.q.device))
     # Totals wait for the end of a chunk in shared memory, or in memory where two stages would no longer fit (D = 192).
     rows, d, dv = 2 * TILE_ROWS, call.q.shape[-1], options["DV"]
     query_bytes, total_bytes = rows * d * 2, rows * dv * 4
-    shared = query_bytes + total_bytes + 2 * (d + dv) * 2 * BLOCK_KEYS <= SHARED_MEMORY_BYTES - 1024
+    shared = query_bytes + total_bytes + 2 * (d + dv) * 2 * BLOCK_KEYS <= SHARED_MEMORY_BYTES - BARRIER_BYTES
     kept = lse if shared else torch.empty(programs, rows, dv, device=call.q.device, dtype=torch.float32)
     stages = _stages(query_bytes + total_bytes if shared else query_bytes, options)
+    l2_keys = L2_BYTES * call.head_tiles // ((d + dv) * call.k.element_size())
     attention_kernel[(programs,)](
-        call.q, *descs, out, lse, kept, *_keys_of(call), call.seqs, heads, tiles, *places, call.scale * LOG2_E, call.window,
-        STAGES=min(stages, MOST_STAGES), SHARED=shared, num_warps=4, **options,
+        *_queries_of(call, options), *descs, out, lse, kept, zeroed_ints(call.q.device, 1), *_keys_of(call), call.seqs, heads, items,
+        l2_keys, *places, call.scale * LOG2_E, call.window, STAGES=min(stages, MOST_STAGES), SHARED=shared,
+        Q_BOXES=_in_boxes(call), num_warps=4, **options,
     )  # fmt: skip
+
+
+def _in_boxes(call: _Call) -> bool:
+    """Whether a tile's rows of Q are a box that TMA copies: its sizes are powers of two."""
+    return TILE_ROWS % call.group == 0
+
+
+def _queries_of(call: _Call, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Q as the prefill kernel takes it: boxes of a tile's tokens and heads, the head size's body and its tail, or the tensor."""
+    if not _in_boxes(call):
+        return call.q, call.q
+    boxes = [[options["TOKENS"], call.group, columns] for columns in (options["D"], options["D_TAIL"] or options["D"])]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+    body, tail = (gluon_descriptor(call.q, list(call.q.shape), list(call.q.stride()), box, layout) for box in boxes)
+    return body, tail
 
 
 def _launch_decode(

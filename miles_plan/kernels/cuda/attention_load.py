@@ -1,7 +1,7 @@
-"""The Hopper attention kernels' work items, the warp that streams their keys and values, and the loads of their queries.
+"""The Hopper attention kernels' streams of keys and values, the loads of their queries, and decode's work items.
 
-An item is a sequence, a head and a tile of tokens, of which a split decode takes one chunk of keys. `attention_kernel` says
-what is computed with them.
+A decode's item is a sequence and a head, of which a split decode takes one chunk of keys; prefill's are in `attention_tiles`.
+`attention_kernel` says what is computed with them.
 """
 
 from __future__ import annotations
@@ -94,27 +94,63 @@ def _until_free(
 
 
 @gluon_jit
+def stream_blocks(
+    descs: gl.tensor, rings: gl.tensor, bars: gl.tensor, step: gl.tensor, lo: gl.tensor, hi: gl.tensor, kv_start: gl.tensor,
+    kv_len: gl.tensor, pages: gl.tensor, kv_head: gl.tensor, v_col: gl.tensor,
+    BN: gl.constexpr, PAGE: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr,
+    DV: gl.constexpr, NAMED: gl.constexpr,
+) -> gl.tensor:  # fmt: skip
+    """One sequence's key blocks [lo, hi) and their values into the ring from `step` on; returns the step after them.
+
+    The consumers give a stage back at its mbarrier of k_empty or v_empty or, with NAMED, at its named barrier. The page table is read 32 boxes at a time, and those ahead of their turn: block by block, its latency would be paid for each
+    until the ring is full.
+    """
+    k_desc, t_desc, v_desc = descs
+    k_ring, t_ring, v_ring = rings
+    k_ready, v_ready, k_empty, v_empty = bars
+    K_BYTES: gl.constexpr = BN * (D + D_TAIL) * k_desc.dtype.primitive_bitwidth // 8
+    V_BYTES: gl.constexpr = BN * DV * v_desc.dtype.primitive_bitwidth // 8
+    BOXES: gl.constexpr = BN // BOX
+    AT_ONCE: gl.constexpr = 32 // BOXES  # blocks whose pages are read together
+    k_col = kv_head * (D + D_TAIL)
+    place = kv_start
+    if PAGE:
+        place = _pages_from(pages, lo, kv_len, PAGE, BN, BOX)
+    ahead = place
+    if PAGE:
+        ahead = _pages_from(pages, lo + AT_ONCE, kv_len, PAGE, BN, BOX)
+    for block in range(lo, hi):
+        stage = step % STAGES
+        first_box = (block - lo) % AT_ONCE * BOXES
+        if PAGE:
+            if (first_box == 0) & (block > lo):
+                place = ahead
+                ahead = _pages_from(pages, block + AT_ONCE, kv_len, PAGE, BN, BOX)
+        _until_free("keys", k_empty, step, STAGES, NAMED)
+        mbarrier.expect(k_ready.index(stage), K_BYTES)
+        _fetch(k_desc, k_ring, k_ready.index(stage), stage, place, first_box, block, k_col, PAGE, BN, BOX)
+        if D_TAIL:
+            _fetch(t_desc, t_ring, k_ready.index(stage), stage, place, first_box, block, k_col + D, PAGE, BN, BOX)
+        _until_free("values", v_empty, step, STAGES, NAMED)
+        mbarrier.expect(v_ready.index(stage), V_BYTES)
+        _fetch(v_desc, v_ring, v_ready.index(stage), stage, place, first_box, block, v_col, PAGE, BN, BOX)
+        step += 1
+    return step
+
+
+@gluon_jit
 def produce(
     descs: gl.tensor, rings: gl.tensor, bars: gl.tensor, lengths: gl.tensor, sizes: gl.tensor, table: gl.tensor,
     table_stride: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, SPLIT: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr, BN: gl.constexpr,
     PAGE: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr,
-    DV: gl.constexpr, HEAD_TILES: gl.constexpr, PARTS: gl.constexpr = 1, NAMED: gl.constexpr = False,
+    DV: gl.constexpr, HEAD_TILES: gl.constexpr, PARTS: gl.constexpr,
 ) -> None:  # fmt: skip
-    """The producer warp: keys and values of every work item of this program, as far ahead as the ring allows.
+    """The producer warp of a decode: keys and values of every work item of this program, as far ahead as the ring allows.
 
-    The consumers give a stage back at its mbarrier of k_empty or v_empty or, with NAMED, at its named barrier. The page table is
-    read 32 boxes at a time, and those ahead of their turn: block by block, its latency would be paid for each until the ring is
-    full. With PARTS > 1 a head's values are cut into parts of DV columns, each an item of its own.
+    With PARTS > 1 a head's values are cut into parts of DV columns, each an item of its own.
     """
-    k_desc, t_desc, v_desc = descs
-    k_ring, t_ring, v_ring = rings
-    k_ready, v_ready, k_empty, v_empty = bars
     SEQS, HEADS, TILES, CHUNKS = sizes
-    K_BYTES: gl.constexpr = BN * (D + D_TAIL) * k_desc.dtype.primitive_bitwidth // 8
-    V_BYTES: gl.constexpr = BN * DV * v_desc.dtype.primitive_bitwidth // 8
-    BOXES: gl.constexpr = BN // BOX
-    AT_ONCE: gl.constexpr = 32 // BOXES  # blocks whose pages are read together
     step = 0
     for turn in range(gl.cdiv(SEQS * HEADS * TILES * CHUNKS, gl.num_programs(0))):
         seq, head, _, _, _, _, kv_start, kv_len, _, lo, hi = span(
@@ -123,29 +159,10 @@ def produce(
         kv_head = head // (HEAD_TILES * PARTS)
         v_col = (kv_head * PARTS + head % PARTS) * DV
         pages = table + seq.to(gl.int64) * table_stride
-        place = kv_start
-        if PAGE:
-            place = _pages_from(pages, lo, kv_len, PAGE, BN, BOX)
-        ahead = place
-        if PAGE:
-            ahead = _pages_from(pages, lo + AT_ONCE, kv_len, PAGE, BN, BOX)
-        for block in range(lo, hi):
-            stage = step % STAGES
-            first_box = (block - lo) % AT_ONCE * BOXES
-            if PAGE:
-                if (first_box == 0) & (block > lo):
-                    place = ahead
-                    ahead = _pages_from(pages, block + AT_ONCE, kv_len, PAGE, BN, BOX)
-            _until_free("keys", k_empty, step, STAGES, NAMED)
-            mbarrier.expect(k_ready.index(stage), K_BYTES)
-            _fetch(k_desc, k_ring, k_ready.index(stage), stage, place, first_box, block, kv_head * (D + D_TAIL), PAGE, BN, BOX)
-            if D_TAIL:
-                t_col = kv_head * (D + D_TAIL) + D
-                _fetch(t_desc, t_ring, k_ready.index(stage), stage, place, first_box, block, t_col, PAGE, BN, BOX)
-            _until_free("values", v_empty, step, STAGES, NAMED)
-            mbarrier.expect(v_ready.index(stage), V_BYTES)
-            _fetch(v_desc, v_ring, v_ready.index(stage), stage, place, first_box, block, v_col, PAGE, BN, BOX)
-            step += 1
+        step = stream_blocks(
+            descs, rings, bars, step, lo, hi, kv_start, kv_len, pages, kv_head, v_col, BN, PAGE, BOX, STAGES, D, D_TAIL, DV,
+            False,
+        )  # fmt: skip
 
 
 @gluon_jit
