@@ -4,10 +4,10 @@ Warp-specialised Gluon kernel. A producer warp streams blocks of 128 keys and va
 packed tensor, or page by page through a page table; `attention_tiles` says in which order); two consumer warp groups each own 64 rows of queries. A row is a
 (token, head) pair: the heads that share a key head sit side by side.
 
-A warp group starts the scores of a block, rescales its sums or folds a finished chunk while they run, starts the weighted values of
-the block before, and computes weights beside these; meanwhile the tensor core has the other group's products, whose turn it is next.
-The blocks of all work items of a program are one stream: an item's first scores run beside the end of the item before. This is
-FlashAttention-3's overlap (arXiv 2407.08608, section 3) carried over the ends of chunks and items.
+A warp group starts the scores of a block and the weighted values of the block before together, computes weights as soon as the
+scores are there, and rescales when the values are; meanwhile the tensor core has the other group's products, whose turn it is next.
+The blocks of all work items of a program are one stream: an item's first scores run beside the last values of the item before. This
+is FlashAttention-3's overlap (arXiv 2407.08608, section 3) carried over the items' ends.
 
 For every row the arithmetic is, whatever the batch, the tile, the page size, or where prefill was cut:
 
@@ -40,7 +40,7 @@ from .toolchain import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .wgmma import computed, rounded
+from .wgmma import computed
 
 BLOCK_KEYS = 128
 TILE_ROWS = 64
@@ -90,22 +90,21 @@ def _fetch_queries(
     q_buffer, tail_buffer, q_ready = queries
     head0 = head * GROUP
     gl.thread_barrier()
-    if Q_BOXES:
-        if lo < hi:
+    if lo < hi:
+        if Q_BOXES:
             q_desc, tail_desc = q
             mbarrier.expect(q_ready.index(ME), ROWS * (D + D_TAIL) * q_buffer.dtype.primitive_bitwidth // 8)
             place = q_start + first_token
             tma.async_copy_global_to_shared(q_desc, [place, head0, 0], q_ready.index(ME), q_buffer.index(ME))
             if D_TAIL:
                 tma.async_copy_global_to_shared(tail_desc, [place, head0, D], q_ready.index(ME), tail_buffer.index(ME))
-    else:
-        rows, _ = q
-        fetch_queries(rows, q_buffer.index(ME), strides, q_start, first_token, q_len, head0, 0, GROUP, TOKENS, ROWS, D, 4)
-        if D_TAIL:
-            fetch_queries(
-                rows, tail_buffer.index(ME), strides, q_start, first_token, q_len, head0, D, GROUP, TOKENS, ROWS, D_TAIL, 4
-            )
-        async_copy.commit_group()
+        else:
+            fetch_queries(q[0], q_buffer.index(ME), strides, q_start, first_token, q_len, head0, 0, GROUP, TOKENS, ROWS, D, 4)
+            if D_TAIL:
+                fetch_queries(
+                    q[0], tail_buffer.index(ME), strides, q_start, first_token, q_len, head0, D, GROUP, TOKENS, ROWS, D_TAIL, 4
+                )
+            async_copy.commit_group()
 
 
 @gluon_jit
@@ -137,6 +136,12 @@ def _start_values(
 
 
 @gluon_jit
+def _operand(p: gl.tensor, like: gl.tensor, acc: gl.tensor) -> gl.tensor:
+    """Weights as the tensor core takes them, in registers."""
+    return gl.convert_layout(p.to(like.dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
+
+
+@gluon_jit
 def _no_keys(ROWS: gl.constexpr, BN: gl.constexpr, DV: gl.constexpr) -> gl.tensor:
     """The state of rows that have seen nothing."""
     rows: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16]))
@@ -162,8 +167,8 @@ def _begin(
 
 
 @gluon_jit
-def _fold(
-    outs: gl.tensor, strides: gl.tensor, kept: gl.tensor, totals: gl.tensor, state: gl.tensor, ended: gl.tensor,
+def _restart(
+    outs: gl.tensor, strides: gl.tensor, kept: gl.tensor, totals: gl.tensor, state: gl.tensor, item: gl.tensor,
     last: gl.tensor, GROUP: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr, DV: gl.constexpr,
     LSE: gl.constexpr, SHARED: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
@@ -172,7 +177,7 @@ def _fold(
     total_m, total_l, total = fold_kept((total_m, total_l), kept, chunks, state, SHARED)
     chunks += 1
     if last:
-        head, first_token, q_start, q_len = ended
+        head, first_token, q_start, q_len, _, _, _, _ = item
         store_rows(
             outs, strides, total, total_m, total_l, q_start, first_token, q_len, head * GROUP, GROUP, TOKENS, ROWS, DV, LSE
         )
@@ -181,22 +186,6 @@ def _fold(
     else:
         keep(kept, total, SHARED)
     return total_m, total_l, chunks
-
-
-@gluon_jit
-def _settle(
-    outs: gl.tensor, strides: gl.tensor, kept: gl.tensor, totals: gl.tensor, state: gl.tensor, alpha: gl.tensor,
-    restart: gl.tensor, ended: gl.tensor, last: gl.tensor, GROUP: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr,
-    BN: gl.constexpr, DV: gl.constexpr, LSE: gl.constexpr, SHARED: gl.constexpr,
-) -> gl.tensor:  # fmt: skip
-    """What the next block's weighted values are added to: the chunk's sums, rescaled, or nothing, the chunk being folded."""
-    _, _, acc = state
-    if restart:
-        totals = _fold(outs, strides, kept, totals, state, ended, last, GROUP, TOKENS, ROWS, BN, DV, LSE, SHARED)
-        acc = gl.zeros_like(acc)
-    else:
-        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
-    return totals, acc
 
 
 @gluon_jit
@@ -210,9 +199,8 @@ def _attend(
     """All key blocks of `item`, the program's first, and of the items after it."""
     k_ready, _ = bars
     _, _, v_ring = rings
-    operand: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16]), 2)
     turn = 0
-    head, first_token, q_start, q_len, kv_len, position, block, hi = item
+    _, _, _, _, kv_len, position, block, hi = item
     _fetch_queries(q, queries, strides, item, GROUP, TOKENS, ROWS, D, D_TAIL, Q_BOXES, ME)
     coming = _item(board, turn + 1, TOKENS, ME)
     s = _begin(queries, rings, bars, turn, Q_BOXES, ME, ROWS, BN, D_TAIL)
@@ -221,15 +209,10 @@ def _attend(
     empty, nothing, acc = _no_keys(ROWS, BN, DV)
     s = masked(s, block, position, kv_len, window, CAUSAL, GROUP, TOKENS, ROWS, BN)
     m, p, lanes = to_weights(s, empty, scale, ROWS, BN)
-    weights = gl.convert_layout(rounded(p, v_ring.dtype), operand)
+    weights = _operand(p, v_ring, acc)
     l = nothing
     alpha = nothing
     totals = (empty, nothing, turn)
-    # The compiler carries a name from one round to the next only where the first round would change it: none may begin as another.
-    m_before = empty
-    restart = hi < block
-    last_before = restart
-    ended = (turn, turn, turn, turn)
     step = 0
     while (block + 1 < hi) | (coming[6] < coming[7]):
         last = block + 1 == hi
@@ -240,18 +223,14 @@ def _attend(
         mbarrier.wait(k_ready.index(ahead), ((step + 1) // STAGES) & 1)
         meet("turn", ME)
         s_pending = _scores(queries, rings, ahead, ME, ROWS, BN, D_TAIL)
-        totals, acc = _settle(
-            outs, strides, kept, totals, (m_before, l, acc), alpha, restart, ended, last_before, GROUP, TOKENS, ROWS, BN, DV, LSE,
-            SHARED,
-        )  # fmt: skip
         acc_pending = _start_values(weights, acc, rings, bars, step, last, kv_len - block * BN, BN, STAGES, DV)
         arrive("turn", 1 - ME)
         l = added(l, alpha, lanes)
-        ended = (head, first_token, q_start, q_len)
-        last_before = last
+        ended = item
         block += 1
         if last:
-            head, first_token, q_start, q_len, kv_len, position, block, hi = coming
+            item = coming
+            _, _, _, _, kv_len, position, block, hi = item
             coming = _item(board, turn + 1, TOKENS, ME)
         s = warpgroup_mma_wait(num_outstanding=1, deps=(s_pending,))
         arrive("keys", ahead)
@@ -259,25 +238,24 @@ def _attend(
             _fetch_queries(q, queries, strides, coming, GROUP, TOKENS, ROWS, D, D_TAIL, Q_BOXES, ME)
         s = masked(s, block, position, kv_len, window, CAUSAL, GROUP, TOKENS, ROWS, BN)
         restart = last | (block % (CHUNK // BN) == 0)
-        m_before = m
         m_old = gl.where(restart, empty, m)
-        m, p, lanes = to_weights(s, m_old, scale, ROWS, BN)
+        m_new, p, lanes = to_weights(s, m_old, scale, ROWS, BN)
         lanes = computed(lanes)
-        alpha = gl.where(restart, 0.0, gl.exp2(m_old - m))  # a new chunk begins with nothing
-        coming_weights = gl.convert_layout(rounded(p, v_ring.dtype), operand)
+        alpha = gl.where(restart, 0.0, gl.exp2(m_old - m_new))  # a new chunk begins with nothing
         acc, weights = warpgroup_mma_wait(num_outstanding=0, deps=(acc_pending, weights))
         arrive("values", step % STAGES)
-        weights = coming_weights
+        weights = _operand(p, v_ring, acc)
+        if restart:
+            totals = _restart(outs, strides, kept, totals, (m, l, acc), ended, last, GROUP, TOKENS, ROWS, BN, DV, LSE, SHARED)
+            acc = gl.zeros_like(acc)
+        else:
+            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
+        m = m_new
         step += 1
-    totals, acc = _settle(
-        outs, strides, kept, totals, (m_before, l, acc), alpha, restart, ended, last_before, GROUP, TOKENS, ROWS, BN, DV, LSE,
-        SHARED,
-    )  # fmt: skip
     acc_pending = _start_values(weights, acc, rings, bars, step, True, kv_len - block * BN, BN, STAGES, DV)
     l = added(l, alpha, lanes)
     acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc_pending,))
-    ended = (head, first_token, q_start, q_len)
-    _fold(outs, strides, kept, totals, (m, l, acc), ended, True, GROUP, TOKENS, ROWS, BN, DV, LSE, SHARED)
+    _restart(outs, strides, kept, totals, (m, l, acc), item, True, GROUP, TOKENS, ROWS, BN, DV, LSE, SHARED)
 
 
 @gluon_jit

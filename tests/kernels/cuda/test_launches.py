@@ -298,6 +298,18 @@ def test_prefill_computes_weights_while_the_tensor_core_multiplies_values(launch
     assert "VIMNMX3" in code  # three integers compared at a time
 
 
+@pytest.mark.parametrize("launched", ["hopper"], indirect=True)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_size"), [(10, 2, 128), (4, 4, 192), (128, 1, 64)])
+def test_prefill_compiles_for_groups_that_tma_copies_and_others(
+    launched: Launched, heads: int, kv_heads: int, head_size: int
+) -> None:
+    from miles_plan.kernels.cuda.attention import attention
+
+    values = half(300, kv_heads, min(head_size, 128))
+    attention(half(300, heads, head_size), half(300, kv_heads, head_size), values)
+    assert shared_bytes(*launched.first["attention_kernel"]) <= SHARED_MEMORY_BYTES
+
+
 def machine_code(program: Any) -> str:
     """A compiled launch, disassembled."""
     tools = Path(importlib.import_module("triton.backends.nvidia").__file__ or "").parent / "bin"
