@@ -298,6 +298,36 @@ def test_prefill_computes_weights_while_the_tensor_core_multiplies_values(launch
     assert "VIMNMX3" in code  # three integers compared at a time
 
 
+@pytest.mark.parametrize("launched", ["hopper"], indirect=True)
+def test_a_norm_loads_first_thing_after_its_wait(launched: Launched) -> None:
+    """Addresses stand before the wait, and no load behind arithmetic that waits for another. A row of 4,096 is four loads."""
+    from miles_plan.kernels.cuda.rms_norm import rms_norm
+
+    rms_norm(half(9, 4096), half(4096), 1e-6, half(9, 4096))
+    code = machine_code(compiled(*launched.first["rms_norm_kernel"]))
+    waited, released = code.index("ACQBULK"), code.index("PREEXIT")
+    loads = [match.start() for match in re.finditer(r"LDG\.E\S*\.128", code)]
+    assert [waited < load < released for load in loads] == 12 * [True]
+    assert code[waited : loads[0]].count(";") <= 3
+    assert "LDL" not in code
+
+
+@pytest.mark.parametrize("launched", ["hopper"], indirect=True)
+def test_a_rotation_waits_for_memory_twice(launched: Launched) -> None:
+    """For the position, with the heads and their norm's weights beside it, and for the angles at that position."""
+    from miles_plan.kernels.cuda.rope import rope
+
+    table, at = torch.zeros(30, 64), torch.zeros(9, dtype=torch.int64)
+    rope(half(9, 8, 128), half(9, 8, 128), table, table, at, q_norm=half(128), k_norm=half(128))
+    code = machine_code(compiled(*launched.first["rope_kernel"]))
+    for branch in code.split("ACQBULK")[1:]:
+        first, second = branch.split("STG")[0].split("PREEXIT")
+        assert len(re.findall(r"\bLDG\.", first)) == 7  # position, four pieces of heads, two of weights
+        angles = list(re.finditer(r"\bLDG\.", second))
+        assert len(angles) == 2
+        assert "LDS" not in second[: angles[1].start()]
+
+
 def machine_code(program: Any) -> str:
     """A compiled launch, disassembled."""
     tools = Path(importlib.import_module("triton.backends.nvidia").__file__ or "").parent / "bin"
