@@ -76,8 +76,8 @@ def runs_of(engine: Any) -> dict[str, Callable[[], object]]:
     batch = batch.with_columns(old_log_probs=old_log_probs(batch, scored, engine))
     loss = LossOptions(kind="policy_gradient")
     return {
-        "log_probs": lambda: engine.log_probs(batch, model="policy", temperature=1.0, replay_routing=False),
         "step": lambda: engine.train_step(batch, loss=loss, optimizer=ADAM, replay_routing=False),
+        "log_probs": lambda: engine.log_probs(batch, model="policy", temperature=1.0, replay_routing=False),
     }
 
 

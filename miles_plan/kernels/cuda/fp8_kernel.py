@@ -177,34 +177,6 @@ def _consume(
         store_tile(out, stride_m, stride_n, acc, row, col, end, limit, COALESCE, 4)
 
 
-@gluon_jit
-def _consume_first(
-    out: gl.tensor, rings: gl.tensor, bars: gl.tensor, plan: gl.tensor, scales: gl.tensor, scale_strides: gl.tensor,
-    M: gl.tensor, N: gl.tensor, n_end: gl.tensor, K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor,
-    GROUPED: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, COLS: gl.constexpr,
-    COALESCE: gl.constexpr, SWAP: gl.constexpr,
-) -> None:  # fmt: skip
-    """The first warp group's entry."""
-    _consume(
-        out, rings, bars, plan, scales, scale_strides, M, N, n_end, K, stride_m, stride_n, GROUPED, GROUP, CONSUMERS, STAGES,
-        COLS, COALESCE, SWAP, 0,
-    )  # fmt: skip
-
-
-@gluon_jit
-def _consume_second(
-    out: gl.tensor, rings: gl.tensor, bars: gl.tensor, plan: gl.tensor, scales: gl.tensor, scale_strides: gl.tensor,
-    M: gl.tensor, N: gl.tensor, n_end: gl.tensor, K: gl.tensor, stride_m: gl.tensor, stride_n: gl.tensor,
-    GROUPED: gl.constexpr, GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, COLS: gl.constexpr,
-    COALESCE: gl.constexpr, SWAP: gl.constexpr,
-) -> None:  # fmt: skip
-    """The second warp group's entry."""
-    _consume(
-        out, rings, bars, plan, scales, scale_strides, M, N, n_end, K, stride_m, stride_n, GROUPED, GROUP, CONSUMERS, STAGES,
-        COLS, COALESCE, SWAP, 1,
-    )  # fmt: skip
-
-
 @gluon_jit(do_not_specialize=["M", "n_end"])
 def fp8_kernel(
     a_desc: gl.tensor, b_desc: gl.tensor, out: gl.tensor, plan: gl.tensor, x_scale: gl.tensor, w_scale: gl.tensor,
@@ -233,10 +205,10 @@ def fp8_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume_first, (out, rings, bars, plan, scales, strides, M, N, n_end, K, stride_m, stride_n, GROUPED, GROUP,
-                                  CONSUMERS, STAGES, COLS, COALESCE, SWAP)),
-                (_consume_second, (out, rings, bars, plan, scales, strides, M, N, n_end, K, stride_m, stride_n, GROUPED, GROUP,
-                                   CONSUMERS, STAGES, COLS, COALESCE, SWAP)),
+                (_consume, (out, rings, bars, plan, scales, strides, M, N, n_end, K, stride_m, stride_n, GROUPED, GROUP,
+                            CONSUMERS, STAGES, COLS, COALESCE, SWAP, 0)),
+                (_consume, (out, rings, bars, plan, scales, strides, M, N, n_end, K, stride_m, stride_n, GROUPED, GROUP,
+                            CONSUMERS, STAGES, COLS, COALESCE, SWAP, 1)),
                 (_produce, (descs, rings, bars, plan, M, N, K, GROUPED, GROUP, CONSUMERS, STAGES, COLS)),
             ],
             [4, 1],
@@ -245,8 +217,8 @@ def fp8_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume_first, (out, rings, bars, plan, scales, strides, M, N, n_end, K, stride_m, stride_n, GROUPED, GROUP,
-                                  CONSUMERS, STAGES, COLS, COALESCE, SWAP)),
+                (_consume, (out, rings, bars, plan, scales, strides, M, N, n_end, K, stride_m, stride_n, GROUPED, GROUP,
+                            CONSUMERS, STAGES, COLS, COALESCE, SWAP, 0)),
                 (_produce, (descs, rings, bars, plan, M, N, K, GROUPED, GROUP, CONSUMERS, STAGES, COLS)),
             ],
             [1],

@@ -166,14 +166,25 @@ def chosen_kernel(
 
 
 @jit
+def row_and_columns(COLUMNS: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
+    """The row and the columns of program row * blocks of columns + block."""
+    blocks = tl.cdiv(COLUMNS, BLOCK)
+    return (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+
+
+@jit
+def _probability(x: tl.tensor, scale: tl.tensor, lse: tl.tensor) -> tl.tensor:
+    """2 ** (x * scale - lse): one fused multiply-add before the exponential."""
+    return tl.exp2(tl.fma(x, tl.zeros_like(x) + scale, tl.zeros_like(x) - lse))
+
+
+@jit
 def shift_kernel(
     logits: tl.tensor, lse: tl.tensor, out: tl.tensor, stride: tl.tensor, scale: tl.tensor, COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program row * blocks of columns + block: log-softmax = logit * scale - lse, one fused multiply-add as in `combine_kernel`."""
-    blocks = tl.cdiv(COLUMNS, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    row, column = row_and_columns(COLUMNS, BLOCK)
     mask = column < COLUMNS
     x = tl.load(logits + row * stride + column, mask=mask, other=0.0).to(tl.float32)
     value = at_most_zero(tl.fma(x, tl.zeros_like(x) + scale, tl.zeros_like(x) - tl.load(lse + row)))
@@ -186,14 +197,10 @@ def gradient_kernel(
     scale: tl.tensor, vocab_start: tl.tensor, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program row * blocks of columns + block: d logit = grad * scale * (one-hot - exp(x - lse))."""
-    blocks = tl.cdiv(COLUMNS, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    row, column = row_and_columns(COLUMNS, BLOCK)
     mask = column < COLUMNS
     x = tl.load(logits + row * stride + column, mask=mask, other=0.0).to(tl.float32)
-    p = tl.exp2(
-        tl.fma(x, tl.zeros_like(x) + scale * 1.4426950408889634, tl.zeros_like(x) - tl.load(lse + row) * 1.4426950408889634)
-    )
+    p = _probability(x, scale * 1.4426950408889634, tl.load(lse + row) * 1.4426950408889634)
     hot = tl.where(column == tl.load(targets + row).to(tl.int64) - vocab_start, 1.0, 0.0)
     value = tl.load(grad + row) * scale * (hot - p)
     tl.store(out + row * COLUMNS + column, value.to(out.dtype.element_ty), mask=mask)
@@ -217,7 +224,7 @@ def table_gradient_kernel(
         column = first + lane
         mask = column < COLUMNS
         x = tl.load(logits + row * stride + column, mask=mask, other=0.0).to(tl.float32)
-        p = tl.exp2(tl.fma(x, tl.zeros_like(x) + scale * 1.4426950408889634, tl.zeros_like(x) - shift))
+        p = _probability(x, scale * 1.4426950408889634, shift)
         g = tl.load(grad + row * grad_stride + column, mask=mask, other=0.0).to(tl.float32)
         tl.store(out + row * COLUMNS + column, (scale * (g - p * whole)).to(out.dtype.element_ty), mask=mask)
 

@@ -95,13 +95,18 @@ def matmul_reference(x: torch.Tensor, weight: torch.Tensor, leaves: int = 0) -> 
     return total.view(*x.shape[:-1], weight.shape[0])
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, order: str, grad_order: str, out_dtype: torch.dtype | None) -> None:
+def require_operands(x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Raises ValueError unless x and weight are such as a product takes; their shapes are the caller's to compare."""
     arguments.require_dtype("x", x, DTYPES)
     arguments.require_dtype("weight", weight, (x.dtype,))
     arguments.require_dims("weight", weight, 2, "[N, K]")
     arguments.require_same_device(x=x, weight=weight)
     arguments.require_contiguous_rows("x", x)
     arguments.require_contiguous_rows("weight", weight)
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, order: str, grad_order: str, out_dtype: torch.dtype | None) -> None:
+    require_operands(x, weight)
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x has shape {list(x.shape)}; allowed: [..., {weight.shape[1]}], weight's K")
     for name, value in (("order", order), ("grad_order", grad_order)):

@@ -19,11 +19,11 @@ from . import arguments
 from .device import runs_triton
 from .gemm import TREE_LEAVES, gemm
 from .matmul import (
-    DTYPES,
     TENSOR_PARALLEL_SIZES,
     input_gradient,
     matmul,
     matmul_reference,
+    require_operands,
     tree_all_reduce,
     tree_partial,
     weight_gradient,
@@ -96,12 +96,7 @@ def ranks_of(group: Any) -> int:
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, group: Any) -> int:
-    arguments.require_dtype("x", x, DTYPES)
-    arguments.require_dtype("weight", weight, (x.dtype,))
-    arguments.require_dims("weight", weight, 2, "[N, K]")
-    arguments.require_same_device(x=x, weight=weight)
-    arguments.require_contiguous_rows("x", x)
-    arguments.require_contiguous_rows("weight", weight)
+    require_operands(x, weight)
     if x.dim() < 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x has shape {list(x.shape)}; allowed: [tokens, ..., {weight.shape[1]}], weight's K")
     return ranks_of(group)

@@ -1,6 +1,6 @@
 """RMSNorm, with the residual addition that usually stands before it.
 
-Zhang & Sennrich 2019 (arXiv 1910.07467). One row a program and one layout a width, so a row's bits depend on the row alone.
+Zhang & Sennrich 2019 (arXiv 1910.07467). A row has the one layout of its width, so its bits depend on the row alone.
 """
 
 from __future__ import annotations
@@ -11,38 +11,80 @@ import torch
 
 from . import arguments
 from .device import runs_triton, steady
-from .overlap import begin_in_turn, overlap
+from .overlap import ahead, begin_alone, overlap, ready, release
 from .toolchain import jit, tl
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_WIDTH = 32_768
 # Bytes written that stay in a Hopper's L2 for their reader if what is read does not push them out; below the first both fit.
 KEPT_BYTES = range(8 << 20, 40 << 20)
+# A program's narrow rows, together and in number, and how many programs make that worth it; a row's bits are the same either way.
+PROGRAM_COLUMNS, MOST_ROWS, FEWEST_PROGRAMS = 2048, 16, 256
 GRADIENT_ROWS = 64  # rows whose weight gradients are added before anything else; fixed, so the order is
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def rms_norm_kernel(
-    x: tl.tensor, residual: tl.tensor, weight: tl.tensor, y: tl.tensor, total: tl.tensor, inverse: tl.tensor,
+    x: tl.tensor, residual: tl.tensor, weight: tl.tensor, y: tl.tensor, total: tl.tensor, inverse: tl.tensor, rows: tl.tensor,
     x_stride: tl.tensor, residual_stride: tl.tensor, eps: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    ADD: tl.constexpr, KEEP: tl.constexpr, EVICT: tl.constexpr, OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr, ADD: tl.constexpr, KEEP: tl.constexpr, EVICT: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
-    """y = t * rsqrt(mean(t^2) + eps) * weight with t = x, or x + residual rounded to its dtype, in float32."""
-    begin_in_turn(OVERLAP)
-    row = tl.program_id(0).to(tl.int64)
+    """y = t * rsqrt(mean(t^2) + eps) * weight with t = x, or x + residual rounded to its dtype, in float32.
+
+    Program: ROWS rows, each for itself. Their loads and the weight's are all under way before the first sum. AHEAD: rows are
+    multiples of 16 bytes, so that what no kernel shortly before this one writes can be asked for before the wait.
+    """
+    first = tl.program_id(0).to(tl.int64) * ROWS
     column = tl.arange(0, BLOCK)
     mask = column < WIDTH
-    t = tl.load(x + row * x_stride + column, mask=mask, other=0.0, eviction_policy=EVICT)
+    x += first * x_stride
+    residual += first * residual_stride
+    ready(x, OVERLAP)
     if ADD:
-        other = tl.load(residual + row * residual_stride + column, mask=mask, other=0.0, eviction_policy=EVICT)
-        t = (t.to(tl.float32) + other.to(tl.float32)).to(total.dtype.element_ty)
-        tl.store(total + row * WIDTH + column, t, mask=mask)
-    t = t.to(tl.float32)
-    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
-    scale = 1.0 / tl.sqrt_rn(tl.sum(t * t, axis=0) / WIDTH + eps)
-    if KEEP:
-        tl.store(inverse + row, scale)
-    tl.store(y + row * WIDTH + column, (t * scale * w).to(y.dtype.element_ty), mask=mask)
+        ready(residual, OVERLAP)
+    if AHEAD:
+        if first == 0:
+            ahead(weight, WIDTH * weight.dtype.element_ty.primitive_bitwidth // 8, OVERLAP)
+        if ADD:
+            ahead(residual, WIDTH * residual.dtype.element_ty.primitive_bitwidth // 8, OVERLAP)
+    begin_alone(OVERLAP)
+    xs: tl.tensor = ()
+    residuals: tl.tensor = ()
+    for i in tl.static_range(ROWS):
+        there = mask
+        if ROWS > 1:
+            there = mask & (first + i < rows)
+        xs = xs + (tl.load(x + i * x_stride + column, mask=there, other=0.0, eviction_policy=EVICT),)
+        if ADD:
+            other = tl.load(residual + i * residual_stride + column, mask=there, other=0.0, eviction_policy=EVICT)
+            residuals = residuals + (other,)
+    w = tl.load(weight + column, mask=mask, other=0.0)
+    release(OVERLAP)
+    for i in tl.static_range(ROWS):
+        row = first + i
+        there = mask
+        if ROWS > 1:
+            there = mask & (row < rows)
+        t = xs[i]
+        if ADD:
+            t = (t.to(tl.float32) + residuals[i].to(tl.float32)).to(total.dtype.element_ty)
+            tl.store(total + row * WIDTH + column, t, mask=there)
+        t = t.to(tl.float32)
+        scale = 1.0 / tl.sqrt_rn(tl.sum(t * t, axis=0) / WIDTH + eps)
+        if KEEP:
+            tl.store(inverse + row, scale, mask=row < rows)
+        tl.store(y + row * WIDTH + column, (t * scale * w.to(tl.float32)).to(y.dtype.element_ty), mask=there)
+
+
+@jit
+def _gradient_row(
+    grad: tl.tensor, t: tl.tensor, inverse: tl.tensor, at: tl.tensor, grad_stride: tl.tensor, t_stride: tl.tensor,
+    column: tl.tensor, mask: tl.tensor,
+) -> tl.tensor:  # fmt: skip
+    """What a row's gradient reads."""
+    g = tl.load(grad + at * grad_stride + column, mask=mask, other=0.0)
+    value = tl.load(t + at * t_stride + column, mask=mask, other=0.0)
+    return g, value, tl.load(inverse + at)
 
 
 @jit
@@ -50,21 +92,23 @@ def rms_norm_gradient_kernel(
     grad: tl.tensor, t: tl.tensor, weight: tl.tensor, inverse: tl.tensor, dt: tl.tensor, partial: tl.tensor, rows: tl.tensor,
     grad_stride: tl.tensor, t_stride: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program i: rows i * ROWS upwards, one after another; their weight gradients added in that order."""
+    """Program i: rows i * ROWS upwards, one after another; their weight gradients added in that order. The next row is on its
+    way meanwhile."""
     first = tl.program_id(0).to(tl.int64) * ROWS
+    count = tl.minimum(ROWS, rows - first).to(tl.int32)
     column = tl.arange(0, BLOCK)
     mask = column < WIDTH
     w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
     dw = tl.zeros((BLOCK,), tl.float32)
-    for i in range(tl.minimum(ROWS, rows - first).to(tl.int32)):
-        at = first + i
-        g = tl.load(grad + at * grad_stride + column, mask=mask, other=0.0).to(tl.float32)
-        value = tl.load(t + at * t_stride + column, mask=mask, other=0.0).to(tl.float32)
-        scale = tl.load(inverse + at)
+    g_next, t_next, scale_next = _gradient_row(grad, t, inverse, first, grad_stride, t_stride, column, mask)
+    for i in range(count):
+        g, value, scale = g_next.to(tl.float32), t_next.to(tl.float32), scale_next
+        follows = first + tl.minimum(i + 1, count - 1)
+        g_next, t_next, scale_next = _gradient_row(grad, t, inverse, follows, grad_stride, t_stride, column, mask)
         normal = value * scale
         gw = g * w
         mean = tl.sum(gw * normal, axis=0) / WIDTH
-        tl.store(dt + at * WIDTH + column, ((gw - normal * mean) * scale).to(dt.dtype.element_ty), mask=mask)
+        tl.store(dt + (first + i) * WIDTH + column, ((gw - normal * mean) * scale).to(dt.dtype.element_ty), mask=mask)
         dw += g * normal
     tl.store(partial + tl.program_id(0).to(tl.int64) * WIDTH + column, dw, mask=mask)
 
@@ -142,6 +186,12 @@ def _warps(block: int) -> int:
     return max(1, block // 512) if block <= 2048 else min(16, max(4, block // 1024))
 
 
+def _rows_of_a_program(rows: int, block: int) -> int:
+    """Several where a row is too little work for a program, as one head is, and where programs enough remain. Measured on an H200."""
+    several = max(1, min(MOST_ROWS, PROGRAM_COLUMNS // block))
+    return several if rows >= FEWEST_PROGRAMS * several else 1
+
+
 def _forward(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -156,11 +206,12 @@ def _forward(
     width = rows.shape[1]
     block = 1 << (width - 1).bit_length()
     written = y.nbytes if residual is None else y.nbytes + total.nbytes
+    each = _rows_of_a_program(rows.shape[0], block)
     if rows.shape[0]:
-        rms_norm_kernel[(rows.shape[0],)](
-            rows, other, weight, y, total, inverse, rows.stride(0), other.stride(0), eps, WIDTH=width, BLOCK=block,
-            ADD=residual is not None, KEEP=keep, EVICT="evict_first" if written in KEPT_BYTES else "", num_warps=_warps(block),
-            **overlap(x.device),
+        rms_norm_kernel[(-(-rows.shape[0] // each),)](
+            rows, other, weight, y, total, inverse, rows.shape[0], rows.stride(0), other.stride(0), eps, WIDTH=width, BLOCK=block,
+            ROWS=each, ADD=residual is not None, KEEP=keep, EVICT="evict_first" if written in KEPT_BYTES else "",
+            AHEAD=width % 16 == 0, num_warps=_warps(block), **overlap(x.device),
         )  # fmt: skip
     return y.view(x.shape), total.view(x.shape), inverse
 

@@ -13,7 +13,7 @@ import torch
 
 from . import arguments
 from .device import runs_triton, steady
-from .overlap import begin_in_turn, overlap
+from .overlap import begin_alone, overlap, ready, release
 from .toolchain import jit, tl
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -36,43 +36,68 @@ class CacheRows:
 
 @jit
 def _rotate(
-    x: tl.tensor, out: tl.tensor, also: tl.tensor, x_head: tl.tensor, cos: tl.tensor, sin: tl.tensor, weight: tl.tensor,
-    eps: tl.tensor, first: tl.tensor, heads: tl.tensor, TILE: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr,
-    NORM: tl.constexpr, TWICE: tl.constexpr,
+    x: tl.tensor, out: tl.tensor, cache: tl.tensor, x_head: tl.tensor, cos: tl.tensor, sin: tl.tensor, weight: tl.tensor,
+    eps: tl.tensor, position_at: tl.tensor, slot_at: tl.tensor, table_stride: tl.tensor, cache_stride: tl.tensor,
+    first: tl.tensor, heads: tl.tensor, TILE: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr, NORM: tl.constexpr,
+    BACK: tl.constexpr, CACHE: tl.constexpr, OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
-    """TILE heads of one token from head `first`: optionally normalised, then rotated; stored a second time with TWICE."""
+    """TILE heads of one token from head `first`: optionally normalised, then rotated; stored a second time with CACHE.
+
+    What needs no other value is loaded before what needs the position.
+    """
     head = first + tl.arange(0, TILE)[:, None]
-    d = tl.arange(0, HALF_PAD)[None, :]
-    mask = (head < heads) & (d < HALF)
-    at = head * x_head + d
-    x1 = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    x2 = tl.load(x + at + HALF, mask=mask, other=0.0).to(tl.float32)
+    d = tl.arange(0, HALF_PAD)
+    mask = (head < heads) & (d < HALF)[None, :]
+    at = head * x_head + d[None, :]
+    ready(x + first * x_head, OVERLAP)
+    ready(position_at, OVERLAP)
+    begin_alone(OVERLAP)
+    position = tl.load(position_at).to(tl.int64)
+    if CACHE:
+        cache += tl.load(slot_at).to(tl.int64) * cache_stride
+    x1 = tl.load(x + at, mask=mask, other=0.0)
+    x2 = tl.load(x + at + HALF, mask=mask, other=0.0)
+    if NORM:  # one dimension: of two, the compiler would lay the heads out like the weights, through shared memory
+        w1 = tl.load(weight + d, mask=d < HALF, other=0.0)
+        w2 = tl.load(weight + HALF + d, mask=d < HALF, other=0.0)
+    release(OVERLAP)
+    c = tl.load(cos + position * table_stride + d, mask=d < HALF, other=0.0)
+    s = tl.load(sin + position * table_stride + d, mask=d < HALF, other=0.0)
+    if BACK:
+        s = -s
+    c = c[None, :]
+    s = s[None, :]
+    x1 = x1.to(tl.float32)
+    x2 = x2.to(tl.float32)
     if NORM:
         scale = 1.0 / tl.sqrt_rn(tl.sum(tl.fma(x1, x1, x2 * x2), axis=1) / (2 * HALF) + eps)
-        w1 = tl.load(weight + d, mask=d < HALF, other=0.0).to(tl.float32)
-        w2 = tl.load(weight + HALF + d, mask=d < HALF, other=0.0).to(tl.float32)
-        x1 = (x1 * scale[:, None] * w1).to(x.dtype.element_ty).to(tl.float32)
-        x2 = (x2 * scale[:, None] * w2).to(x.dtype.element_ty).to(tl.float32)
-    y1 = tl.fma(x1, cos, -(x2 * sin)).to(out.dtype.element_ty)
-    y2 = tl.fma(x2, cos, x1 * sin).to(out.dtype.element_ty)
-    to = head * (2 * HALF) + d
+        x1 = (x1 * scale[:, None] * w1.to(tl.float32)[None, :]).to(x.dtype.element_ty).to(tl.float32)
+        x2 = (x2 * scale[:, None] * w2.to(tl.float32)[None, :]).to(x.dtype.element_ty).to(tl.float32)
+    y1 = tl.fma(x1, c, -(x2 * s)).to(out.dtype.element_ty)
+    y2 = tl.fma(x2, c, x1 * s).to(out.dtype.element_ty)
+    to = head * (2 * HALF) + d[None, :]
     tl.store(out + to, y1, mask=mask)
     tl.store(out + to + HALF, y2, mask=mask)
-    if TWICE:
-        tl.store(also + to, y1, mask=mask)
-        tl.store(also + to + HALF, y2, mask=mask)
+    if CACHE:
+        tl.store(cache + to, y1, mask=mask)
+        tl.store(cache + to + HALF, y2, mask=mask)
 
 
 @jit
 def _copy_heads(
-    x: tl.tensor, out: tl.tensor, x_head: tl.tensor, first: tl.tensor, heads: tl.tensor, TILE: tl.constexpr, HALF: tl.constexpr,
-    HALF_PAD: tl.constexpr,
+    x: tl.tensor, cache: tl.tensor, x_head: tl.tensor, slot_at: tl.tensor, cache_stride: tl.tensor, first: tl.tensor,
+    heads: tl.tensor, TILE: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr, OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
-    """TILE heads of one token from head `first`."""
+    """TILE heads of one token from head `first`, to its slot."""
     head = first + tl.arange(0, TILE)[:, None]
     d = tl.arange(0, 2 * HALF_PAD)[None, :]
     mask = (head < heads) & (d < 2 * HALF)
-    tl.store(out + head * (2 * HALF) + d, tl.load(x + head * x_head + d, mask=mask, other=0.0), mask=mask)
+    ready(x + first * x_head, OVERLAP)
+    begin_alone(OVERLAP)
+    cache += tl.load(slot_at).to(tl.int64) * cache_stride
+    values = tl.load(x + head * x_head + d, mask=mask, other=0.0)
+    release(OVERLAP)
+    tl.store(cache + head * (2 * HALF) + d, values, mask=mask)
 
 
 @jit(do_not_specialize=["q_heads", "k_heads"])
@@ -90,33 +115,27 @@ def rope_kernel(
 
     The tile has one shape whatever the number of heads, so a head's norm has the same bits on any number of ranks.
     """
-    begin_in_turn(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
-    position = tl.load(positions + token).to(tl.int64)
-    d = tl.arange(0, HALF_PAD)[None, :]
-    c = tl.load(cos + position * table_stride + d, mask=d < HALF, other=0.0).to(tl.float32)
-    s = tl.load(sin + position * table_stride + d, mask=d < HALF, other=0.0).to(tl.float32)
-    if BACK:
-        s = -s
-    slot = token
-    if CACHE:
-        slot = tl.load(slots + token).to(tl.int64)
+    position_at = positions + token
+    slot_at = slots + token
     q_tiles = tl.cdiv(q_heads, TILE)
     k_tiles = tl.cdiv(k_heads, TILE)
     if tile < q_tiles:
-        x = q + token * q_token
-        out = q_out + token * q_heads * 2 * HALF
-        _rotate(x, out, out, q_head, c, s, q_weight, eps, tile * TILE, q_heads, TILE, HALF, HALF_PAD, NORM, False)
+        _rotate(
+            q + token * q_token, q_out + token * q_heads * 2 * HALF, q_out, q_head, cos, sin, q_weight, eps, position_at, slot_at,
+            table_stride, 0, tile * TILE, q_heads, TILE, HALF, HALF_PAD, NORM, BACK, False, OVERLAP,
+        )  # fmt: skip
     elif tile < q_tiles + k_tiles:
-        x = k + token * k_token
-        out = k_out + token * k_heads * 2 * HALF
-        first = (tile - q_tiles) * TILE
-        also = k_cache + slot * k_slot
-        _rotate(x, out, also, k_head, c, s, k_weight, eps, first, k_heads, TILE, HALF, HALF_PAD, NORM, CACHE)
+        _rotate(
+            k + token * k_token, k_out + token * k_heads * 2 * HALF, k_cache, k_head, cos, sin, k_weight, eps, position_at, slot_at,
+            table_stride, k_slot, (tile - q_tiles) * TILE, k_heads, TILE, HALF, HALF_PAD, NORM, BACK, CACHE, OVERLAP,
+        )  # fmt: skip
     elif CACHE:
-        first = (tile - q_tiles - k_tiles) * TILE
-        _copy_heads(v + token * v_token, v_cache + slot * v_slot, v_head, first, k_heads, TILE, HALF, HALF_PAD)
+        _copy_heads(
+            v + token * v_token, v_cache, v_head, slot_at, v_slot, (tile - q_tiles - k_tiles) * TILE, k_heads, TILE, HALF, HALF_PAD,
+            OVERLAP,
+        )  # fmt: skip
 
 
 def rope(

@@ -15,6 +15,7 @@ import torch
 
 from . import arguments
 from .device import runs_triton
+from .log_prob import row_and_columns
 from .toolchain import jit, tl
 
 CHUNK_ROWS = 1024  # of the references: [rows, columns] in float32, two copies at a time
@@ -62,9 +63,7 @@ def scores_gradient_kernel(
     PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """Program row * blocks of columns + block; the columns from COLUMNS to PADDED get 0."""
-    blocks = tl.cdiv(PADDED, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    row, column = row_and_columns(PADDED, BLOCK)
     real = column < COLUMNS
     log_q = tl.load(logits + row * stride + column, mask=real, other=0.0).to(tl.float32) * scale - tl.load(total + row)
     own, spread = tl.load(grad_log_probs + row), tl.load(grad_entropy + row)

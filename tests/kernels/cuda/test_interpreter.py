@@ -139,6 +139,12 @@ y.backward(g := torch.randn_like(y))
 t64, w64 = total.detach().double().requires_grad_(), w.detach().double().requires_grad_()
 torch.nn.functional.rms_norm(t64, (96,), w64, 1e-6).backward(g.double())
 assert rel(x.grad, t64.grad) < 1e-3 and rel(w.grad, w64.grad) < 1e-3
+from miles_plan.kernels.cuda import rms_norm as module
+x, residual, w = (torch.randn(*shape).half() for shape in ((19, 96), (19, 96), (96,)))
+one = rms_norm(x, w, 1e-6, residual)
+module.FEWEST_PROGRAMS = 1
+assert module._rows_of_a_program(19, 128) == 16  # the second program has three
+assert all(map(torch.equal, rms_norm(x, w, 1e-6, residual), one))
 q, k, norm = torch.randn(7, 10, 32).half(), torch.randn(7, 3, 32).half(), torch.randn(32).half()
 cos, sin, at = torch.randn(50, 16), torch.randn(50, 16), torch.randint(0, 50, (7,))
 assert rel(rope(q, k, cos, sin, at, q_norm=norm, k_norm=norm)[0], rope_reference(q, cos, sin, at, norm, 1e-6)) < 1e-3

@@ -310,6 +310,39 @@ def test_prefill_compiles_for_groups_that_tma_copies_and_others(
     assert shared_bytes(*launched.first["attention_kernel"]) <= SHARED_MEMORY_BYTES
 
 
+@pytest.mark.parametrize("launched", ["hopper"], indirect=True)
+@pytest.mark.parametrize("width", [1000, 4096])
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_norm_loads_first_thing_after_its_wait(launched: Launched, width: int, residual: bool) -> None:
+    """Addresses stand before the wait, and no load behind arithmetic that waits for another."""
+    from miles_plan.kernels.cuda.rms_norm import rms_norm
+
+    rms_norm(half(9, width), half(width), 1e-6, half(9, width) if residual else None)
+    code = machine_code(compiled(*launched.first["rms_norm_kernel"]))
+    waited, released = code.index("ACQBULK"), code.index("PREEXIT")
+    loads = [match.start() for match in re.finditer(r"\bLDG\.", code)]
+    assert len(loads) >= 4 + 2 * residual
+    assert all(waited < load < released for load in loads)
+    assert code[waited : loads[0]].count(";") <= 3
+    assert "LDL" not in code
+
+
+@pytest.mark.parametrize("launched", ["hopper"], indirect=True)
+def test_a_rotation_waits_for_memory_twice(launched: Launched) -> None:
+    """For the position, with the heads and their norm's weights beside it, and for the angles at that position."""
+    from miles_plan.kernels.cuda.rope import rope
+
+    table, at = torch.zeros(30, 64), torch.zeros(9, dtype=torch.int64)
+    rope(half(9, 8, 128), half(9, 8, 128), table, table, at, q_norm=half(128), k_norm=half(128))
+    code = machine_code(compiled(*launched.first["rope_kernel"]))
+    for branch in code.split("ACQBULK")[1:]:
+        first, second = branch.split("STG")[0].split("PREEXIT")
+        assert len(re.findall(r"\bLDG\.", first)) == 7  # position, four pieces of heads, two of weights
+        angles = list(re.finditer(r"\bLDG\.", second))
+        assert len(angles) == 2
+        assert "LDS" not in second[: angles[1].start()]
+
+
 def machine_code(program: Any) -> str:
     """A compiled launch, disassembled."""
     tools = Path(importlib.import_module("triton.backends.nvidia").__file__ or "").parent / "bin"
