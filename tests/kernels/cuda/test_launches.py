@@ -311,6 +311,21 @@ def test_prefill_compiles_for_groups_that_tma_copies_and_others(
 
 
 @pytest.mark.parametrize("launched", ["hopper"], indirect=True)
+def test_values_whose_heads_lie_apart_are_laid_together(launched: Launched) -> None:
+    """Megatron splits one product into queries, keys and values, of which the values stay a view."""
+    from miles_plan.kernels.cuda.attention import attention
+
+    mixed = half(300, 2, 4 * 128, grad=True)
+    q, k, v = mixed[..., :256].reshape(300, 4, 128), mixed[..., 256:384].contiguous(), mixed[..., 384:]
+    assert not v.is_contiguous()
+    backward(attention(q, k, v))
+    assert "attention_kernel" in launched
+    assert "attention_portable_kernel" not in launched
+    attention(half(300, 4, 128), half(300, 2, 128), half(300, 2, 129)[..., :128])
+    assert "attention_portable_kernel" not in launched
+
+
+@pytest.mark.parametrize("launched", ["hopper"], indirect=True)
 @pytest.mark.parametrize("width", [1000, 4096])
 @pytest.mark.parametrize("residual", [False, True])
 def test_a_norm_loads_first_thing_after_its_wait(launched: Launched, width: int, residual: bool) -> None:
