@@ -23,9 +23,8 @@ from typing import Any
 import torch
 
 from .enable import enable_aten
+from .megatron_rotary import Rotary
 from .rms_norm_module import RmsNorm
-from .rope import rope
-from .rope_table import rotation_tables
 
 KEPT = ("TransformerLayer", "SelfAttention", "IdentityOp", "IdentityFuncOp")
 REPLACED = (
@@ -134,30 +133,9 @@ def enable() -> Iterator[None]:
     from megatron.core.transformer import attention
 
     theirs = attention.apply_rotary_pos_emb
-    attention.apply_rotary_pos_emb = _rotary
+    attention.apply_rotary_pos_emb = Rotary()
     try:
         with enable_aten():
             yield
     finally:
         attention.apply_rotary_pos_emb = theirs
-
-
-def _rotary(
-    t: torch.Tensor, freqs: torch.Tensor, config: Any, cu_seqlens: torch.Tensor | None = None, mscale: float = 1.0,
-    cp_group: Any = None, mla_rotary_interleaved: bool = False,
-) -> torch.Tensor:  # fmt: skip
-    """Megatron's apply_rotary_pos_emb: t [tokens, batch, heads, D], or packed [tokens, heads, D]; freqs [positions, 1, 1, size]."""
-    if config.rotary_interleaved or mla_rotary_interleaved or (cp_group is not None and cp_group.size() > 1):
-        raise ValueError("rotary_interleaved or context parallelism is on; allowed: half rotation and context_parallel_size 1")
-    size = freqs.shape[-1]
-    cos, sin = rotation_tables(freqs[:, 0, 0, : size // 2].float().contiguous(), mscale)
-    if cu_seqlens is None:
-        positions = torch.arange(t.shape[0], device=t.device).repeat_interleave(t.shape[1])
-    else:
-        positions = torch.arange(t.shape[0], device=t.device)
-        if freqs.shape[0] != t.shape[0]:  # otherwise Megatron takes the frequencies for the whole pack's
-            starts = cu_seqlens.to(positions.dtype)
-            positions = positions - starts[torch.searchsorted(starts, positions, right=True) - 1]
-    flat = t.reshape(-1, *t.shape[-2:])
-    turned, _ = rope(flat[..., :size], flat[:, :0, :size], cos, sin, positions)
-    return torch.cat((turned, flat[..., size:]), -1).view(t.shape) if size < t.shape[-1] else turned.view(t.shape)

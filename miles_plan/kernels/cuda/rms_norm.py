@@ -21,6 +21,7 @@ KEPT_BYTES = range(8 << 20, 40 << 20)
 # A program's narrow rows, together and in number, and how many programs make that worth it; a row's bits are the same either way.
 PROGRAM_COLUMNS, MOST_ROWS, FEWEST_PROGRAMS = 2048, 16, 256
 GRADIENT_ROWS = 64  # rows whose weight gradients are added before anything else; fixed, so the order is
+SUM_COLUMNS, SUM_ROWS = 32, 32  # of their sums, a program's: a warp waits for memory once every 32 rows
 
 
 @jit(do_not_specialize=["rows"])
@@ -113,16 +114,22 @@ def rms_norm_gradient_kernel(
     tl.store(partial + tl.program_id(0).to(tl.int64) * WIDTH + column, dw, mask=mask)
 
 
-@jit
-def ordered_sum_kernel(partial: tl.tensor, out: tl.tensor, rows: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> None:
-    """out[c] = partial[0, c] + partial[1, c] + ... in that order."""
+@jit(do_not_specialize=["rows"])
+def ordered_sum_kernel(
+    partial: tl.tensor, out: tl.tensor, rows: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr
+) -> None:  # fmt: skip
+    """out[c] = partial[0, c] + partial[1, c] + ... in that order. AT_ONCE rows are under way together; a zero after the last
+    changes no sum, which begins at a zero and so is never -0."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = column < WIDTH
     total = tl.zeros((BLOCK,), tl.float32)
-    at = partial + column
-    for _ in range(rows):
-        total += tl.load(at, mask=mask, other=0.0)
-        at += WIDTH
+    for first in range(0, rows, AT_ONCE):
+        parts: tl.tensor = ()
+        for i in tl.static_range(AT_ONCE):
+            at = partial + (first + i).to(tl.int64) * WIDTH + column
+            parts = parts + (tl.load(at, mask=mask & (first + i < rows), other=0.0),)
+        for i in tl.static_range(AT_ONCE):
+            total += parts[i]
     tl.store(out + column, total.to(out.dtype.element_ty), mask=mask)
 
 
@@ -229,6 +236,7 @@ class _RmsNorm(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         y, total, inverse = _forward(x, weight, eps, residual, keep=True)
+        ctx.set_materialize_grads(False)  # or torch writes zeros as large as x for a sum that nobody used
         ctx.save_for_backward(total, weight, inverse)
         ctx.added = residual is not None
         if not ctx.added:
@@ -239,9 +247,12 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         total, weight, inverse = ctx.saved_tensors
-        dt, dw = _gradients(grads[0], total, weight, inverse)
-        if ctx.added and grads[1] is not None:
-            dt = dt + grads[1]
+        normed, passed = grads
+        if normed is None:
+            return passed, None, None, passed if ctx.added else None
+        dt, dw = _gradients(normed, total, weight, inverse)
+        if passed is not None:
+            dt = dt + passed
         return dt, dw, None, dt if ctx.added else None
 
 
@@ -265,5 +276,7 @@ def _gradients(
         g, rows, weight, inverse, dt, partial, rows.shape[0], g.stride(0), rows.stride(0), WIDTH=width, BLOCK=block,
         ROWS=GRADIENT_ROWS, num_warps=_warps(block),
     )  # fmt: skip
-    ordered_sum_kernel[(-(-width // 128),)](partial, dw, programs, WIDTH=width, BLOCK=128, num_warps=1)
+    ordered_sum_kernel[(-(-width // SUM_COLUMNS),)](
+        partial, dw, programs, WIDTH=width, BLOCK=SUM_COLUMNS, AT_ONCE=SUM_ROWS, num_warps=1
+    )
     return dt.view(total.shape), dw

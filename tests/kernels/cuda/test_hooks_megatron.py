@@ -228,7 +228,10 @@ def sglang_log_probs(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
     cache = torch.zeros(64, 32)
     rotary = hooks_sglang._Rotary(
-        "rotary", SimpleNamespace(is_neox_style=True, head_size=32, rotary_dim=32, base=10_000, cos_sin_cache=cache), plain=True
+        "rotary",
+        SimpleNamespace(is_neox_style=True, head_size=32, rotary_dim=32, base=10_000, cos_sin_cache=cache),
+        {},
+        plain=True,
     )
     x, residual, places = model.embedding.word_embeddings.weight[ids], None, torch.arange(ids.numel())
     for layer in model.decoder.layers:

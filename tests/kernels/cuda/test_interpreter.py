@@ -145,6 +145,12 @@ one = rms_norm(x, w, 1e-6, residual)
 module.FEWEST_PROGRAMS = 1
 assert module._rows_of_a_program(19, 128) == 16  # the second program has three
 assert all(map(torch.equal, rms_norm(x, w, 1e-6, residual), one))
+for rows in (1, 32, 33, 70):
+    partial, out, want = torch.randn(rows, 40), torch.empty(40), torch.zeros(40)
+    module.ordered_sum_kernel[(2,)](partial, out, rows, WIDTH=40, BLOCK=32, AT_ONCE=32, num_warps=1)
+    for row in partial:
+        want = want + row
+    assert torch.equal(out, want), "in ascending order, whatever is under way together"
 q, k, norm = torch.randn(7, 10, 32).half(), torch.randn(7, 3, 32).half(), torch.randn(32).half()
 cos, sin, at = torch.randn(50, 16), torch.randn(50, 16), torch.randint(0, 50, (7,))
 assert rel(rope(q, k, cos, sin, at, q_norm=norm, k_norm=norm)[0], rope_reference(q, cos, sin, at, norm, 1e-6)) < 1e-3

@@ -239,6 +239,27 @@ def test_rms_norm_with_residual(error: Error) -> None:
     assert torch.equal(alone[0], y[3:4])
 
 
+def test_a_norms_sum_and_its_norm_may_each_be_used_alone() -> None:
+    x, r = normal(5, 64).requires_grad_(), normal(5, 64).requires_grad_()
+    w = normal(64).requires_grad_()
+    grad = normal(5, 64)
+    both, alone = rms_norm(x, w, 1e-5, r), rms_norm((x + r).detach().requires_grad_(), w, 1e-5)
+    assert isinstance(both, tuple)
+    assert isinstance(alone, torch.Tensor)
+    assert torch.equal(both[0], alone)
+    for used in ((0,), (1,), (0, 1)):
+        total = rms_norm(x, w, 1e-5, r)
+        found = torch.autograd.grad([total[i] for i in used], (x, r, w), [grad] * len(used), allow_unused=True)
+        lone = (x + r).detach().requires_grad_()
+        want = torch.zeros_like(grad)
+        if 0 in used:
+            want = torch.autograd.grad(rms_norm(lone, w, 1e-5), lone, grad)[0]  # type: ignore[arg-type]  # one tensor
+        want = want + grad if 1 in used else want
+        assert torch.equal(found[0], want)
+        assert torch.equal(found[1], want)
+        assert (found[2] is None) == (0 not in used)
+
+
 def test_rope_rotates_and_its_gradient_rotates_back(error: Error) -> None:
     q, k = normal(5, 4, 32).requires_grad_(), normal(5, 2, 32).requires_grad_()
     angle = torch.rand(20, 16) * 6
