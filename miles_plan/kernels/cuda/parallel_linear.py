@@ -134,6 +134,16 @@ def partial_input_gradient(grad: torch.Tensor, weight: torch.Tensor, ranks: int)
     return out
 
 
+def _column_input_gradient(
+    grad: torch.Tensor, weight: torch.Tensor, group: Any, sequence_parallel: bool, leading: torch.Size
+) -> torch.Tensor:
+    """The tree over the weight's rows of all ranks; one rank's kernel rounds it where it adds it up."""
+    ranks = ranks_of(group)
+    if ranks == 1:
+        return input_gradient(grad, weight, "tree").view(*leading, -1)
+    return _sum(partial_input_gradient(grad, weight, ranks).view(*leading, -1), weight.dtype, group, sequence_parallel)
+
+
 def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
@@ -153,8 +163,7 @@ class _ColumnParallel(torch.autograd.Function):
         grad = _rows(grads[0]).contiguous()
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            partial = partial_input_gradient(grad, weight, ranks_of(ctx.group))
-            dx = _sum(partial.view(*grads[0].shape[:-1], -1), x.dtype, ctx.group, ctx.sequence_parallel)
+            dx = _column_input_gradient(grad, weight, ctx.group, ctx.sequence_parallel, grads[0].shape[:-1])
         if ctx.needs_input_grad[1]:
             whole = _gather_tokens(x, ctx.group) if ctx.sequence_parallel else x
             dw = weight_gradient(grad, _rows(whole))
