@@ -123,13 +123,14 @@ def ordered_sum_kernel(
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = column < WIDTH
     total = tl.zeros((BLOCK,), tl.float32)
+    at = partial + column
     for first in range(0, rows, AT_ONCE):
         parts: tl.tensor = ()
         for i in tl.static_range(AT_ONCE):
-            at = partial + (first + i).to(tl.int64) * WIDTH + column
-            parts = parts + (tl.load(at, mask=mask & (first + i < rows), other=0.0),)
+            parts = parts + (tl.load(at + i * WIDTH, mask=mask & (first + i < rows), other=0.0),)
         for i in tl.static_range(AT_ONCE):
             total += parts[i]
+        at += AT_ONCE * WIDTH
     tl.store(out + column, total.to(out.dtype.element_ty), mask=mask)
 
 
