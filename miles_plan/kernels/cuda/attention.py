@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class _Call:
         """Keys a page, 0 for packed keys."""
         return self.k.shape[1] if self.table is not None else 0
 
-    @property
+    @cached_property
     def head_tiles(self) -> int:
         """Tiles a key head's group is cut into: a group of more than 64 heads does not fit one tile."""
         group = self.heads // self.kv_heads

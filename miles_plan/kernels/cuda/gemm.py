@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,8 +24,13 @@ _GL_TYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32
 
 def descriptor(tensor: torch.Tensor, block: tuple[int, int]) -> Any:
     """A TMA descriptor of a two-dimensional tensor for boxes of `block` elements."""
-    layout = gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, _GL_TYPES[tensor.dtype]))
-    return gluon_descriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), layout)
+    return gluon_descriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), _shared_layout(block, tensor.dtype))
+
+
+@lru_cache(maxsize=256)
+def _shared_layout(block: tuple[int, int], dtype: torch.dtype) -> Any:
+    """How a box lies in shared memory. Making it takes the host twice as long as the rest of a descriptor."""
+    return gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, _GL_TYPES[dtype]))
 
 
 def addressable(tensor: torch.Tensor) -> bool:
