@@ -59,15 +59,13 @@ class RolloutTime:
     """What a rollout takes.
 
     makespan: seconds until the last response. tail_s: seconds of it in which an engine runs at less than an eighth of
-    its largest batch; admission_s: the host's share before and after. retractions: requests sent back for want of cache, all
-    engines. tokens_per_s_per_gpu: generated.
+    its largest batch. retractions: requests sent back for want of cache, all engines. tokens_per_s_per_gpu: generated.
     """
 
     makespan: Interval
     prefill_s: float
     decode_s: float
     tail_s: float
-    admission_s: float
     retractions: float
     tokens_per_s_per_gpu: float
     mean_batch: float
@@ -123,7 +121,6 @@ def simulate_rollout(
         prefill_s=run.prefill_s,
         decode_s=run.decode_s,
         tail_s=run.tail_s,
-        admission_s=admission_s,
         retractions=float(run.retractions) * layout.engines,
         tokens_per_s_per_gpu=generated / span / layout.world_size,
         mean_batch=run.batch_ticks / max(run.ticks, 1),

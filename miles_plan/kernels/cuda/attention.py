@@ -23,7 +23,7 @@ from .gemm import descriptor
 from .named_barrier import MOST_STAGES
 from .overlap import overlap, overlaps
 from .toolchain import gl, gluon_descriptor
-from .tuning import SHARED_MEMORY_BYTES
+from .tuning import BARRIER_BYTES, SHARED_MEMORY_BYTES
 from .workspace import zeroed_ints
 
 SPLIT_BELOW = 0.75  # rows of decode tiles a multiprocessor; with more, each is computed whole and not in chunks
@@ -31,7 +31,6 @@ MERGE_INSIDE_UP_TO = 1  # split work items a multiprocessor; with more, the chun
 BLOCK_BY_BLOCK_UP_TO = 4  # split work items a multiprocessor; with more, a block's scores are under way during the one before
 HALVE_VALUES_UP_TO = 0.25  # split work items a multiprocessor; with so few, two thread blocks take half the values each
 L2_BYTES = 32 * 2**20  # of keys and values that prefill works on at a time
-BARRIER_BYTES = 1024  # of shared memory, for barriers and what else is small
 WHOLE_ROWS_RING_BYTES = 128 * 1024  # of each thread block when all stream at once; more in flight is up to 1 % slower
 CHUNK_KEYS = 1024  # keys after which the running state restarts; what a split decode computes alone
 LOG2_E = 1.4426950408889634
@@ -224,8 +223,6 @@ def _forward(call: _Call, want_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
         return out, lse
     if not runs_triton(device):
         return attention_reference(call)
-    if call.table is None and runs_gluon(device):
-        call = replace(call, k=_heads_together(call.k), v=_heads_together(call.v))
     if _hopper_runs(call):
         _launch_hopper(call, out, lse, want_lse)
     else:
@@ -238,7 +235,7 @@ def _hopper_runs(call: _Call) -> bool:
     d, dv, page = call.q.shape[-1], call.v.shape[-1], call.page
     sizes = (d, dv) in ((64, 64), (128, 128), (192, 128))
     pages = page == 0 or page % BLOCK_KEYS == 0 or (page >= 8 and BLOCK_KEYS % page == 0)
-    views = all(_rows_view(x) is not None for x in (call.k, call.v))
+    views = call.table is None or all(_rows_view(x) is not None for x in (call.k, call.v))
     aligned = all(x.data_ptr() % 16 == 0 for x in (call.q, call.k, call.v)) and all(s % 8 == 0 for s in call.q.stride()[:2])
     return runs_gluon(call.q.device) and sizes and pages and views and aligned
 
@@ -258,6 +255,8 @@ def _rows_view(x: torch.Tensor) -> torch.Tensor | None:
 
 
 def _launch_hopper(call: _Call, out: torch.Tensor, lse: torch.Tensor, want_lse: bool) -> None:
+    if call.table is None:
+        call = replace(call, k=_heads_together(call.k), v=_heads_together(call.v))
     q = call.q
     d, tail = split_head(q.shape[-1])
     dv, page = call.v.shape[-1], call.page

@@ -1,8 +1,8 @@
 """The Hopper attention kernel for prefill, chunked prefill and training; `attention_decode` computes the same for few queries.
 
 Warp-specialised Gluon kernel. A producer warp streams blocks of 128 keys and values through a ring of stages with TMA (from a
-packed tensor, or page by page through a page table; `attention_tiles` says in which order); two consumer warp groups each own 64 rows of queries. A row is a
-(token, head) pair: the heads that share a key head sit side by side.
+packed tensor, or page by page through a page table; `attention_tiles` says in which order); two consumer warp groups each own 64
+rows of queries. A row is a (token, head) pair: the heads that share a key head sit side by side.
 
 A warp group starts the scores of a block and the weighted values of the block before together, computes weights as soon as the
 scores are there, and rescales when the values are; meanwhile the tensor core has the other group's products, whose turn it is next.
@@ -212,7 +212,7 @@ def _attend(
     weights = _operand(p, v_ring, acc)
     l = nothing
     alpha = nothing
-    totals = (empty, nothing, turn)
+    totals = (empty, nothing, turn)  # of no chunk so far
     step = 0
     while (block + 1 < hi) | (coming[6] < coming[7]):
         last = block + 1 == hi

@@ -102,8 +102,9 @@ def stream_blocks(
 ) -> gl.tensor:  # fmt: skip
     """One sequence's key blocks [lo, hi) and their values into the ring from `step` on; returns the step after them.
 
-    The consumers give a stage back at its mbarrier of k_empty or v_empty or, with NAMED, at its named barrier. The page table is read 32 boxes at a time, and those ahead of their turn: block by block, its latency would be paid for each
-    until the ring is full.
+    The consumers give a stage back at its mbarrier of k_empty or v_empty or, with NAMED, at its named barrier. The page table is
+    read 32 boxes at a time, and those ahead of their turn: block by block, its latency would be paid for each until the ring
+    is full.
     """
     k_desc, t_desc, v_desc = descs
     k_ring, t_ring, v_ring = rings

@@ -1,7 +1,7 @@
 """Prefill's work items in the order in which programs take them, and the warp that takes them and streams their keys and values.
 
 An item is a tile of a sequence's tokens with one key head. A sequence's heads are worked on in sections, as many at a time as L2
-holds the keys and values of: with all eight of Qwen3-8B at once, 32,768 tokens read 6.8 GB from memory and not 0.5. Within a
+holds the keys and values of: with all eight of Qwen3-8B at once, 32,768 tokens read 6.8 GB from memory and not 0.4. Within a
 section the last tile of each head comes first, which has the most keys, so that what is left at the end is short. FlashAttention-3
 orders its tiles so too (`hopper/tile_scheduler.hpp`).
 

@@ -322,7 +322,7 @@ def _scale(temperature: float) -> float:
 
 
 def row_scales(temperature: float | torch.Tensor, factor: float = 1.0) -> float | torch.Tensor:
-    """What rows' logits are multiplied by, rounded to float32 as late for a tensor as a launch does it for a number."""
+    """What rows' logits are multiplied by, a number or float32 [rows]: rounded for a tensor where a launch rounds a number."""
     if isinstance(temperature, torch.Tensor):
         return (1.0 / temperature.double() * factor).float()
     return _scale(temperature) * factor

@@ -10,7 +10,7 @@ import torch
 
 from . import arguments
 from .device import runs_triton
-from .log_prob import check_temperatures, log_softmax
+from .log_prob import check_temperatures, log_softmax, row_scales
 from .toolchain import jit, tl
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -89,10 +89,8 @@ def _draws(temperature: float | torch.Tensor) -> bool:
 
 
 def _scale(temperature: float | torch.Tensor) -> float | torch.Tensor:
-    """What rows' logits are multiplied by: a number, or float32 [rows]."""
-    if isinstance(temperature, torch.Tensor):
-        return (1.0 / temperature.double()).float()
-    return 1.0 / temperature if temperature > 0 else 1.0
+    """What rows' logits are multiplied by, as for their log-probabilities; the best token is the best at any temperature."""
+    return row_scales(temperature) if _draws(temperature) else 1.0
 
 
 def _check(

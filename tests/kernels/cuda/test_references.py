@@ -253,7 +253,9 @@ def test_a_norms_sum_and_its_norm_may_each_be_used_alone() -> None:
         lone = (x + r).detach().requires_grad_()
         want = torch.zeros_like(grad)
         if 0 in used:
-            want = torch.autograd.grad(rms_norm(lone, w, 1e-5), lone, grad)[0]  # type: ignore[arg-type]  # one tensor
+            normed = rms_norm(lone, w, 1e-5)
+            assert isinstance(normed, torch.Tensor)
+            want = torch.autograd.grad(normed, lone, grad)[0]
         want = want + grad if 1 in used else want
         assert torch.equal(found[0], want)
         assert torch.equal(found[1], want)
