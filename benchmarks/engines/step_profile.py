@@ -15,10 +15,11 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engines.trainer_memory import batch_of
+from benchmarks.engines.trainer_memory import TRAINERS, batch_of
 from benchmarks.engines.trainers_on_gpus import ADAM, DENSE, MODELS, WORK, Case, build, old_log_probs, timed
 from benchmarks.machine import machine
 from miles_plan.ir.options import LossOptions
@@ -27,7 +28,6 @@ MODEL = "dense 1.7b"
 TOKENS, LENGTH, SCORED = 16384, 512, 497
 MICRO_BATCHES = 3
 WARM = 2
-TRAINERS: dict[str, dict[str, Any]] = {"megatron": {}, "invariant": {"layer_spec": "batch_invariant"}}
 NAME_CHARACTERS = 90
 
 
@@ -53,7 +53,8 @@ def measure(name: str) -> dict[str, Any]:
     """One trainer, built once: times and kernels of both."""
     import torch
 
-    engine = build(Case(name, MODEL, options={"micro_batch_tokens": TOKENS, **TRAINERS[name]}), 0, None)
+    case = Case(name, MODEL, **TRAINERS[name])
+    engine = build(replace(case, options={"micro_batch_tokens": TOKENS, **case.options}), 0, None)
     found: dict[str, Any] = {"trainer": name}
     try:
         for what, run in runs_of(engine).items():
@@ -95,7 +96,7 @@ def main() -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), choices=list(TRAINERS))
+    parser.add_argument("--trainers", nargs="+", default=["megatron", "invariant"], choices=list(TRAINERS))
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--most", type=int, default=28, help="kernels to print")
     asked = parser.parse_args()
