@@ -39,8 +39,11 @@ def megatron() -> None:
 
 
 def test_without_megatron_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [each for each in sys.modules if each.startswith("megatron.")]:  # an earlier test may have loaded it
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "megatron", None)
     monkeypatch.delitem(sys.modules, "miles_plan.kernels.cuda.megatron_layers", raising=False)
+    monkeypatch.delattr("miles_plan.kernels.cuda.megatron_layers", raising=False)
     with pytest.raises(hooks_megatron.MegatronMissing, match=r"^megatron-core 0\.19 is needed"), hooks_megatron.enable():
         raise AssertionError("not entered")
 
