@@ -18,24 +18,28 @@ import torch
 from torch import Tensor
 
 from miles_plan.backends.engine import EngineError
+from miles_plan.backends.training.pinned_memory import PinnedMemory
 
 
 @dataclass(frozen=True, slots=True)
 class _Parked:
-    """Storages of one part in the order of their bytes, and where those are: a file, or a pinned tensor."""
+    """Storages of one part in the order of their bytes, and the file those are in; None: pinned memory."""
 
     storages: tuple[torch.UntypedStorage, ...]
     sizes_bytes: tuple[int, ...]
     file: Path | None
-    pinned: Tensor | None
 
 
 class HostStore:
-    """Parks the parts of one engine rank below `directory`, which is created when first used and belongs to this store."""
+    """Parks the parts of one engine rank below `directory`, which is created when first used and belongs to this store.
+
+    A GPU's parts are parked in pinned memory, which stays for the part's next time: locking it takes longer than copying.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._parked: dict[str, _Parked] = {}
+        self._pinned: dict[str, PinnedMemory] = {}
 
     @property
     def host_bytes(self) -> Mapping[str, int]:
@@ -49,19 +53,18 @@ class HostStore:
     def offload(self, part: str, tensors: Iterable[Tensor]) -> None:
         """Park the tensors and free their memory; a no-op for a part already parked.
 
-        EngineError names the file that could not be written; then nothing was freed.
+        EngineError names the file that could not be written or the memory that could not be locked; then nothing was freed.
         """
         if part in self._parked:
             return
         storages = tuple(_unique_storages(tensors))
         sizes = tuple(storage.nbytes() for storage in storages)
-        pinned, file = None, None
+        file = None
         if any(storage.device.type == "cuda" for storage in storages):
-            pinned = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
-            _copy_out(storages, sizes, pinned)
+            _copy_out(storages, sizes, self._pinned_for(part, sum(sizes)))
         else:
             file = self._write_file(part, storages, sizes)
-        self._parked[part] = _Parked(storages, sizes, file, pinned)
+        self._parked[part] = _Parked(storages, sizes, file)
         for storage in storages:
             storage.resize_(0)
 
@@ -70,8 +73,7 @@ class HostStore:
         if part not in self._parked:
             return
         parked = self._parked[part]
-        source = parked.pinned if parked.file is None else _map_file(parked.file, sum(parked.sizes_bytes))
-        assert source is not None, "a part is parked in a file or in pinned memory"
+        source = self._pinned[part].tensor if parked.file is None else _map_file(parked.file, sum(parked.sizes_bytes))
         start = 0
         for storage, size in zip(parked.storages, parked.sizes_bytes, strict=True):
             storage.resize_(size)
@@ -84,7 +86,17 @@ class HostStore:
     def close(self) -> None:
         """Forget everything parked and remove the directory."""
         self._parked.clear()
+        while self._pinned:
+            self._pinned.popitem()[1].close()
         shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _pinned_for(self, part: str, size_bytes: int) -> Tensor:
+        """The part's pinned memory, made anew where it is too small."""
+        if part in self._pinned and self._pinned[part].size_bytes < size_bytes:
+            self._pinned.pop(part).close()
+        if part not in self._pinned:
+            self._pinned[part] = PinnedMemory(size_bytes)
+        return self._pinned[part].tensor
 
     def _write_file(self, part: str, storages: tuple[torch.UntypedStorage, ...], sizes: tuple[int, ...]) -> Path:
         path = self._directory / f"{part}.bin"

@@ -69,3 +69,24 @@ def test_a_parked_file_that_vanished_is_named(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").unlink()
     with pytest.raises(EngineError, match="cannot read back"):
         store.onload("weights")
+
+
+@pytest.mark.gpu
+def test_a_gpus_parts_wait_in_pinned_memory_of_their_own_size(tmp_path: Path) -> None:
+    store = HostStore(tmp_path / "parked")
+    kept = torch.randn(3, 1000, device="cuda")
+    before = kept.clone()
+    for rows in (3, 2, 5):  # as large, smaller, larger than what is held
+        tensor = torch.randn(rows, 1000, device="cuda") if rows != 3 else kept
+        want = tensor.clone()
+        store.offload("optimizer", [tensor])
+        assert tensor.untyped_storage().nbytes() == 0
+        assert store._pinned["optimizer"].tensor.is_pinned()
+        store.onload("optimizer")
+        assert torch.equal(tensor, want)
+    assert torch.equal(kept, before)
+    assert store._pinned["optimizer"].size_bytes == 5 * 1000 * 4
+    store.offload("gradients", [torch.empty(0, device="cuda")])
+    store.onload("gradients")
+    store.close()
+    assert not (tmp_path / "parked").exists()
