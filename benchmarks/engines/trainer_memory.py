@@ -14,6 +14,7 @@ import gc
 import json
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "invariant": {"options": {"layer_spec": "batch_invariant"}},
     "fsdp": {"engine": "fsdp"},
 }
+LOSSES = {"step": POLICY, "step_without_entropy": replace(POLICY, entropy_coef=0.0)}
 
 
 def batch_of(model: str, tokens: int, scored: int, *, length: int = LENGTH) -> SampleBatch:
@@ -69,9 +71,10 @@ def measure(name: str, model: str) -> dict[str, Any]:
             with peak(row, "score", rest):
                 found = engine.log_probs(batch, model="policy", temperature=1.0, replay_routing=batch.routing is not None)
             batch = batch.with_columns(old_log_probs=old_log_probs(batch, found, engine))
-            torch.cuda.empty_cache()
-            with peak(row, "step", rest):
-                engine.train_step(batch, loss=POLICY, optimizer=ADAM, replay_routing=batch.routing is not None)
+            for what, loss in LOSSES.items():
+                torch.cuda.empty_cache()
+                with peak(row, what, rest):
+                    engine.train_step(batch, loss=loss, optimizer=ADAM, replay_routing=batch.routing is not None)
             rows.append({**row, "rest_bytes": rest})
     finally:
         engine.close()
@@ -79,7 +82,7 @@ def measure(name: str, model: str) -> dict[str, Any]:
         gc.collect()
         torch.cuda.empty_cache()
     rows = rows[1:]
-    return {"trainer": name, "model": model, "points": rows, "fit": {each: fit(rows, each) for each in ("score", "step")}}
+    return {"trainer": name, "model": model, "points": rows, "fit": {each: fit(rows, each) for each in ("score", *LOSSES)}}
 
 
 def fit(rows: list[dict[str, Any]], what: str) -> dict[str, float]:

@@ -32,9 +32,11 @@ that of the picked entries; split over tensor parallelism (loss_parallel) also b
 def _scored_row_bytes(options: TrainMemoryOptions) -> float:
     """Of the scored rows in this package's trainers, by vocabulary entry: their bf16 logits, in a step with their gradient.
 
-    Batch-invariant layers score twice, log-probs with their own kernel and entropies with the other, and add two gradients.
+    Batch-invariant layers score twice, log-probs with their own kernel and entropies with the other, and add two gradients
+    where the loss has an entropy term.
     """
-    copies = 1.0 if options.forward_only else 3.0 if options.layers == "batch_invariant" else 2.0
+    two = options.layers == "batch_invariant" and options.entropy
+    copies = 1.0 if options.forward_only else 3.0 if two else 2.0
     return copies * 2.0 * options.scored_tokens
 
 
