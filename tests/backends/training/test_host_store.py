@@ -72,6 +72,7 @@ def test_a_parked_file_that_vanished_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpus_parts_wait_in_pinned_memory_of_their_own_size(tmp_path: Path) -> None:
     store = HostStore(tmp_path / "parked")
     kept = torch.randn(3, 1000, device="cuda")

@@ -35,6 +35,7 @@ def test_what_the_driver_refuses_is_an_error_that_says_how_much(monkeypatch: pyt
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_memory_is_pinned_and_of_the_size_asked_for() -> None:
     memory = PinnedMemory(3 << 20)
     assert memory.tensor.is_pinned()
