@@ -4,7 +4,7 @@
 
 Qwen3-1.7B's shape with random weights, three micro-batches of 32 sequences of 512 tokens, of which 497 are responses: what
 `long` and `long_exact` of `benchmarks.engines` train on. Times are of a third step and a third pass, without and then with the
-profiler; a kernel's share is of the GPU's busy time.
+profiler; a kernel's share is of the GPU's busy time. Peaks are of all that the process holds.
 """
 
 from __future__ import annotations
@@ -58,9 +58,13 @@ def measure(name: str) -> dict[str, Any]:
     found: dict[str, Any] = {"trainer": name}
     try:
         for what, run in runs_of(engine).items():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
             for _ in range(WARM + 1):
                 with timed(found, f"{what}_s"):
                     run()
+            found[f"{what}_peak_bytes"] = torch.cuda.max_memory_allocated()
+            found[f"{what}_reserved_bytes"] = torch.cuda.max_memory_reserved()
             found[what] = profiled(run)
     finally:
         engine.close()
@@ -86,7 +90,9 @@ def show(found: dict[str, Any], most: int) -> None:
     """A table of each kind of run."""
     for what in ("log_probs", "step"):
         busy_ms = sum(each["ms"] for each in found[what].values())
-        print(f"{found['trainer']} {what}: {found[f'{what}_s'] * 1e3:.0f} ms, kernels {busy_ms:.0f} ms")
+        peak, reserved = (found[f"{what}_{kind}_bytes"] / 2**30 for kind in ("peak", "reserved"))
+        held = f"{peak:.2f} GiB allocated, {reserved:.2f} reserved"
+        print(f"{found['trainer']} {what}: {found[f'{what}_s'] * 1e3:.0f} ms, kernels {busy_ms:.0f} ms, {held}")
         for name, each in list(found[what].items())[:most]:
             print(f"  {each['ms']:8.1f} ms {each['launches']:6.0f}x {name}")
     sys.stdout.flush()

@@ -28,12 +28,12 @@ AT_REST = ("parameters", "gradients", "optimizer", "workspace", "weight-gradient
 POINTS = [(each["trainer"], point) for each in ROWS["trainers"] for point in each["points"]]
 
 
-def added_bytes(trainer: str, point: dict[str, Any], *, forward_only: bool) -> float:
+def added_bytes(trainer: str, point: dict[str, Any], what: str) -> float:
     """What a pass or a step adds by the plan to what is there at rest."""
     engine, layers = TRAINERS[trainer]
     options = TrainMemoryOptions(
         engine=engine, layers=layers, tokens_per_gpu=point["tokens"], scored_tokens=point["rows"], seq_len=128,
-        entropy=True, forward_only=forward_only,
+        entropy=what == "step", forward_only=what == "score",
     )  # fmt: skip
     terms = train_memory(architecture_from_hf_config(QWEN3_0_6B, "qwen3-0.6b"), TrainLayout(), options).terms
     return sum(term.value for term in terms if term.name not in AT_REST)
@@ -41,8 +41,8 @@ def added_bytes(trainer: str, point: dict[str, Any], *, forward_only: bool) -> f
 
 @pytest.mark.parametrize(("trainer", "point"), POINTS, ids=lambda each: each if isinstance(each, str) else str(each["tokens"]))
 def test_peaks_are_planned_within_three_percent(trainer: str, point: dict[str, Any]) -> None:
-    for what in ("score", "step"):
-        added, measured = added_bytes(trainer, point, forward_only=what == "score"), point[f"{what}_peak_bytes"]
+    for what in ("score", "step", "step_without_entropy"):
+        added, measured = added_bytes(trainer, point, what), point[f"{what}_peak_bytes"]
         assert point["rest_bytes"] + added == pytest.approx(point["rest_bytes"] + measured, rel=0.03)
         if trainer != "fsdp":
-            assert added == pytest.approx(measured, rel=0.01)
+            assert added == pytest.approx(measured, rel=0.015)

@@ -27,15 +27,16 @@ class PinnedMemory:
 
     def __init__(self, size_bytes: int) -> None:
         self.size_bytes = size_bytes
-        self.tensor = touched_memory(size_bytes)
-        status = _runtime().cudaHostRegister(self.tensor.data_ptr(), max(1, size_bytes), 0)
+        self._whole = touched_memory(max(1, size_bytes))  # nothing cannot be locked
+        self.tensor = self._whole[:size_bytes]
+        status = _runtime().cudaHostRegister(self._whole.data_ptr(), self._whole.numel(), 0)
         if int(status) != 0:
             raise EngineError(f"the driver cannot lock {size_bytes} bytes of host memory: CUDA error {int(status)}")
 
     def close(self) -> None:
         """Give the memory back; `tensor` must not be used again. Copies from and to it are over."""
-        _runtime().cudaHostUnregister(self.tensor.data_ptr())
-        self.tensor = torch.empty(0, dtype=torch.uint8)
+        _runtime().cudaHostUnregister(self._whole.data_ptr())
+        self._whole = self.tensor = torch.empty(0, dtype=torch.uint8)
 
 
 def _runtime() -> Any:
@@ -43,11 +44,11 @@ def _runtime() -> Any:
 
 
 def touched_memory(size_bytes: int) -> Tensor:
-    """uint8 [size_bytes] of zeros whose pages exist, in huge ones where the system has them."""
-    mapped = mmap.mmap(-1, max(1, size_bytes))
+    """uint8 [size_bytes] of zeros, at least one, whose pages exist, in huge ones where the system has them."""
+    mapped = mmap.mmap(-1, size_bytes)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         mapped.madvise(mmap.MADV_HUGEPAGE)
-    tensor = torch.frombuffer(mapped, dtype=torch.uint8)[:size_bytes]
+    tensor = torch.frombuffer(mapped, dtype=torch.uint8)
 
     def touch(first: int) -> None:
         tensor[first : first + TOUCHED_AT_ONCE_BYTES : mmap.PAGESIZE].zero_()

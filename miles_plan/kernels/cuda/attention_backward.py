@@ -1,39 +1,19 @@
 """Gradients of attention, deterministic: no atomics, every sum in a stated order.
 
-FlashAttention-2 (arXiv 2307.08691, section 3.1.1), as two kernels. dQ of a row is one chain over its keys in ascending order;
-dK and dV of a key are chains over the heads of its group in order and, within a head, over the queries in ascending order. How
-many rows a tile has does not show in the bits. Both recompute the weights from the log-sum-exp (in units of log2) that the
-forward kernel left, so a sequence's gradients depend on nothing but the sequence.
+FlashAttention-2 (arXiv 2307.08691, section 3.1.1), as two kernels. dQ of a row sums over key blocks of 64 in ascending order;
+dK and dV of a key sum over the heads of its group in order and, within a head, over query blocks of 64 in ascending order.
+Both recompute the weights from the log-sum-exp (in units of log2) that the forward kernel left, so a sequence's gradients
+depend on nothing but the sequence.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 
 from .toolchain import jit, tl
 
+BLOCK = 64
 DELTA_ROWS = 32
-
-
-@dataclass(frozen=True, slots=True)
-class GradientTile:
-    """What a program works on: `rows` queries and `keys` keys at a time, with the launch's warps and stages."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-    def launch(self) -> dict[str, int]:
-        """As keyword arguments of a launch."""
-        return {"ROWS": self.rows, "KEYS": self.keys, "num_warps": self.warps, "num_stages": self.stages}
-
-
-QUERY_TILE = GradientTile(rows=128, keys=64, warps=8, stages=2)
-KEY_TILE = GradientTile(rows=64, keys=128, warps=8, stages=2)
-SMALL_TILE = GradientTile(rows=64, keys=64, warps=8, stages=2)  # of heads wider than 128
 
 
 @jit
@@ -43,22 +23,22 @@ def _rows(
     """Rows `first + index` of a packed tensor, zeros past `length` and past column D."""
     d = tl.arange(0, D_PAD)
     offset = (first + index).to(tl.int64) * stride
-    there = (index < length)[:, None]
-    if D != D_PAD:
-        there = there & (d < D)[None, :]
-    return tl.load(x + offset[:, None] + d[None, :], mask=there, other=0.0)
+    return tl.load(x + offset[:, None] + d[None, :], mask=(index < length)[:, None] & (d < D)[None, :], other=0.0)
 
 
 @jit
-def _seen(
-    row: tl.tensor, col: tl.tensor, q_len: tl.tensor, kv_len: tl.tensor, shift: tl.tensor, window: tl.tensor, CAUSAL: tl.constexpr
+def _weights(
+    q: tl.tensor, k: tl.tensor, lse: tl.tensor, row: tl.tensor, col: tl.tensor, q_len: tl.tensor, kv_len: tl.tensor,
+    shift: tl.tensor, window: tl.tensor, scale_log2: tl.tensor, CAUSAL: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Whether `row` may look at `col`; the two broadcast."""
+    """Normalised weights p[row, col], zero where the row may not look."""
+    s = tl.dot(q, tl.trans(k))
+    p = tl.exp2(tl.fma(s, scale_log2, -lse[:, None]))
     place = row + shift
-    seen = (row < q_len) & (col < kv_len) & (col > place - window)
+    seen = (row < q_len)[:, None] & (col < kv_len)[None, :] & (col[None, :] > (place - window)[:, None])
     if CAUSAL:
-        seen = seen & (col <= place)
-    return seen
+        seen = seen & (col[None, :] <= place[:, None])
+    return tl.where(seen, p, 0.0)
 
 
 @jit(do_not_specialize=["rows"])
@@ -87,9 +67,9 @@ def query_gradient_kernel(
     g_stride: tl.tensor, g_head: tl.tensor, dq_stride: tl.tensor, dq_head: tl.tensor, scale: tl.tensor,
     scale_log2: tl.tensor, window: tl.tensor,
     CAUSAL: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr,
-    DV_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    DV_PAD: tl.constexpr, B: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program (sequence x query tile, head): dQ of ROWS rows."""
+    """Program (sequence x query tile, head): dQ of B rows."""
     tile = tl.program_id(0) % TILES
     seq = tl.program_id(0) // TILES
     head = tl.program_id(1)
@@ -97,8 +77,8 @@ def query_gradient_kernel(
     q_len = tl.load(q_starts + seq + 1) - q_start
     kv_start = tl.load(kv_starts + seq)
     kv_len = tl.load(kv_lens + seq)
-    row = tile * ROWS + tl.arange(0, ROWS)
-    if tile * ROWS < q_len:
+    row = tile * B + tl.arange(0, B)
+    if tile * B < q_len:
         shift = kv_len - q_len
         q_tile = _rows(q + head * q_head, q_start, row, q_len, q_stride, D, D_PAD)
         g_tile = _rows(grad + head * g_head, q_start, row, q_len, g_stride, DV, DV_PAD)
@@ -107,17 +87,15 @@ def query_gradient_kernel(
         delta_row = tl.load(delta + at, mask=row < q_len, other=0.0)
         hi = kv_len
         if CAUSAL:
-            hi = tl.minimum(kv_len, (tile + 1) * ROWS + shift)
-        lo = tl.maximum(tile * ROWS + shift - window + 1, 0) // KEYS * KEYS
-        acc = tl.zeros((ROWS, D_PAD), tl.float32)
-        for col0 in range(lo, hi, KEYS):
-            col = col0 + tl.arange(0, KEYS)
+            hi = tl.minimum(kv_len, (tile + 1) * B + shift)
+        lo = tl.maximum(tile * B + shift - window + 1, 0) // B * B
+        acc = tl.zeros((B, D_PAD), tl.float32)
+        for col0 in range(lo, hi, B):
+            col = col0 + tl.arange(0, B)
             k_tile = _rows(k + (head // GROUP) * k_head, kv_start, col, kv_len, k_stride, D, D_PAD)
             v_tile = _rows(v + (head // GROUP) * v_head, kv_start, col, kv_len, v_stride, DV, DV_PAD)
-            s = tl.dot(q_tile, tl.trans(k_tile))
+            p = _weights(q_tile, k_tile, lse_row, row, col, q_len, kv_len, shift, window, scale_log2, CAUSAL)
             dp = tl.dot(g_tile, tl.trans(v_tile))
-            p = tl.exp2(tl.fma(s, scale_log2, -lse_row[:, None]))
-            p = tl.where(_seen(row[:, None], col[None, :], q_len, kv_len, shift, window, CAUSAL), p, 0.0)
             ds = p * (dp - delta_row[:, None])
             acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc)
         d = tl.arange(0, D_PAD)
@@ -133,12 +111,9 @@ def key_value_gradient_kernel(
     g_stride: tl.tensor, g_head: tl.tensor, dk_stride: tl.tensor, dk_head: tl.tensor, dv_stride: tl.tensor,
     dv_head: tl.tensor, scale: tl.tensor, scale_log2: tl.tensor, window: tl.tensor,
     CAUSAL: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr,
-    DV_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    DV_PAD: tl.constexpr, B: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program (sequence x key tile, key head): dK and dV of KEYS keys.
-
-    Scores are worked on with keys down and queries across, so that weights are where the next products take them from.
-    """
+    """Program (sequence x key tile, key head): dK and dV of B keys."""
     tile = tl.program_id(0) % TILES
     seq = tl.program_id(0) // TILES
     kv_head = tl.program_id(1)
@@ -146,33 +121,31 @@ def key_value_gradient_kernel(
     q_len = tl.load(q_starts + seq + 1) - q_start
     kv_start = tl.load(kv_starts + seq)
     kv_len = tl.load(kv_lens + seq)
-    col = tile * KEYS + tl.arange(0, KEYS)
-    if tile * KEYS < kv_len:
+    col = tile * B + tl.arange(0, B)
+    if tile * B < kv_len:
         shift = kv_len - q_len
         k_tile = _rows(k + kv_head * k_head, kv_start, col, kv_len, k_stride, D, D_PAD)
         v_tile = _rows(v + kv_head * v_head, kv_start, col, kv_len, v_stride, DV, DV_PAD)
-        k_acc = tl.zeros((KEYS, D_PAD), tl.float32)
-        v_acc = tl.zeros((KEYS, DV_PAD), tl.float32)
+        k_acc = tl.zeros((B, D_PAD), tl.float32)
+        v_acc = tl.zeros((B, DV_PAD), tl.float32)
         lo = 0
         if CAUSAL:
-            lo = tl.maximum(tile * KEYS - shift, 0) // ROWS * ROWS
-        hi = tl.minimum(q_len, (tile + 1) * KEYS - 1 + window - shift)
+            lo = tl.maximum(tile * B - shift, 0) // B * B
+        hi = tl.minimum(q_len, (tile + 1) * B - 1 + window - shift)
         for g in range(GROUP):
             head = kv_head * GROUP + g
-            for row0 in range(lo, hi, ROWS):
-                row = row0 + tl.arange(0, ROWS)
+            for row0 in range(lo, hi, B):
+                row = row0 + tl.arange(0, B)
                 q_tile = _rows(q + head * q_head, q_start, row, q_len, q_stride, D, D_PAD)
                 g_tile = _rows(grad + head * g_head, q_start, row, q_len, g_stride, DV, DV_PAD)
                 at = (q_start + row).to(tl.int64) * HEADS + head
                 lse_row = tl.load(lse + at, mask=row < q_len, other=0.0)
                 delta_row = tl.load(delta + at, mask=row < q_len, other=0.0)
-                s = tl.dot(k_tile, tl.trans(q_tile))
-                dp = tl.dot(v_tile, tl.trans(g_tile))
-                p = tl.exp2(tl.fma(s, scale_log2, -lse_row[None, :]))
-                p = tl.where(_seen(row[None, :], col[:, None], q_len, kv_len, shift, window, CAUSAL), p, 0.0)
-                v_acc = tl.dot(p.to(g_tile.dtype), g_tile, v_acc)
-                ds = p * (dp - delta_row[None, :])
-                k_acc = tl.dot(ds.to(q_tile.dtype), q_tile, k_acc)
+                p = _weights(q_tile, k_tile, lse_row, row, col, q_len, kv_len, shift, window, scale_log2, CAUSAL)
+                v_acc = tl.dot(tl.trans(p.to(g_tile.dtype)), g_tile, v_acc)
+                dp = tl.dot(g_tile, tl.trans(v_tile))
+                ds = p * (dp - delta_row[:, None])
+                k_acc = tl.dot(tl.trans(ds.to(q_tile.dtype)), q_tile, k_acc)
         d = tl.arange(0, D_PAD)
         e = tl.arange(0, DV_PAD)
         there = (col < kv_len)[:, None]
@@ -185,13 +158,6 @@ def key_value_gradient_kernel(
 
 def _pad(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
-
-
-def _tiles(padded_head: int, element_bytes: int) -> tuple[GradientTile, GradientTile]:
-    """The tile of queries' gradients and that of keys' and values'."""
-    if padded_head <= 128 and element_bytes == 2:
-        return QUERY_TILE, KEY_TILE
-    return SMALL_TILE, SMALL_TILE
 
 
 def attention_gradients(
@@ -210,18 +176,18 @@ def attention_gradients(
         out, grad, delta, tokens * heads, out.stride(0), out.stride(1), grad.stride(0), grad.stride(1), HEADS=heads, DV=dv_size,
         DV_PAD=pads["DV_PAD"], ROWS=DELTA_ROWS, num_warps=4,
     )  # fmt: skip
+    warps = 4 if pads["D_PAD"] <= 128 else 8
     scale_log2 = scale * 1.4426950408889634
-    shared = {"CAUSAL": causal, "GROUP": heads // kv_heads, **pads}
-    by_query, by_key = _tiles(max(pads["D_PAD"], pads["DV_PAD"]), q.element_size())
-    q_tiles, kv_tiles = -(-max_q_len // by_query.rows), -(-max_kv_len // by_key.keys)
+    shared = {"CAUSAL": causal, "GROUP": heads // kv_heads, "B": BLOCK, "num_warps": warps, "num_stages": 2, **pads}
     seqs = kv_lens.numel()
+    q_tiles, kv_tiles = -(-max_q_len // BLOCK), -(-max_kv_len // BLOCK)
     places = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *grad.stride()[:2])
     query_gradient_kernel[(seqs * q_tiles, heads)](
         q, k, v, grad, lse_log2, delta, dq, q_starts, kv_starts, kv_lens, heads, q_tiles, *places, *dq.stride()[:2],
-        scale, scale_log2, window, **shared, **by_query.launch(),
+        scale, scale_log2, window, **shared,
     )  # fmt: skip
     key_value_gradient_kernel[(seqs * kv_tiles, kv_heads)](
         q, k, v, grad, lse_log2, delta, dk, dv, q_starts, kv_starts, kv_lens, heads, kv_tiles, *places, *dk.stride()[:2],
-        *dv.stride()[:2], scale, scale_log2, window, **shared, **by_key.launch(),
+        *dv.stride()[:2], scale, scale_log2, window, **shared,
     )  # fmt: skip
     return dq, dk, dv

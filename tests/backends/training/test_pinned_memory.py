@@ -15,7 +15,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.parametrize("size", [0, 1, 4097, (64 << 20) + 5])
+@pytest.mark.parametrize("size", [1, 4097, (64 << 20) + 5])
 def test_every_page_exists_and_is_zero(size: int) -> None:
     before = resident_bytes()
     tensor = touched_memory(size)
