@@ -306,7 +306,7 @@ def _launch_prefill(
     attention_kernel[(programs,)](
         *_queries_of(call, options), *descs, out, lse, kept, zeroed_ints(call.q.device, 1), *_keys_of(call), call.seqs, heads, items,
         l2_keys, *places, call.scale * LOG2_E, call.window, STAGES=min(stages, MOST_STAGES), SHARED=shared,
-        Q_BOXES=_in_boxes(call), num_warps=4, **options,
+        Q_BOXES=_in_boxes(call), num_warps=8, **options,
     )  # fmt: skip
 
 

@@ -25,9 +25,10 @@ The online softmax is Milakov & Gimelshein 2018 (arXiv 1805.02867), the tiling F
 from __future__ import annotations
 
 from .attention_load import fetch_queries
-from .attention_state import added, fold_kept, keep, masked, scrub, store_rows, to_weights
+from .attention_state import added, fold_kept, masked, scrub, store_rows, to_weights, uneven
 from .attention_tiles import hear, produce_tiles
-from .named_barrier import arrive, meet
+from .named_barrier import arrive, arrive_after, meet, open_turn
+from .shared_addresses import address_of, mark_places, put_at, start_at, wait_at, warp_group
 from .toolchain import (
     async_copy,
     fence_async_shared,
@@ -36,103 +37,67 @@ from .toolchain import (
     grid_release,
     grid_wait,
     mbarrier,
-    tma,
+    tl,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .wgmma import computed
 
 BLOCK_KEYS = 128
+AT = gl.constexpr(16)
 TILE_ROWS = 64
 EMPTY = -1.0e30  # the maximum over no keys; finite, so that EMPTY - EMPTY is 0 and not NaN
 
 
 @gluon_jit
-def _rows(buffer: gl.tensor, ME: gl.constexpr, ROWS: gl.constexpr) -> gl.tensor:
-    """A warp group's queries, a row for each (token, head)."""
-    mine = buffer.index(ME)
-    return mine.reshape([ROWS, mine.shape[len(mine.shape) - 1]])
-
-
-@gluon_jit
 def _scores(
-    queries: gl.tensor, rings: gl.tensor, stage: gl.tensor, ME: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr,
-    D_TAIL: gl.constexpr,
-) -> gl.tensor:  # fmt: skip
+    queries: gl.tensor, rings: gl.tensor, stage: gl.tensor, ROWS: gl.constexpr, BN: gl.constexpr, D_TAIL: gl.constexpr
+) -> gl.tensor:
     """Start s = q k for one block: a chain over the head dimension, its tail after its body."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    q_buffer, tail_buffer, _ = queries
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BN, 16])
+    q_buffer, tail_buffer = queries
     k_ring, t_ring, _ = rings
     s = gl.zeros((ROWS, BN), gl.float32, layout)
-    s = warpgroup_mma(_rows(q_buffer, ME, ROWS), k_ring.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
+    q_rows = q_buffer.reshape([ROWS, q_buffer.shape[len(q_buffer.shape) - 1]])
+    s = warpgroup_mma(q_rows, k_ring.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
     if D_TAIL:
-        s = warpgroup_mma(_rows(tail_buffer, ME, ROWS), t_ring.index(stage).permute((1, 0)), s, is_async=True)
+        tail_rows = tail_buffer.reshape([ROWS, D_TAIL])
+        s = warpgroup_mma(tail_rows, t_ring.index(stage).permute((1, 0)), s, is_async=True)
     return s
-
-
-@gluon_jit
-def _item(board: gl.tensor, turn: gl.tensor, TOKENS: gl.constexpr, ME: gl.constexpr) -> gl.tensor:
-    """The program's work item number `turn` as warp group ME sees it; with lo >= hi where none is left."""
-    head, first_token, q_start, q_len, kv_len, position, lo, hi = hear(board, turn)
-    return head, first_token + ME * TOKENS, q_start, q_len, kv_len, position + ME * TOKENS, lo, hi
 
 
 @gluon_jit
 def _fetch_queries(
     q: gl.tensor, queries: gl.tensor, strides: gl.tensor, item: gl.tensor, GROUP: gl.constexpr, TOKENS: gl.constexpr,
-    ROWS: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, Q_BOXES: gl.constexpr, ME: gl.constexpr,
+    ROWS: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr,
 ) -> None:  # fmt: skip
-    """Start to copy an item's queries, if there is an item, when every warp of the group has read the ones before.
-
-    TMA brings the next sequence's rows too where a tile ends behind its own: nothing is written for them.
-    """
+    """Start to copy an item's queries, if there is an item, when every warp has read the ones before: where TMA cannot."""
     head, first_token, q_start, q_len, _, _, lo, hi = item
-    q_buffer, tail_buffer, q_ready = queries
-    head0 = head * GROUP
+    q_buffer, tail_buffer = queries
+    HALF: gl.constexpr = ROWS // 2
     gl.thread_barrier()
     if lo < hi:
-        if Q_BOXES:
-            q_desc, tail_desc = q
-            mbarrier.expect(q_ready.index(ME), ROWS * (D + D_TAIL) * q_buffer.dtype.primitive_bitwidth // 8)
-            place = q_start + first_token
-            tma.async_copy_global_to_shared(q_desc, [place, head0, 0], q_ready.index(ME), q_buffer.index(ME))
-            if D_TAIL:
-                tma.async_copy_global_to_shared(tail_desc, [place, head0, D], q_ready.index(ME), tail_buffer.index(ME))
-        else:
-            fetch_queries(q[0], q_buffer.index(ME), strides, q_start, first_token, q_len, head0, 0, GROUP, TOKENS, ROWS, D, 4)
+        for group in gl.static_range(2):
+            token = first_token + group * TOKENS
+            fetch_queries(
+                q[0], q_buffer.slice(group * HALF, HALF), strides, q_start, token, q_len, head * GROUP, 0, GROUP, TOKENS, HALF, D, 8
+            )
             if D_TAIL:
                 fetch_queries(
-                    q[0], tail_buffer.index(ME), strides, q_start, first_token, q_len, head0, D, GROUP, TOKENS, ROWS, D_TAIL, 4
-                )
-            async_copy.commit_group()
+                    q[0], tail_buffer.slice(group * HALF, HALF), strides, q_start, token, q_len, head * GROUP, D, GROUP, TOKENS,
+                    HALF, D_TAIL, 8,
+                )  # fmt: skip
+        async_copy.commit_group()
 
 
 @gluon_jit
-def _await_queries(queries: gl.tensor, turn: gl.tensor, Q_BOXES: gl.constexpr, ME: gl.constexpr) -> None:
+def _await_queries(q_ready: gl.tensor, turn: gl.tensor, Q_BOXES: gl.constexpr) -> None:
     """Wait for the queries of the program's item number `turn`, and let the tensor core see them."""
-    _, _, q_ready = queries
     if Q_BOXES:
-        mbarrier.wait(q_ready.index(ME), turn & 1)
+        wait_at(q_ready + warp_group() * 8, turn & 1)
     else:
         async_copy.wait_group(0)
         fence_async_shared()
         gl.thread_barrier()
-
-
-@gluon_jit
-def _start_values(
-    weights: gl.tensor, acc: gl.tensor, rings: gl.tensor, bars: gl.tensor, step: gl.tensor, last: gl.tensor,
-    valid_keys: gl.tensor, BN: gl.constexpr, STAGES: gl.constexpr, DV: gl.constexpr,
-) -> gl.tensor:  # fmt: skip
-    """Start acc + p v for the block of `step`, of which an item's last may have keys past the sequence's end."""
-    _, v_ready = bars
-    _, _, v_ring = rings
-    stage = step % STAGES
-    mbarrier.wait(v_ready.index(stage), (step // STAGES) & 1)
-    if last & (valid_keys < BN):
-        scrub(v_ring.index(stage), valid_keys, BN, DV, 4)
-        gl.thread_barrier()
-    return warpgroup_mma(weights, v_ring.index(stage), acc, is_async=True)
 
 
 @gluon_jit
@@ -144,37 +109,35 @@ def _operand(p: gl.tensor, like: gl.tensor, acc: gl.tensor) -> gl.tensor:
 @gluon_jit
 def _no_keys(ROWS: gl.constexpr, BN: gl.constexpr, DV: gl.constexpr) -> gl.tensor:
     """The state of rows that have seen nothing."""
-    rows: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16]))
+    rows: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BN, 16]))
     return (
         gl.full((ROWS,), -1.0e30, gl.float32, rows),
         gl.zeros((ROWS,), gl.float32, rows),
-        gl.zeros((ROWS, DV), gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])),
+        gl.zeros((ROWS, DV), gl.float32, gl.NVMMADistributedLayout([3, 0], [8, 1], [16, DV, 16])),
     )
 
 
 @gluon_jit
-def _begin(
-    queries: gl.tensor, rings: gl.tensor, bars: gl.tensor, turn: gl.tensor, Q_BOXES: gl.constexpr, ME: gl.constexpr,
-    ROWS: gl.constexpr, BN: gl.constexpr, D_TAIL: gl.constexpr,
-) -> gl.tensor:  # fmt: skip
-    """The scores of the program's first block, with nothing to hide them behind."""
-    k_ready, _ = bars
-    _await_queries(queries, turn, Q_BOXES, ME)
-    mbarrier.wait(k_ready.index(0), 0)
-    s = warpgroup_mma_wait(num_outstanding=0, deps=(_scores(queries, rings, 0, ME, ROWS, BN, D_TAIL),))
-    arrive("keys", 0)
-    return s
+def _scrub_end(
+    rings: gl.tensor, v_ready: gl.tensor, stage: gl.tensor, phase: gl.tensor, valid_keys: gl.tensor, BN: gl.constexpr,
+    DV: gl.constexpr,
+) -> None:  # fmt: skip
+    """Zero what an item's last block of values holds past the sequence's end."""
+    if valid_keys < BN:
+        wait_at(v_ready + stage * 8, phase)
+        scrub(rings[2].index(stage), valid_keys, BN, DV, 8)
+        gl.thread_barrier()
 
 
 @gluon_jit
 def _restart(
     outs: gl.tensor, strides: gl.tensor, kept: gl.tensor, totals: gl.tensor, state: gl.tensor, item: gl.tensor,
     last: gl.tensor, GROUP: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr, DV: gl.constexpr,
-    LSE: gl.constexpr, SHARED: gl.constexpr,
+    LSE: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
     """A chunk's state folded into its rows' total, which after the item's last chunk is written, and else put aside."""
     total_m, total_l, chunks = totals
-    total_m, total_l, total = fold_kept((total_m, total_l), kept, chunks, state, SHARED)
+    total_m, total_l, total = fold_kept((total_m, total_l), kept, chunks, state, 8)
     chunks += 1
     if last:
         head, first_token, q_start, q_len, _, _, _, _ = item
@@ -184,133 +147,153 @@ def _restart(
         total_m, total_l, _ = _no_keys(ROWS, BN, DV)
         chunks = 0
     else:
-        keep(kept, total, SHARED)
+        put_at(total, kept, 8)
     return total_m, total_l, chunks
 
 
 @gluon_jit
-def _attend(
-    q: gl.tensor, outs: gl.tensor, queries: gl.tensor, rings: gl.tensor, bars: gl.tensor, board: gl.tensor, kept: gl.tensor,
-    strides: gl.tensor, scale: gl.tensor, window: gl.tensor, item: gl.tensor,
-    CAUSAL: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, LSE: gl.constexpr, SHARED: gl.constexpr,
-    Q_BOXES: gl.constexpr, ME: gl.constexpr,
-) -> None:  # fmt: skip
-    """All key blocks of `item`, the program's first, and of the items after it."""
-    k_ready, _ = bars
-    _, _, v_ring = rings
-    turn = 0
-    _, _, _, _, kv_len, position, block, hi = item
-    _fetch_queries(q, queries, strides, item, GROUP, TOKENS, ROWS, D, D_TAIL, Q_BOXES, ME)
-    coming = _item(board, turn + 1, TOKENS, ME)
-    s = _begin(queries, rings, bars, turn, Q_BOXES, ME, ROWS, BN, D_TAIL)
+def _edge(
+    s: gl.tensor, q: gl.tensor, queries: gl.tensor, strides: gl.tensor, coming: gl.tensor, block: gl.tensor, hi: gl.tensor,
+    position: gl.tensor, kv_len: gl.tensor, window: gl.tensor, CAUSAL: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr,
+    ROWS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, Q_BOXES: gl.constexpr,
+) -> gl.tensor:  # fmt: skip
+    """The scores of a block masked, where some row may not see it whole; after an item's last the queries are given back."""
     if block + 1 == hi:
-        _fetch_queries(q, queries, strides, coming, GROUP, TOKENS, ROWS, D, D_TAIL, Q_BOXES, ME)
-    empty, nothing, acc = _no_keys(ROWS, BN, DV)
-    s = masked(s, block, position, kv_len, window, CAUSAL, GROUP, TOKENS, ROWS, BN)
-    m, p, lanes = to_weights(s, empty, scale, ROWS, BN)
-    weights = _operand(p, v_ring, acc)
-    l = nothing
-    alpha = nothing
-    totals = (empty, nothing, turn)  # of no chunk so far
-    step = 0
-    while (block + 1 < hi) | (coming[6] < coming[7]):
-        last = block + 1 == hi
-        ahead = (step + 1) % STAGES
-        if last:
-            turn += 1
-            _await_queries(queries, turn, Q_BOXES, ME)
-        mbarrier.wait(k_ready.index(ahead), ((step + 1) // STAGES) & 1)
-        meet("turn", ME)
-        s_pending = _scores(queries, rings, ahead, ME, ROWS, BN, D_TAIL)
-        acc_pending = _start_values(weights, acc, rings, bars, step, last, kv_len - block * BN, BN, STAGES, DV)
-        arrive("turn", 1 - ME)
-        l = added(l, alpha, lanes)
-        ended = item
-        block += 1
-        if last:
-            item = coming
-            _, _, _, _, kv_len, position, block, hi = item
-            coming = _item(board, turn + 1, TOKENS, ME)
-        s = warpgroup_mma_wait(num_outstanding=1, deps=(s_pending,))
-        arrive("keys", ahead)
-        if block + 1 == hi:
-            _fetch_queries(q, queries, strides, coming, GROUP, TOKENS, ROWS, D, D_TAIL, Q_BOXES, ME)
-        s = masked(s, block, position, kv_len, window, CAUSAL, GROUP, TOKENS, ROWS, BN)
-        restart = last | (block % (CHUNK // BN) == 0)
-        m_old = gl.where(restart, empty, m)
-        m_new, p, lanes = to_weights(s, m_old, scale, ROWS, BN)
-        lanes = computed(lanes)
-        alpha = gl.where(restart, 0.0, gl.exp2(m_old - m_new))  # a new chunk begins with nothing
-        acc, weights = warpgroup_mma_wait(num_outstanding=0, deps=(acc_pending, weights))
-        arrive("values", step % STAGES)
-        weights = _operand(p, v_ring, acc)
-        if restart:
-            totals = _restart(outs, strides, kept, totals, (m, l, acc), ended, last, GROUP, TOKENS, ROWS, BN, DV, LSE, SHARED)
-            acc = gl.zeros_like(acc)
+        if Q_BOXES:
+            arrive("queries", warp_group())
         else:
-            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
-        m = m_new
-        step += 1
-    acc_pending = _start_values(weights, acc, rings, bars, step, True, kv_len - block * BN, BN, STAGES, DV)
+            _fetch_queries(q, queries, strides, coming, GROUP, TOKENS, ROWS, D, D_TAIL)
+    return masked(s, block, position, kv_len, window, CAUSAL, GROUP, TOKENS, ROWS, BN)
+
+
+@gluon_jit
+def _step(
+    flow: gl.tensor, state: gl.tensor, ring: gl.tensor, queries: gl.tensor, rings: gl.tensor, k_ready: gl.tensor,
+    v_ready: gl.tensor, scale: gl.tensor, edges: gl.tensor, restart: gl.tensor,
+    CAUSAL: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr,
+    STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, Q_BOXES: gl.constexpr, EDGE: gl.constexpr,
+) -> gl.tensor:  # fmt: skip
+    """The scores of a block and the weighted values of the block before."""
+    block, hi, position, kv_len, coming = flow
+    m, l, acc, alpha, lanes, weights = state
+    stage, phase, ahead, ahead_phase = ring
+    v_ring = rings[2]
+    me = warp_group()
+    wait_at(k_ready + ahead * 8, ahead_phase)
+    meet("turn", me)
+    s_pending = _scores(queries, rings, ahead, ROWS, BN, D_TAIL)
+    wait_at(v_ready + stage * 8, phase)
+    acc_pending = warpgroup_mma(weights, v_ring.index(stage), acc, is_async=True)
+    arrive("turn", 1 - me)
     l = added(l, alpha, lanes)
-    acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc_pending,))
-    _restart(outs, strides, kept, totals, (m, l, acc), item, True, GROUP, TOKENS, ROWS, BN, DV, LSE, SHARED)
+    s = warpgroup_mma_wait(num_outstanding=1, deps=(s_pending,))
+    if EDGE:
+        q, strides, window = edges
+        s = _edge(
+            s, q, queries, strides, coming, block, hi, position, kv_len, window, CAUSAL, GROUP, TOKENS, ROWS, BN, D, D_TAIL, Q_BOXES
+        )
+    m_old = gl.where(restart, -1.0e30, m)
+    m_new, alpha, p, lanes, p0 = to_weights(s, m_old, scale, restart)
+    arrive_after("keys", ahead, p0, AT, 8)
+    acc, weights = warpgroup_mma_wait(num_outstanding=0, deps=(acc_pending, weights))
+    arrive("values", stage)
+    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
+    weights = _operand(p, v_ring, acc)
+    wrapped = ahead + 1 == STAGES
+    after_phase = gl.where(wrapped, ahead_phase ^ 1, ahead_phase)
+    return (m_new, l, acc, alpha, lanes, weights), (ahead, ahead_phase, gl.where(wrapped, 0, ahead + 1), after_phase), m
 
 
 @gluon_jit
 def _consume(
-    q: gl.tensor, outs: gl.tensor, queries: gl.tensor, rings: gl.tensor, bars: gl.tensor, board: gl.tensor, kept: gl.tensor,
+    q: gl.tensor, outs: gl.tensor, queries: gl.tensor, rings: gl.tensor, addresses: gl.tensor, kept: gl.tensor,
     strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
     CAUSAL: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr, BN: gl.constexpr,
     STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, LSE: gl.constexpr, SHARED: gl.constexpr,
-    Q_BOXES: gl.constexpr, ME: gl.constexpr,
+    Q_BOXES: gl.constexpr, TURNS: gl.constexpr,
 ) -> None:  # fmt: skip
-    """Consumer warp group ME: its 64 rows of every work item of this program."""
-    ROWS: gl.constexpr = 64
-    if ME == 1:
-        arrive("turn", 0)  # the first group begins
-    if SHARED:
-        mine = kept.index(ME)
-    else:
-        mine = kept + (gl.program_id(0) * 2 + ME) * (ROWS * DV)
+    """The two consumer warp groups: all key blocks of this program's work items, each group for its 64 rows."""
+    ROWS: gl.constexpr = 128
+    k_ready, v_ready, q_ready, told, fields = addresses
+    v_ring = rings[2]
+    me = warp_group()
+    open_turn(me)
+    if not SHARED:
+        kept = (kept + gl.program_id(0) * (ROWS * DV)).to(gl.int64)
     first = 0
-    item = _item(board, first, TOKENS, ME)
+    item = hear(told, fields, first, TURNS)
     if item[6] < item[7]:
-        _attend(
-            q, outs, queries, rings, bars, board, mine, strides, scale, window, item, CAUSAL, GROUP, TOKENS, CHUNK, ROWS, BN,
-            STAGES, D, D_TAIL, DV, LSE, SHARED, Q_BOXES, ME,
-        )  # fmt: skip
-
-
-@gluon_jit
-def _consume_first(
-    q: gl.tensor, outs: gl.tensor, queries: gl.tensor, rings: gl.tensor, bars: gl.tensor, board: gl.tensor, kept: gl.tensor,
-    strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
-    CAUSAL: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, LSE: gl.constexpr, SHARED: gl.constexpr,
-    Q_BOXES: gl.constexpr,
-) -> None:  # fmt: skip
-    """The first warp group's entry."""
-    _consume(
-        q, outs, queries, rings, bars, board, kept, strides, scale, window, CAUSAL, GROUP, TOKENS, CHUNK, BN, STAGES, D, D_TAIL,
-        DV, LSE, SHARED, Q_BOXES, 0,
-    )  # fmt: skip
-
-
-@gluon_jit
-def _consume_second(
-    q: gl.tensor, outs: gl.tensor, queries: gl.tensor, rings: gl.tensor, bars: gl.tensor, board: gl.tensor, kept: gl.tensor,
-    strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
-    CAUSAL: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, LSE: gl.constexpr, SHARED: gl.constexpr,
-    Q_BOXES: gl.constexpr,
-) -> None:  # fmt: skip
-    """The second warp group's entry."""
-    _consume(
-        q, outs, queries, rings, bars, board, kept, strides, scale, window, CAUSAL, GROUP, TOKENS, CHUNK, BN, STAGES, D, D_TAIL,
-        DV, LSE, SHARED, Q_BOXES, 1,
-    )  # fmt: skip
+        turn = 0
+        _, _, _, _, kv_len, position, block, hi = item
+        if not Q_BOXES:
+            _fetch_queries(q, queries, strides, item, GROUP, TOKENS, ROWS, D, D_TAIL)
+        coming = hear(told, fields, turn + 1, TURNS)
+        _await_queries(q_ready, turn, Q_BOXES)
+        wait_at(k_ready, 0)
+        s = warpgroup_mma_wait(num_outstanding=0, deps=(_scores(queries, rings, 0, ROWS, BN, D_TAIL),))
+        arrive("keys", 0)
+        s = _edge(
+            s, q, queries, strides, coming, block, hi, position, kv_len, window, CAUSAL, GROUP, TOKENS, ROWS, BN, D, D_TAIL, Q_BOXES
+        )
+        empty, nothing, acc = _no_keys(ROWS, BN, DV)
+        m, alpha, p, lanes, p0 = to_weights(s, empty, scale, block != block)
+        weights = _operand(p, v_ring, acc)
+        l = nothing
+        alpha = nothing
+        totals = (empty, nothing, turn)  # of no chunk so far
+        stage = 0
+        phase = 0
+        ahead = 1
+        ahead_phase = 0
+        while tl.condition((block + 1 < hi) | (coming[6] < coming[7]), disable_licm=True):
+            ended = item
+            last = block + 1 == hi
+            if last:
+                _scrub_end(rings, v_ready, stage, phase, kv_len - block * BN, BN, DV)
+                turn += 1
+                _await_queries(q_ready, turn, Q_BOXES)
+                item = coming
+                _, _, _, _, kv_len, position, block, hi = item
+                block -= 1
+                coming = hear(told, fields, turn + 1, TURNS)
+            block += 1
+            restart = last | (block % (CHUNK // BN) == 0)
+            m_ended = gl.full((ROWS,), 0.0, gl.float32, m.type.layout)
+            if (block + 1 == hi) | uneven(block, position, kv_len, window, CAUSAL, 2 * TOKENS, BN):
+                state, ring, m_ended = _step(
+                    (block, hi, position, kv_len, coming), (m, l, acc, alpha, lanes, weights), (stage, phase, ahead, ahead_phase),
+                    queries, rings, k_ready, v_ready, scale, (q, strides, window), restart, CAUSAL, GROUP, TOKENS, ROWS, BN, STAGES,
+                    D, D_TAIL, DV, Q_BOXES, True,
+                )  # fmt: skip
+                m, l, acc, alpha, lanes, weights = state
+                stage, phase, ahead, ahead_phase = ring
+            else:
+                block -= 1
+                go = block == block
+                while go:
+                    block += 1
+                    restart = last | (block % (CHUNK // BN) == 0)
+                    state, ring, m_ended = _step(
+                        (block, hi, position, kv_len, coming), (m, l, acc, alpha, lanes, weights),
+                        (stage, phase, ahead, ahead_phase), queries, rings, k_ready, v_ready, scale, (q, strides, window), restart,
+                        CAUSAL, GROUP, TOKENS, ROWS, BN, STAGES, D, D_TAIL, DV, Q_BOXES, False,
+                    )  # fmt: skip
+                    m, l, acc, alpha, lanes, weights = state
+                    stage, phase, ahead, ahead_phase = ring
+                    after = block + 1
+                    go = (restart | (after + 1 == hi) | uneven(after, position, kv_len, window, CAUSAL, 2 * TOKENS, BN)) == False
+            if restart:
+                totals = _restart(
+                    outs, strides, kept, totals, (m_ended, l, acc), ended, last, GROUP, TOKENS, ROWS, BN, DV, LSE
+                )
+                acc = gl.zeros_like(acc)
+                alpha = gl.zeros_like(alpha)  # a new chunk begins with nothing
+        _scrub_end(rings, v_ready, stage, phase, kv_len - block * BN, BN, DV)
+        wait_at(v_ready + stage * 8, phase)
+        acc_pending = warpgroup_mma(weights, v_ring.index(stage), acc, is_async=True)
+        l = added(l, alpha, lanes)
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc_pending,))
+        _restart(outs, strides, kept, totals, (m, l, acc), item, True, GROUP, TOKENS, ROWS, BN, DV, LSE)
 
 
 @gluon_jit(do_not_specialize=["SEQS", "ITEMS", "l2_keys", "window", "table_stride"])
@@ -335,38 +318,42 @@ def attention_kernel(
     k_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, D], gl.NVMMASharedLayout(128, 16))
     v_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, DV], gl.NVMMASharedLayout(128, 16))
     if Q_BOXES:
-        q_buffer = gl.allocate_shared_memory(dtype, [2, TOKENS, GROUP, D], gl.NVMMASharedLayout(128, 16, 3))
+        q_buffer = gl.allocate_shared_memory(dtype, [2 * TOKENS, GROUP, D], gl.NVMMASharedLayout(128, 16, 3))
     else:
-        q_buffer = gl.allocate_shared_memory(dtype, [2, 64, D], gl.NVMMASharedLayout(128, 16))
+        q_buffer = gl.allocate_shared_memory(dtype, [128, D], gl.NVMMASharedLayout(128, 16))
     t_ring = k_ring
     tail_buffer = q_buffer
     if D_TAIL:
         t_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, D_TAIL], gl.NVMMASharedLayout(128, 16))
         if Q_BOXES:
-            tail_buffer = gl.allocate_shared_memory(dtype, [2, TOKENS, GROUP, D_TAIL], gl.NVMMASharedLayout(128, 16, 3))
+            tail_buffer = gl.allocate_shared_memory(dtype, [2 * TOKENS, GROUP, D_TAIL], gl.NVMMASharedLayout(128, 16, 3))
         else:
-            tail_buffer = gl.allocate_shared_memory(dtype, [2, 64, D_TAIL], gl.NVMMASharedLayout(128, 16))
+            tail_buffer = gl.allocate_shared_memory(dtype, [128, D_TAIL], gl.NVMMASharedLayout(128, 16))
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     q_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     told = gl.allocate_shared_memory(gl.int64, [TURNS, 1], mbarrier.MBarrierLayout())
     fields = gl.allocate_shared_memory(gl.int32, [TURNS * 8, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    mark_places(256)
+    gl.thread_barrier()
     if SHARED:
-        kept = gl.allocate_shared_memory(gl.float32, [2, 64, DV], gl.NVMMASharedLayout.get_default_for([64, DV], gl.float32))
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(i), count=1)
-        mbarrier.init(v_ready.index(i), count=1)
-    for i in gl.static_range(2):
-        mbarrier.init(q_ready.index(i), count=1)
-    for i in gl.static_range(TURNS):
-        mbarrier.init(told.index(i), count=1)
+        totals = gl.allocate_shared_memory(gl.int64, [64 * DV, 1], mbarrier.MBarrierLayout())
+        kept = address_of(totals.index(0))
+    k_at, v_at, q_at = address_of(k_ready.index(0)), address_of(v_ready.index(0)), address_of(q_ready.index(0))
+    told_at = address_of(told.index(0))
+    addresses = (k_at, v_at, q_at, told_at, address_of(fields.index(0)))
+    gl.thread_barrier()
+    start_at(k_at, STAGES)
+    start_at(v_at, STAGES)
+    start_at(q_at, 2)
+    start_at(told_at, TURNS)
     fence_async_shared()
     gl.thread_barrier()
     grid_release()
     grid_wait()
     q = (q, q_tail)
     outs = (out, lse)
-    queries = (q_buffer, tail_buffer, q_ready)
+    queries = (q_buffer, tail_buffer)
     rings = (k_ring, t_ring, v_ring)
     bars = (k_ready, v_ready)
     board = (told, fields)
@@ -376,13 +363,14 @@ def attention_kernel(
     descs = (k_desc, t_desc, v_desc)
     gl.warp_specialize(
         [
-            (_consume_first, (q, outs, queries, rings, bars, board, kept, strides, scale, window, CAUSAL, GROUP, TOKENS, CHUNK, BN,
-                              STAGES, D, D_TAIL, DV, LSE, SHARED, Q_BOXES)),
-            (_consume_second, (q, outs, queries, rings, bars, board, kept, strides, scale, window, CAUSAL, GROUP, TOKENS, CHUNK, BN,
-                               STAGES, D, D_TAIL, DV, LSE, SHARED, Q_BOXES)),
-            (produce_tiles, (descs, rings, bars + bars, board, counter, lengths, sizes, table, table_stride, window, CAUSAL,
-                             2 * TOKENS, BN, PAGE, BOX, STAGES, D, D_TAIL, DV, HEAD_TILES)),
+            (_consume, (q, outs, queries, rings, addresses, kept, strides, scale, window, CAUSAL, GROUP, TOKENS, CHUNK, BN,
+                        STAGES, D, D_TAIL, DV, LSE, SHARED, Q_BOXES, TURNS)),
+            (produce_tiles, (descs, rings, bars + bars, board, counter, lengths, sizes, table, table_stride, window, q,
+                             queries + (q_ready,), CAUSAL, 2 * TOKENS, BN, PAGE, BOX, STAGES, D, D_TAIL, DV, HEAD_TILES, GROUP,
+                             Q_BOXES)),
         ],
-        [4, 1],
-        [240, 24],
+        [1],
+        [24],
     )  # fmt: skip
+    if SHARED:
+        totals._keep_alive()  # Triton sees no use of it by its address

@@ -11,6 +11,7 @@ Programs take the next item when they are done with one. Which program computes 
 from __future__ import annotations
 
 from .attention_load import stream_blocks
+from .shared_addresses import eight_at, wait_at
 from .toolchain import gl, gluon_jit, mbarrier
 
 
@@ -122,28 +123,21 @@ def _tell(board: gl.tensor, turn: gl.tensor, where: gl.tensor) -> None:
 
 
 @gluon_jit
-def hear(board: gl.tensor, turn: gl.tensor) -> gl.tensor:
+def hear(told: gl.tensor, fields: gl.tensor, turn: gl.tensor, TURNS: gl.constexpr) -> gl.tensor:
     """What the program's item number `turn` covers: head, first token, first row of Q, queries, keys, the first token's position,
-    and the range of key blocks, empty where no item is left."""
-    told, fields = board
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    slot = turn % told.shape[0]
-    mbarrier.wait(told.index(slot), (turn // told.shape[0]) & 1)
-    at = slot * 8
-    return (
-        gl.max(fields.index(at).load(layout), 0), gl.max(fields.index(at + 1).load(layout), 0),
-        gl.max(fields.index(at + 2).load(layout), 0), gl.max(fields.index(at + 3).load(layout), 0),
-        gl.max(fields.index(at + 4).load(layout), 0), gl.max(fields.index(at + 5).load(layout), 0),
-        gl.max(fields.index(at + 6).load(layout), 0), gl.max(fields.index(at + 7).load(layout), 0),
-    )  # fmt: skip
+    and the range of key blocks, empty where no item is left. told, fields: addresses of the board's parts."""
+    slot = turn % TURNS
+    wait_at(told + slot * 8, (turn // TURNS) & 1)
+    return eight_at(fields + slot * 32)
 
 
 @gluon_jit
 def produce_tiles(
     descs: gl.tensor, rings: gl.tensor, bars: gl.tensor, board: gl.tensor, counter: gl.tensor, lengths: gl.tensor,
-    sizes: gl.tensor, table: gl.tensor, table_stride: gl.tensor, window: gl.tensor,
+    sizes: gl.tensor, table: gl.tensor, table_stride: gl.tensor, window: gl.tensor, q: gl.tensor, queries: gl.tensor,
     CAUSAL: gl.constexpr, TOKENS: gl.constexpr, BN: gl.constexpr, PAGE: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr,
-    D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, HEAD_TILES: gl.constexpr,
+    D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, HEAD_TILES: gl.constexpr, GROUP: gl.constexpr,
+    Q_BOXES: gl.constexpr,
 ) -> None:  # fmt: skip
     """The producer warp: takes items, tells the consumers, and streams keys and values as far ahead as the ring allows.
 
@@ -161,11 +155,11 @@ def produce_tiles(
         after = _claim(counter, lengths, sizes, where[0], window, CAUSAL, TOKENS, BN)
         turn += 1
         _tell(board, turn, after)
-        seq, head, _, _, _, kv_start, kv_len, _, lo, hi = where
+        seq, head, first_token, q_start, _, kv_start, kv_len, _, lo, hi = where
         kv_head = head // HEAD_TILES
         pages = table + seq.to(gl.int64) * table_stride
         step = stream_blocks(
             descs, rings, bars, step, lo, hi, kv_start, kv_len, pages, kv_head, kv_head * DV, BN, PAGE, BOX, STAGES, D, D_TAIL, DV,
-            True,
+            True, q, queries, (q_start + first_token, head * GROUP, turn), TOKENS // 2, GROUP, Q_BOXES,
         )  # fmt: skip
         where = after
