@@ -25,10 +25,11 @@ The online softmax is Milakov & Gimelshein 2018 (arXiv 1805.02867), the tiling F
 from __future__ import annotations
 
 from .attention_load import fetch_queries
-from .attention_state import added, fold_kept, masked, scrub, store_rows, to_weights, uneven
+from .attention_registers import packed, unpacked
+from .attention_state import added, fold_kept, masked, scrub, store_rows, to_weights, token_of, uneven
 from .attention_tiles import hear, produce_tiles
 from .named_barrier import arrive, arrive_after, meet, open_turn
-from .shared_addresses import address_of, mark_places, put_at, start_at, wait_at, warp_group
+from .shared_addresses import address_of, mark_places, own_place, put_at, start_at, store_warp_rows, wait_at, warp_group
 from .toolchain import (
     async_copy,
     fence_async_shared,
@@ -41,6 +42,7 @@ from .toolchain import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from .warp_lanes import lane, warp
 
 BLOCK_KEYS = 128
 AT = gl.constexpr(16)
@@ -87,6 +89,7 @@ def _fetch_queries(
                     HALF, D_TAIL, 8,
                 )  # fmt: skip
         async_copy.commit_group()
+    gl.thread_barrier()  # Triton else puts one where a warp group has its turn
 
 
 @gluon_jit
@@ -101,9 +104,11 @@ def _await_queries(q_ready: gl.tensor, turn: gl.tensor, Q_BOXES: gl.constexpr) -
 
 
 @gluon_jit
-def _operand(p: gl.tensor, like: gl.tensor, acc: gl.tensor) -> gl.tensor:
-    """Weights as the tensor core takes them, in registers."""
-    return gl.convert_layout(p.to(like.dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
+def _start_values(weights: gl.tensor, rings: gl.tensor, stage: gl.tensor, acc: gl.tensor, more: gl.tensor) -> gl.tensor:
+    """Start p v for one block, and with `more` add it to acc."""
+    v_ring = rings[2]
+    p = unpacked(weights, v_ring.dtype, gl.DotOperandLayout(0, acc.type.layout, 2))
+    return warpgroup_mma(p, v_ring.index(stage), acc, use_acc=more, is_async=True)
 
 
 @gluon_jit
@@ -130,10 +135,38 @@ def _scrub_end(
 
 
 @gluon_jit
+def _send(
+    outs: gl.tensor, strides: gl.tensor, kept: gl.tensor, acc: gl.tensor, m: gl.tensor, l: gl.tensor, item: gl.tensor,
+    GROUP: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr, LSE: gl.constexpr,
+) -> None:  # fmt: skip
+    """`store_rows` with whole rows at a time, which change lanes where the warp's totals were."""
+    head, first_token, q_start, q_len, _, _, _, _ = item
+    out, lse = outs
+    _, _, stride_token, stride_head, stride_lse = strides
+    rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    l = gl.convert_layout(l, rows)
+    inverse = gl.where(l > 0, 1.0 / l, 0.0)
+    dtype: gl.constexpr = out.dtype.element_ty
+    pairs = packed(acc * inverse[:, None], dtype)
+    r = warp() * 16 + lane()
+    token = token_of(r, GROUP, TOKENS)
+    there = (r % 64 < TOKENS * GROUP) & (first_token + token < q_len)
+    offset = gl.where(there, (token * stride_token + r % 64 % GROUP * stride_head) * 2, -1)
+    memory = out + ((q_start + first_token).to(gl.int64) * stride_token + head * GROUP * stride_head)
+    store_warp_rows(pairs, kept - lane() * 16, memory.to(gl.int64), offset, 8)
+    if LSE:
+        r = gl.arange(0, ROWS, layout=rows)
+        token = first_token + token_of(r, GROUP, TOKENS)
+        at = (q_start + token).to(gl.int64) * stride_lse + head * GROUP + r % 64 % GROUP
+        valid = (r % 64 < TOKENS * GROUP) & (token < q_len)
+        gl.store(lse + at, gl.where(l > 0, gl.convert_layout(m, rows) + gl.log2(l), float("-inf")), mask=valid)
+
+
+@gluon_jit
 def _restart(
     outs: gl.tensor, strides: gl.tensor, kept: gl.tensor, totals: gl.tensor, state: gl.tensor, item: gl.tensor,
     last: gl.tensor, GROUP: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr, DV: gl.constexpr,
-    LSE: gl.constexpr,
+    LSE: gl.constexpr, SHARED: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
     """A chunk's state folded into its rows' total, which after the item's last chunk is written, and else put aside."""
     total_m, total_l, chunks = totals
@@ -141,9 +174,12 @@ def _restart(
     chunks += 1
     if last:
         head, first_token, q_start, q_len, _, _, _, _ = item
-        store_rows(
-            outs, strides, total, total_m, total_l, q_start, first_token, q_len, head * GROUP, GROUP, TOKENS, ROWS, DV, LSE
-        )
+        if SHARED:
+            _send(outs, strides, kept, total, total_m, total_l, item, GROUP, TOKENS, ROWS, LSE)
+        else:
+            store_rows(
+                outs, strides, total, total_m, total_l, q_start, first_token, q_len, head * GROUP, GROUP, TOKENS, ROWS, DV, LSE
+            )
         total_m, total_l, _ = _no_keys(ROWS, BN, DV)
         chunks = 0
     else:
@@ -174,18 +210,15 @@ def _step(
     STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, Q_BOXES: gl.constexpr, EDGE: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
     """The scores of a block and the weighted values of the block before."""
-    block, hi, position, kv_len, coming = flow
-    m, l, acc, alpha, lanes, weights = state
+    me, block, hi, position, kv_len, coming = flow
+    m, l, acc, more, alpha, lanes, weights = state
     stage, phase, ahead, ahead_phase = ring
-    v_ring = rings[2]
-    me = warp_group()
     wait_at(k_ready + ahead * 8, ahead_phase)
+    wait_at(v_ready + stage * 8, phase)
     meet("turn", me)
     s_pending = _scores(queries, rings, ahead, ROWS, BN, D_TAIL)
-    wait_at(v_ready + stage * 8, phase)
-    acc_pending = warpgroup_mma(weights, v_ring.index(stage), acc, is_async=True)
+    acc_pending = _start_values(weights, rings, stage, acc, more)
     arrive("turn", 1 - me)
-    l = added(l, alpha, lanes)
     s = warpgroup_mma_wait(num_outstanding=1, deps=(s_pending,))
     if EDGE:
         q, strides, window = edges
@@ -193,15 +226,17 @@ def _step(
             s, q, queries, strides, coming, block, hi, position, kv_len, window, CAUSAL, GROUP, TOKENS, ROWS, BN, D, D_TAIL, Q_BOXES
         )
     m_old = gl.where(restart, -1.0e30, m)
+    before, before_lanes = alpha, lanes
     m_new, alpha, p, lanes, p0 = to_weights(s, m_old, scale, restart)
+    l = added(l, gl.maximum(before, gl.fma(alpha, 0.0, float("-inf"))), before_lanes)
     arrive_after("keys", ahead, p0, AT, 8)
     acc, weights = warpgroup_mma_wait(num_outstanding=0, deps=(acc_pending, weights))
     arrive("values", stage)
+    weights = packed(p, rings[2].dtype)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
-    weights = _operand(p, v_ring, acc)
     wrapped = ahead + 1 == STAGES
     after_phase = gl.where(wrapped, ahead_phase ^ 1, ahead_phase)
-    return (m_new, l, acc, alpha, lanes, weights), (ahead, ahead_phase, gl.where(wrapped, 0, ahead + 1), after_phase), m
+    return (m_new, l, acc, me >= 0, alpha, lanes, weights), (ahead, ahead_phase, gl.where(wrapped, 0, ahead + 1), after_phase), m
 
 
 @gluon_jit
@@ -215,11 +250,11 @@ def _consume(
     """The two consumer warp groups: all key blocks of this program's work items, each group for its 64 rows."""
     ROWS: gl.constexpr = 128
     k_ready, v_ready, q_ready, told, fields = addresses
-    v_ring = rings[2]
     me = warp_group()
     open_turn(me)
     if not SHARED:
         kept = (kept + gl.program_id(0) * (ROWS * DV)).to(gl.int64)
+    kept = own_place(kept, ROWS * DV * 4 // 256)
     first = 0
     item = hear(told, fields, first, TURNS)
     if item[6] < item[7]:
@@ -237,10 +272,11 @@ def _consume(
         )
         empty, nothing, acc = _no_keys(ROWS, BN, DV)
         m, alpha, p, lanes, p0 = to_weights(s, empty, scale, block != block)
-        weights = _operand(p, v_ring, acc)
+        weights = packed(p, rings[2].dtype)
         l = nothing
         alpha = nothing
         totals = (empty, nothing, turn)  # of no chunk so far
+        more = block != block
         stage = 0
         phase = 0
         ahead = 1
@@ -261,11 +297,11 @@ def _consume(
             m_ended = gl.full((ROWS,), 0.0, gl.float32, m.type.layout)
             if (block + 1 == hi) | uneven(block, position, kv_len, window, CAUSAL, 2 * TOKENS, BN):
                 state, ring, m_ended = _step(
-                    (block, hi, position, kv_len, coming), (m, l, acc, alpha, lanes, weights), (stage, phase, ahead, ahead_phase),
+                    (me, block, hi, position, kv_len, coming), (m, l, acc, more, alpha, lanes, weights), (stage, phase, ahead, ahead_phase),
                     queries, rings, k_ready, v_ready, scale, (q, strides, window), restart, CAUSAL, GROUP, TOKENS, ROWS, BN, STAGES,
                     D, D_TAIL, DV, Q_BOXES, True,
                 )  # fmt: skip
-                m, l, acc, alpha, lanes, weights = state
+                m, l, acc, more, alpha, lanes, weights = state
                 stage, phase, ahead, ahead_phase = ring
             else:
                 block -= 1
@@ -274,31 +310,31 @@ def _consume(
                     block += 1
                     restart = last | (block % (CHUNK // BN) == 0)
                     state, ring, m_ended = _step(
-                        (block, hi, position, kv_len, coming), (m, l, acc, alpha, lanes, weights),
+                        (me, block, hi, position, kv_len, coming), (m, l, acc, more, alpha, lanes, weights),
                         (stage, phase, ahead, ahead_phase), queries, rings, k_ready, v_ready, scale, (q, strides, window), restart,
                         CAUSAL, GROUP, TOKENS, ROWS, BN, STAGES, D, D_TAIL, DV, Q_BOXES, False,
                     )  # fmt: skip
-                    m, l, acc, alpha, lanes, weights = state
+                    m, l, acc, more, alpha, lanes, weights = state
                     stage, phase, ahead, ahead_phase = ring
                     after = block + 1
                     go = (restart | (after + 1 == hi) | uneven(after, position, kv_len, window, CAUSAL, 2 * TOKENS, BN)) == False
             if restart:
                 totals = _restart(
-                    outs, strides, kept, totals, (m_ended, l, acc), ended, last, GROUP, TOKENS, ROWS, BN, DV, LSE
+                    outs, strides, kept, totals, (m_ended, l, acc), ended, last, GROUP, TOKENS, ROWS, BN, DV, LSE, SHARED
                 )
-                acc = gl.zeros_like(acc)
-                alpha = gl.zeros_like(alpha)  # a new chunk begins with nothing
+                more = block != block  # a new chunk begins with nothing
+                alpha = gl.zeros_like(alpha)
         _scrub_end(rings, v_ready, stage, phase, kv_len - block * BN, BN, DV)
         wait_at(v_ready + stage * 8, phase)
-        acc_pending = warpgroup_mma(weights, v_ring.index(stage), acc, is_async=True)
+        acc_pending = _start_values(weights, rings, stage, acc, more)
         l = added(l, alpha, lanes)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc_pending,))
-        _restart(outs, strides, kept, totals, (m, l, acc), item, True, GROUP, TOKENS, ROWS, BN, DV, LSE)
+        _restart(outs, strides, kept, totals, (m, l, acc), item, True, GROUP, TOKENS, ROWS, BN, DV, LSE, SHARED)
 
 
 @gluon_jit(do_not_specialize=["SEQS", "ITEMS", "l2_keys", "window", "table_stride"])
 def attention_kernel(
-    q: gl.tensor, q_tail: gl.tensor, k_desc: gl.tensor, t_desc: gl.tensor, v_desc: gl.tensor, out: gl.tensor, lse: gl.tensor,
+    q: gl.tensor, q_tail: gl.tensor, q_rows: gl.tensor, k_desc: gl.tensor, t_desc: gl.tensor, v_desc: gl.tensor, out: gl.tensor, lse: gl.tensor,
     kept: gl.tensor, counter: gl.tensor, q_starts: gl.tensor, kv_starts: gl.tensor, kv_lens: gl.tensor, table: gl.tensor,
     table_stride: gl.tensor, SEQS: gl.tensor, HEADS: gl.tensor, ITEMS: gl.tensor, l2_keys: gl.tensor, q_stride_token: gl.tensor,
     q_stride_head: gl.tensor, o_stride_token: gl.tensor, o_stride_head: gl.tensor, lse_stride: gl.tensor, scale: gl.tensor,
@@ -309,7 +345,7 @@ def attention_kernel(
 ) -> None:  # fmt: skip
     """Softmax attention of packed queries over packed or paged keys and values; see the module's text for the arithmetic.
 
-    q, q_tail: with Q_BOXES TMA descriptors of [tokens, heads, head size], else Q itself, twice.
+    q, q_tail: with Q_BOXES TMA descriptors of [tokens, heads, head size], else Q itself, twice. q_rows: Q itself.
     kept: float32 [programs, 128, DV], where totals wait for the end of a chunk; unused with SHARED, where they wait in shared memory.
     counter: an int32 zero, zero again afterwards. ITEMS, l2_keys: see `attention_tiles`.
     """
@@ -366,7 +402,7 @@ def attention_kernel(
             (_consume, (q, outs, queries, rings, addresses, kept, strides, scale, window, CAUSAL, GROUP, TOKENS, CHUNK, BN,
                         STAGES, D, D_TAIL, DV, LSE, SHARED, Q_BOXES, TURNS)),
             (produce_tiles, (descs, rings, bars + bars, board, counter, lengths, sizes, table, table_stride, window, q,
-                             queries + (q_ready,), CAUSAL, 2 * TOKENS, BN, PAGE, BOX, STAGES, D, D_TAIL, DV, HEAD_TILES, GROUP,
+                             q_rows, strides, queries + (q_ready,), CAUSAL, 2 * TOKENS, BN, PAGE, BOX, STAGES, D, D_TAIL, DV, HEAD_TILES, GROUP,
                              Q_BOXES)),
         ],
         [1],

@@ -23,3 +23,25 @@ def after(x: gl.tensor, y: gl.tensor) -> gl.tensor:
     """x [rows, 8, keys] for a maximum that the assembler is to find once y [rows, 8] is known."""
     _, wide = gl.broadcast(x, gl.convert_layout(y, gl.SliceLayout(2, x.type.layout))[:, :, None])
     return _first_after(x, wide, gl.num_warps())
+
+
+@inline
+def _pair(low: Any, high: Any, dtype: Any, _semantic: Any = None) -> Any:
+    """Two float32 rounded to half precision in one 32-bit register."""
+    asm = f"cvt.rn.{'bf16' if plain(dtype) == tl.bfloat16 else 'f16'}x2.f32 $0, $2, $1;"
+    return tl.inline_asm_elementwise(asm, "=r,r,r", [low, high], dtype=tl.int32, is_pure=True, pack=1, _semantic=_semantic)
+
+
+@gluon_jit
+def packed(x: gl.tensor, dtype: gl.constexpr) -> gl.tensor:
+    """x [rows, columns] rounded to half precision, two neighbours in an int32."""
+    low, high = x.reshape([x.shape[0], x.shape[1] // 2, 2]).split()
+    return _pair(low, high, dtype)
+
+
+@gluon_jit
+def unpacked(pairs: gl.tensor, dtype: gl.constexpr, layout: gl.constexpr) -> gl.tensor:
+    """What `packed` has packed, in a layout of the same registers."""
+    low = (pairs & 0xFFFF).to(gl.int16).to(dtype, bitcast=True)
+    high = (pairs >> 16).to(gl.int16).to(dtype, bitcast=True)
+    return gl.convert_layout(gl.join(low, high).reshape([pairs.shape[0], pairs.shape[1] * 2]), layout)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from .attention_load import stream_blocks
 from .shared_addresses import eight_at, wait_at
 from .toolchain import gl, gluon_jit, mbarrier
+from .warp_lanes import fetch_ahead, lane
 
 
 @gluon_jit
@@ -132,9 +133,23 @@ def hear(told: gl.tensor, fields: gl.tensor, turn: gl.tensor, TURNS: gl.constexp
 
 
 @gluon_jit
+def _ask_for_queries(
+    q_rows: gl.tensor, q_strides: gl.tensor, where: gl.tensor, TOKENS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr
+) -> None:
+    """Ask for an item's queries in L2: when its turn comes both warp groups wait for their copy."""
+    _, head, first_token, q_start, q_len, _, _, _, lo, hi = where
+    for part in gl.static_range((TOKENS + 31) // 32):
+        place = part * 32 + lane()
+        token = first_token + place
+        row = q_rows + (q_start + token).to(gl.int64) * q_strides[0] + head * GROUP * q_strides[1]
+        fetch_ahead(row, GROUP * D * q_rows.dtype.element_ty.primitive_bitwidth // 8, (place < TOKENS) & (token < q_len) & (lo < hi))
+
+
+@gluon_jit
 def produce_tiles(
     descs: gl.tensor, rings: gl.tensor, bars: gl.tensor, board: gl.tensor, counter: gl.tensor, lengths: gl.tensor,
-    sizes: gl.tensor, table: gl.tensor, table_stride: gl.tensor, window: gl.tensor, q: gl.tensor, queries: gl.tensor,
+    sizes: gl.tensor, table: gl.tensor, table_stride: gl.tensor, window: gl.tensor, q: gl.tensor, q_rows: gl.tensor,
+    q_strides: gl.tensor, queries: gl.tensor,
     CAUSAL: gl.constexpr, TOKENS: gl.constexpr, BN: gl.constexpr, PAGE: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr,
     D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, HEAD_TILES: gl.constexpr, GROUP: gl.constexpr,
     Q_BOXES: gl.constexpr,
@@ -155,6 +170,8 @@ def produce_tiles(
         after = _claim(counter, lengths, sizes, where[0], window, CAUSAL, TOKENS, BN)
         turn += 1
         _tell(board, turn, after)
+        if Q_BOXES:
+            _ask_for_queries(q_rows, q_strides, after, TOKENS, GROUP, D + D_TAIL)
         seq, head, first_token, q_start, _, kv_start, kv_len, _, lo, hi = where
         kv_head = head // HEAD_TILES
         pages = table + seq.to(gl.int64) * table_stride
