@@ -1,13 +1,20 @@
 """The Hopper attention kernel for prefill, chunked prefill and training; `attention_decode` computes the same for few queries.
 
 Warp-specialised Gluon kernel. A producer warp streams blocks of 128 keys and values through a ring of stages with TMA (from a
-packed tensor, or page by page through a page table; `attention_tiles` says in which order); two consumer warp groups each own 64
-rows of queries. A row is a (token, head) pair: the heads that share a key head sit side by side.
+packed tensor, or page by page through a page table; `attention_tiles` says in which order), and each item's queries; two consumer
+warp groups each own 64 rows of queries. A row is a (token, head) pair: the heads that share a key head sit side by side.
 
 A warp group starts the scores of a block and the weighted values of the block before together, computes weights as soon as the
-scores are there, and rescales when the values are; meanwhile the tensor core has the other group's products, whose turn it is next.
-The blocks of all work items of a program are one stream: an item's first scores run beside the last values of the item before. This
-is FlashAttention-3's overlap (arXiv 2407.08608, section 3) carried over the items' ends.
+scores are there, waits for the values when some exponentials are done, and rescales beside the others; meanwhile the tensor core has
+the other group's products, whose turn it is next. The blocks of all work items of a program are one stream: an item's first scores
+run beside the last values of the item before. This is FlashAttention-3's overlap (arXiv 2407.08608, section 3) carried over the
+items' ends.
+
+What bounds it is the chain of instructions of a warp group. So both groups are one partition and run one copy of the code, which
+stays in the instruction cache; its inner loop is free of branches, with masks, ends of chunks and ends of items outside of it; and
+where the assembler would put arithmetic off, or a wait first, a dependence that changes no bit says otherwise
+(`attention_registers`). Within the partition no barrier of Triton's may stand where one group has its turn: the other could never
+reach it.
 
 For every row the arithmetic is, whatever the batch, the tile, the page size, or where prefill was cut:
 
@@ -25,11 +32,12 @@ The online softmax is Milakov & Gimelshein 2018 (arXiv 1805.02867), the tiling F
 from __future__ import annotations
 
 from .attention_load import fetch_queries
-from .attention_registers import packed, unpacked
-from .attention_state import added, fold_kept, masked, scrub, store_rows, to_weights, token_of, uneven
+from .attention_registers import once_known, packed, unpacked
+from .attention_state import added, fold_kept, inverse_sums, masked, scrub, store_rows, store_sums, to_weights, token_of, uneven
 from .attention_tiles import hear, produce_tiles
 from .named_barrier import arrive, arrive_after, meet, open_turn
-from .shared_addresses import address_of, mark_places, own_place, put_at, start_at, store_warp_rows, wait_at, warp_group
+from .own_memory import own_place, put_at, store_warp_rows
+from .shared_addresses import address_of, mark_places, start_at, wait_at
 from .toolchain import (
     async_copy,
     fence_async_shared,
@@ -42,10 +50,9 @@ from .toolchain import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .warp_lanes import lane, warp
+from .warp_lanes import lane, warp, warp_group
 
 BLOCK_KEYS = 128
-AT = gl.constexpr(16)
 TILE_ROWS = 64
 EMPTY = -1.0e30  # the maximum over no keys; finite, so that EMPTY - EMPTY is 0 and not NaN
 
@@ -81,7 +88,19 @@ def _fetch_queries(
         for group in gl.static_range(2):
             token = first_token + group * TOKENS
             fetch_queries(
-                q[0], q_buffer.slice(group * HALF, HALF), strides, q_start, token, q_len, head * GROUP, 0, GROUP, TOKENS, HALF, D, 8
+                q[0],
+                q_buffer.slice(group * HALF, HALF),
+                strides,
+                q_start,
+                token,
+                q_len,
+                head * GROUP,
+                0,
+                GROUP,
+                TOKENS,
+                HALF,
+                D,
+                8,
             )
             if D_TAIL:
                 fetch_queries(
@@ -124,30 +143,26 @@ def _no_keys(ROWS: gl.constexpr, BN: gl.constexpr, DV: gl.constexpr) -> gl.tenso
 
 @gluon_jit
 def _scrub_end(
-    rings: gl.tensor, v_ready: gl.tensor, stage: gl.tensor, phase: gl.tensor, valid_keys: gl.tensor, BN: gl.constexpr,
-    DV: gl.constexpr,
-) -> None:  # fmt: skip
+    item: gl.tensor, block: gl.tensor, rings: gl.tensor, v_ready: gl.tensor, ring: gl.tensor, BN: gl.constexpr, DV: gl.constexpr
+) -> None:
     """Zero what an item's last block of values holds past the sequence's end."""
+    valid_keys = item[4] - block * BN
     if valid_keys < BN:
-        wait_at(v_ready + stage * 8, phase)
-        scrub(rings[2].index(stage), valid_keys, BN, DV, 8)
+        wait_at(v_ready + ring[0] * 8, ring[1])
+        scrub(rings[2].index(ring[0]), valid_keys, BN, DV, 8)
         gl.thread_barrier()
 
 
 @gluon_jit
-def _send(
+def _store_whole_rows(
     outs: gl.tensor, strides: gl.tensor, kept: gl.tensor, acc: gl.tensor, m: gl.tensor, l: gl.tensor, item: gl.tensor,
     GROUP: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr, LSE: gl.constexpr,
 ) -> None:  # fmt: skip
-    """`store_rows` with whole rows at a time, which change lanes where the warp's totals were."""
+    """`store_rows` by way of the place in shared memory where each warp's totals were."""
     head, first_token, q_start, q_len, _, _, _, _ = item
-    out, lse = outs
-    _, _, stride_token, stride_head, stride_lse = strides
-    rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    l = gl.convert_layout(l, rows)
-    inverse = gl.where(l > 0, 1.0 / l, 0.0)
-    dtype: gl.constexpr = out.dtype.element_ty
-    pairs = packed(acc * inverse[:, None], dtype)
+    out, _ = outs
+    _, _, stride_token, stride_head, _ = strides
+    pairs = packed(acc * inverse_sums(l, acc)[:, None], out.dtype.element_ty)
     r = warp() * 16 + lane()
     token = token_of(r, GROUP, TOKENS)
     there = (r % 64 < TOKENS * GROUP) & (first_token + token < q_len)
@@ -155,11 +170,7 @@ def _send(
     memory = out + ((q_start + first_token).to(gl.int64) * stride_token + head * GROUP * stride_head)
     store_warp_rows(pairs, kept - lane() * 16, memory.to(gl.int64), offset, 8)
     if LSE:
-        r = gl.arange(0, ROWS, layout=rows)
-        token = first_token + token_of(r, GROUP, TOKENS)
-        at = (q_start + token).to(gl.int64) * stride_lse + head * GROUP + r % 64 % GROUP
-        valid = (r % 64 < TOKENS * GROUP) & (token < q_len)
-        gl.store(lse + at, gl.where(l > 0, gl.convert_layout(m, rows) + gl.log2(l), float("-inf")), mask=valid)
+        store_sums(outs, strides, acc, m, l, q_start, first_token, q_len, head * GROUP, GROUP, TOKENS, ROWS)
 
 
 @gluon_jit
@@ -175,7 +186,7 @@ def _restart(
     if last:
         head, first_token, q_start, q_len, _, _, _, _ = item
         if SHARED:
-            _send(outs, strides, kept, total, total_m, total_l, item, GROUP, TOKENS, ROWS, LSE)
+            _store_whole_rows(outs, strides, kept, total, total_m, total_l, item, GROUP, TOKENS, ROWS, LSE)
         else:
             store_rows(
                 outs, strides, total, total_m, total_l, q_start, first_token, q_len, head * GROUP, GROUP, TOKENS, ROWS, DV, LSE
@@ -189,28 +200,45 @@ def _restart(
 
 @gluon_jit
 def _edge(
-    s: gl.tensor, q: gl.tensor, queries: gl.tensor, strides: gl.tensor, coming: gl.tensor, block: gl.tensor, hi: gl.tensor,
-    position: gl.tensor, kv_len: gl.tensor, window: gl.tensor, CAUSAL: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr,
-    ROWS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, Q_BOXES: gl.constexpr,
+    s: gl.tensor, item: gl.tensor, coming: gl.tensor, block: gl.tensor, sources: gl.tensor, queries: gl.tensor, window: gl.tensor,
+    CAUSAL: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
+    D_TAIL: gl.constexpr, Q_BOXES: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
-    """The scores of a block masked, where some row may not see it whole; after an item's last the queries are given back."""
+    """The scores of a block that some row may not see whole, masked; with an item's last the queries are given back."""
+    _, _, _, _, kv_len, position, _, hi = item
     if block + 1 == hi:
         if Q_BOXES:
             arrive("queries", warp_group())
         else:
+            q, strides = sources
             _fetch_queries(q, queries, strides, coming, GROUP, TOKENS, ROWS, D, D_TAIL)
     return masked(s, block, position, kv_len, window, CAUSAL, GROUP, TOKENS, ROWS, BN)
 
 
 @gluon_jit
+def _even(
+    item: gl.tensor, block: gl.tensor, window: gl.tensor, CAUSAL: gl.constexpr, TOKENS: gl.constexpr, BN: gl.constexpr
+) -> gl.tensor:
+    """Whether a block needs no `_edge`: it is not an item's last, and every row of the item sees it whole."""
+    _, _, _, _, kv_len, position, _, hi = item
+    return not ((block + 1 == hi) | uneven(block, position, kv_len, window, CAUSAL, 2 * TOKENS, BN))
+
+
+@gluon_jit
 def _step(
-    flow: gl.tensor, state: gl.tensor, ring: gl.tensor, queries: gl.tensor, rings: gl.tensor, k_ready: gl.tensor,
-    v_ready: gl.tensor, scale: gl.tensor, edges: gl.tensor, restart: gl.tensor,
-    CAUSAL: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr,
-    STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, Q_BOXES: gl.constexpr, EDGE: gl.constexpr,
+    state: gl.tensor, ring: gl.tensor, item: gl.tensor, coming: gl.tensor, block: gl.tensor, restart: gl.tensor, me: gl.tensor,
+    sources: gl.tensor, queries: gl.tensor, rings: gl.tensor, k_ready: gl.tensor, v_ready: gl.tensor, scale: gl.tensor,
+    window: gl.tensor,
+    CAUSAL: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, D_TAIL: gl.constexpr, Q_BOXES: gl.constexpr, EDGE: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
-    """The scores of a block and the weighted values of the block before."""
-    me, block, hi, position, kv_len, coming = flow
+    """The scores of `block` and the weighted values of the block before, which with `restart` ends a chunk; the state afterwards, the
+    ring's, and the maximum before.
+
+    state: maximum, sum, weighted values, whether there are any to add to, and, of the block whose values are not yet in them, the
+    factor of what there was before, the sum of weights in each lane, and weights. ring: the stage and the phase of that block's
+    values, and of the keys of `block`.
+    """
     m, l, acc, more, alpha, lanes, weights = state
     stage, phase, ahead, ahead_phase = ring
     wait_at(k_ready + ahead * 8, ahead_phase)
@@ -221,22 +249,90 @@ def _step(
     arrive("turn", 1 - me)
     s = warpgroup_mma_wait(num_outstanding=1, deps=(s_pending,))
     if EDGE:
-        q, strides, window = edges
         s = _edge(
-            s, q, queries, strides, coming, block, hi, position, kv_len, window, CAUSAL, GROUP, TOKENS, ROWS, BN, D, D_TAIL, Q_BOXES
-        )
-    m_old = gl.where(restart, -1.0e30, m)
-    before, before_lanes = alpha, lanes
-    m_new, alpha, p, lanes, p0 = to_weights(s, m_old, scale, restart)
-    l = added(l, gl.maximum(before, gl.fma(alpha, 0.0, float("-inf"))), before_lanes)
-    arrive_after("keys", ahead, p0, AT, 8)
+            s, item, coming, block, sources, queries, window, CAUSAL, GROUP, TOKENS, ROWS, BN, D, D_TAIL, Q_BOXES
+        )  # fmt: skip
+    m_new, factor, p, sums, first_p = to_weights(s, gl.where(restart, -1.0e30, m), scale, restart)
+    l = added(l, once_known(alpha, factor), lanes)  # beside the exponentials
+    arrive_after("keys", ahead, first_p, 16, 8)  # and the wait after it, when so many exponentials are done
     acc, weights = warpgroup_mma_wait(num_outstanding=0, deps=(acc_pending, weights))
     arrive("values", stage)
-    weights = packed(p, rings[2].dtype)
-    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
-    wrapped = ahead + 1 == STAGES
-    after_phase = gl.where(wrapped, ahead_phase ^ 1, ahead_phase)
-    return (m_new, l, acc, me >= 0, alpha, lanes, weights), (ahead, ahead_phase, gl.where(wrapped, 0, ahead + 1), after_phase), m
+    acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None]
+    state = (m_new, l, acc, block == block, factor, sums, packed(p, rings[2].dtype))
+    wraps = ahead + 1 == STAGES
+    ring = (ahead, ahead_phase, gl.where(wraps, 0, ahead + 1), gl.where(wraps, ahead_phase ^ 1, ahead_phase))
+    return state, ring, m
+
+
+@gluon_jit
+def _attend(
+    item: gl.tensor, q: gl.tensor, outs: gl.tensor, queries: gl.tensor, rings: gl.tensor, addresses: gl.tensor, kept: gl.tensor,
+    strides: gl.tensor, scale: gl.tensor, window: gl.tensor,
+    CAUSAL: gl.constexpr, GROUP: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr,
+    STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, LSE: gl.constexpr, SHARED: gl.constexpr,
+    Q_BOXES: gl.constexpr, TURNS: gl.constexpr,
+) -> None:  # fmt: skip
+    """All key blocks of `item`, the program's first, and of the items after it."""
+    k_ready, v_ready, q_ready, told, fields = addresses
+    sources = (q, strides)
+    me = warp_group()
+    turn = 0
+    block = item[6]
+    if not Q_BOXES:
+        _fetch_queries(q, queries, strides, item, GROUP, TOKENS, ROWS, D, D_TAIL)
+    coming = hear(told, fields, turn + 1, TURNS)
+    _await_queries(q_ready, turn, Q_BOXES)
+    wait_at(k_ready, 0)
+    s = warpgroup_mma_wait(num_outstanding=0, deps=(_scores(queries, rings, 0, ROWS, BN, D_TAIL),))
+    arrive("keys", 0)
+    s = _edge(s, item, coming, block, sources, queries, window, CAUSAL, GROUP, TOKENS, ROWS, BN, D, D_TAIL, Q_BOXES)
+    empty, nothing, acc = _no_keys(ROWS, BN, DV)
+    m, alpha, p, lanes, first_p = to_weights(s, empty, scale, block != block)
+    state = (m, nothing, acc, block != block, nothing, lanes, packed(p, rings[2].dtype))
+    ring = (turn, turn, turn + 1, turn)  # stage 0 and stage 1, both for the first time
+    totals = (empty, nothing, turn)  # of no chunk so far
+    while tl.condition((block + 1 < item[7]) | (coming[6] < coming[7]), disable_licm=True):  # else registers would not do
+        ended = item
+        last = block + 1 == item[7]
+        if last:
+            _scrub_end(item, block, rings, v_ready, ring, BN, DV)
+            turn += 1
+            _await_queries(q_ready, turn, Q_BOXES)
+            item = coming
+            block = item[6] - 1
+            coming = hear(told, fields, turn + 1, TURNS)
+        block += 1
+        restart = last | (block % (CHUNK // BN) == 0)
+        m_ended = gl.full((ROWS,), 0.0, gl.float32, empty.type.layout)
+        if _even(item, block, window, CAUSAL, TOKENS, BN):
+            block -= 1
+            even = block == block
+            while even:
+                block += 1
+                restart = last | (block % (CHUNK // BN) == 0)
+                state, ring, m_ended = _step(
+                    state, ring, item, coming, block, restart, me, sources, queries, rings, k_ready, v_ready, scale, window, CAUSAL,
+                    GROUP, TOKENS, ROWS, BN, STAGES, D, D_TAIL, Q_BOXES, False,
+                )  # fmt: skip
+                even = (not restart) & _even(item, block + 1, window, CAUSAL, TOKENS, BN)
+        else:
+            state, ring, m_ended = _step(
+                state, ring, item, coming, block, restart, me, sources, queries, rings, k_ready, v_ready, scale, window, CAUSAL,
+                GROUP, TOKENS, ROWS, BN, STAGES, D, D_TAIL, Q_BOXES, True,
+            )  # fmt: skip
+        if restart:
+            m, l, acc, more, alpha, lanes, weights = state
+            totals = _restart(
+                outs, strides, kept, totals, (m_ended, l, acc), ended, last, GROUP, TOKENS, ROWS, BN, DV, LSE, SHARED
+            )
+            state = (m, l, acc, block != block, gl.zeros_like(alpha), lanes, weights)  # a new chunk begins with nothing
+    _scrub_end(item, block, rings, v_ready, ring, BN, DV)
+    wait_at(v_ready + ring[0] * 8, ring[1])
+    m, l, acc, more, alpha, lanes, weights = state
+    acc_pending = _start_values(weights, rings, ring[0], acc, more)
+    l = added(l, alpha, lanes)
+    acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc_pending,))
+    _restart(outs, strides, kept, totals, (m, l, acc), item, True, GROUP, TOKENS, ROWS, BN, DV, LSE, SHARED)
 
 
 @gluon_jit
@@ -247,89 +343,20 @@ def _consume(
     STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, LSE: gl.constexpr, SHARED: gl.constexpr,
     Q_BOXES: gl.constexpr, TURNS: gl.constexpr,
 ) -> None:  # fmt: skip
-    """The two consumer warp groups: all key blocks of this program's work items, each group for its 64 rows."""
+    """The two consumer warp groups, each with 64 rows of every work item of this program. kept: an address in shared memory, or a
+    pointer."""
     ROWS: gl.constexpr = 128
-    k_ready, v_ready, q_ready, told, fields = addresses
-    me = warp_group()
-    open_turn(me)
+    open_turn(warp_group())
     if not SHARED:
         kept = (kept + gl.program_id(0) * (ROWS * DV)).to(gl.int64)
     kept = own_place(kept, ROWS * DV * 4 // 256)
     first = 0
-    item = hear(told, fields, first, TURNS)
+    item = hear(addresses[3], addresses[4], first, TURNS)
     if item[6] < item[7]:
-        turn = 0
-        _, _, _, _, kv_len, position, block, hi = item
-        if not Q_BOXES:
-            _fetch_queries(q, queries, strides, item, GROUP, TOKENS, ROWS, D, D_TAIL)
-        coming = hear(told, fields, turn + 1, TURNS)
-        _await_queries(q_ready, turn, Q_BOXES)
-        wait_at(k_ready, 0)
-        s = warpgroup_mma_wait(num_outstanding=0, deps=(_scores(queries, rings, 0, ROWS, BN, D_TAIL),))
-        arrive("keys", 0)
-        s = _edge(
-            s, q, queries, strides, coming, block, hi, position, kv_len, window, CAUSAL, GROUP, TOKENS, ROWS, BN, D, D_TAIL, Q_BOXES
-        )
-        empty, nothing, acc = _no_keys(ROWS, BN, DV)
-        m, alpha, p, lanes, p0 = to_weights(s, empty, scale, block != block)
-        weights = packed(p, rings[2].dtype)
-        l = nothing
-        alpha = nothing
-        totals = (empty, nothing, turn)  # of no chunk so far
-        more = block != block
-        stage = 0
-        phase = 0
-        ahead = 1
-        ahead_phase = 0
-        while tl.condition((block + 1 < hi) | (coming[6] < coming[7]), disable_licm=True):
-            ended = item
-            last = block + 1 == hi
-            if last:
-                _scrub_end(rings, v_ready, stage, phase, kv_len - block * BN, BN, DV)
-                turn += 1
-                _await_queries(q_ready, turn, Q_BOXES)
-                item = coming
-                _, _, _, _, kv_len, position, block, hi = item
-                block -= 1
-                coming = hear(told, fields, turn + 1, TURNS)
-            block += 1
-            restart = last | (block % (CHUNK // BN) == 0)
-            m_ended = gl.full((ROWS,), 0.0, gl.float32, m.type.layout)
-            if (block + 1 == hi) | uneven(block, position, kv_len, window, CAUSAL, 2 * TOKENS, BN):
-                state, ring, m_ended = _step(
-                    (me, block, hi, position, kv_len, coming), (m, l, acc, more, alpha, lanes, weights), (stage, phase, ahead, ahead_phase),
-                    queries, rings, k_ready, v_ready, scale, (q, strides, window), restart, CAUSAL, GROUP, TOKENS, ROWS, BN, STAGES,
-                    D, D_TAIL, DV, Q_BOXES, True,
-                )  # fmt: skip
-                m, l, acc, more, alpha, lanes, weights = state
-                stage, phase, ahead, ahead_phase = ring
-            else:
-                block -= 1
-                go = block == block
-                while go:
-                    block += 1
-                    restart = last | (block % (CHUNK // BN) == 0)
-                    state, ring, m_ended = _step(
-                        (me, block, hi, position, kv_len, coming), (m, l, acc, more, alpha, lanes, weights),
-                        (stage, phase, ahead, ahead_phase), queries, rings, k_ready, v_ready, scale, (q, strides, window), restart,
-                        CAUSAL, GROUP, TOKENS, ROWS, BN, STAGES, D, D_TAIL, DV, Q_BOXES, False,
-                    )  # fmt: skip
-                    m, l, acc, more, alpha, lanes, weights = state
-                    stage, phase, ahead, ahead_phase = ring
-                    after = block + 1
-                    go = (restart | (after + 1 == hi) | uneven(after, position, kv_len, window, CAUSAL, 2 * TOKENS, BN)) == False
-            if restart:
-                totals = _restart(
-                    outs, strides, kept, totals, (m_ended, l, acc), ended, last, GROUP, TOKENS, ROWS, BN, DV, LSE, SHARED
-                )
-                more = block != block  # a new chunk begins with nothing
-                alpha = gl.zeros_like(alpha)
-        _scrub_end(rings, v_ready, stage, phase, kv_len - block * BN, BN, DV)
-        wait_at(v_ready + stage * 8, phase)
-        acc_pending = _start_values(weights, rings, stage, acc, more)
-        l = added(l, alpha, lanes)
-        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc_pending,))
-        _restart(outs, strides, kept, totals, (m, l, acc), item, True, GROUP, TOKENS, ROWS, BN, DV, LSE, SHARED)
+        _attend(
+            item, q, outs, queries, rings, addresses, kept, strides, scale, window, CAUSAL, GROUP, TOKENS, CHUNK, ROWS, BN, STAGES,
+            D, D_TAIL, DV, LSE, SHARED, Q_BOXES, TURNS,
+        )  # fmt: skip
 
 
 @gluon_jit(do_not_specialize=["SEQS", "ITEMS", "l2_keys", "window", "table_stride"])

@@ -8,6 +8,12 @@ from .toolchain import gl, gluon_jit, tl
 from .wgmma import inline, plain
 
 
+@gluon_jit
+def once_known(x: gl.tensor, y: gl.tensor) -> gl.tensor:
+    """x, for what is to be done with it once y, which is finite, is known: its maximum with y * 0 - inf."""
+    return gl.maximum(x, gl.fma(y, 0.0, float("-inf")))
+
+
 @inline
 def _first_after(x: Any, y: Any, warps: Any, _semantic: Any = None) -> Any:
     """x; of a thread's elements the first two are their maxima with y * 0 - inf, which is -inf or not a number."""

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from .attention_registers import after
-from .shared_addresses import taken_from
+from .attention_registers import after, once_known
+from .own_memory import taken_from
 from .toolchain import fence_async_shared, gl, gluon_jit
 
 
@@ -86,7 +86,9 @@ def _lane_maxima(s: gl.tensor) -> gl.tensor:
 
 
 @gluon_jit
-def _half_weights(s: gl.tensor, in_lane: gl.tensor, m: gl.tensor, scale: gl.tensor, restart: gl.tensor, LATE: gl.constexpr) -> gl.tensor:
+def _half_weights(
+    s: gl.tensor, in_lane: gl.tensor, m: gl.tensor, scale: gl.tensor, restart: gl.tensor, LATE: gl.constexpr
+) -> gl.tensor:
     """`to_weights` for one row of each thread; with LATE the weights come after what sums are to be multiplied by."""
     ROWS: gl.constexpr = s.shape[0]
     BN: gl.constexpr = s.shape[2]
@@ -94,7 +96,7 @@ def _half_weights(s: gl.tensor, in_lane: gl.tensor, m: gl.tensor, scale: gl.tens
     alpha = gl.where(restart, 1.0, gl.exp2(m - m_new))
     shift = m_new
     if LATE:
-        shift = gl.maximum(m_new, gl.fma(alpha, 0.0, float("-inf")))
+        shift = once_known(m_new, alpha)
     p = gl.exp2(gl.fma(s, scale, gl.convert_layout(-shift, gl.SliceLayout(2, s.type.layout))[:, :, None]))
     lanes = gl.sum(p.reshape([ROWS, 8, BN // 8, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([ROWS, 8, 4, BN // 4]), 3)
     return m_new, alpha, p, lanes
@@ -156,30 +158,48 @@ def fold(total_m: gl.tensor, total_l: gl.tensor, total: gl.tensor, m: gl.tensor,
 
 
 @gluon_jit
+def inverse_sums(l: gl.tensor, acc: gl.tensor) -> gl.tensor:
+    """What normalises a row of acc; 0 for a row that saw no key."""
+    l = gl.convert_layout(l, gl.SliceLayout(1, acc.type.layout))
+    return gl.where(l > 0, 1.0 / l, 0.0)
+
+
+@gluon_jit
+def store_sums(
+    outs: gl.tensor, strides: gl.tensor, acc: gl.tensor, m: gl.tensor, l: gl.tensor, q_start: gl.tensor,
+    first_token: gl.tensor, q_len: gl.tensor, head0: gl.tensor, GROUP: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr,
+) -> None:  # fmt: skip
+    """Write the log2 of each row's sum of weights; of a row that saw no key -inf."""
+    rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    r = gl.arange(0, ROWS, layout=rows)
+    token = first_token + token_of(r, GROUP, TOKENS)
+    valid = (r % 64 < TOKENS * GROUP) & (token < q_len)
+    at = (q_start + token).to(gl.int64) * strides[4] + head0 + r % 64 % GROUP
+    m = gl.convert_layout(m, rows)
+    l = gl.convert_layout(l, rows)
+    gl.store(outs[1] + at, gl.where(l > 0, m + gl.log2(l), float("-inf")), mask=valid)
+
+
+@gluon_jit
 def store_rows(
     outs: gl.tensor, strides: gl.tensor, acc: gl.tensor, m: gl.tensor, l: gl.tensor, q_start: gl.tensor,
     first_token: gl.tensor, q_len: gl.tensor, head0: gl.tensor, GROUP: gl.constexpr, TOKENS: gl.constexpr,
     ROWS: gl.constexpr, DV: gl.constexpr, LSE: gl.constexpr,
 ) -> None:  # fmt: skip
-    """Normalise and write this warp group's rows; a row that saw no key becomes zeros."""
-    out, lse = outs
-    _, _, stride_token, stride_head, stride_lse = strides
+    """Normalise and write a tile's rows; a row that saw no key becomes zeros."""
+    out, _ = outs
+    _, _, stride_token, stride_head, _ = strides
     layout: gl.constexpr = acc.type.layout
-    rows: gl.constexpr = gl.SliceLayout(1, layout)
-    l_rows = gl.convert_layout(l, rows)
-    inverse = gl.where(l_rows > 0, 1.0 / l_rows, 0.0)
-    r = gl.arange(0, ROWS, layout=rows)
+    r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     d = gl.arange(0, DV, layout=gl.SliceLayout(0, layout))
     token = first_token + token_of(r, GROUP, TOKENS)
     valid = (r % 64 < TOKENS * GROUP) & (token < q_len)
     head = head0 + r % 64 % GROUP
     offset = (q_start + token).to(gl.int64) * stride_token + head * stride_head
-    values = (acc * inverse[:, None]).to(out.dtype.element_ty)
+    values = (acc * inverse_sums(l, acc)[:, None]).to(out.dtype.element_ty)
     gl.store(out + offset[:, None] + d[None, :], values, mask=valid[:, None])
     if LSE:
-        at = (q_start + token).to(gl.int64) * stride_lse + head
-        m_rows = gl.convert_layout(m, rows)
-        gl.store(lse + at, gl.where(l_rows > 0, m_rows + gl.log2(l_rows), float("-inf")), mask=valid)
+        store_sums(outs, strides, acc, m, l, q_start, first_token, q_len, head0, GROUP, TOKENS, ROWS)
 
 
 @gluon_jit

@@ -142,7 +142,9 @@ def _ask_for_queries(
         place = part * 32 + lane()
         token = first_token + place
         row = q_rows + (q_start + token).to(gl.int64) * q_strides[0] + head * GROUP * q_strides[1]
-        fetch_ahead(row, GROUP * D * q_rows.dtype.element_ty.primitive_bitwidth // 8, (place < TOKENS) & (token < q_len) & (lo < hi))
+        fetch_ahead(
+            row, GROUP * D * q_rows.dtype.element_ty.primitive_bitwidth // 8, (place < TOKENS) & (token < q_len) & (lo < hi)
+        )
 
 
 @gluon_jit

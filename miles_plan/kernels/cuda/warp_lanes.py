@@ -26,6 +26,12 @@ def lane(_semantic: Any = None) -> Any:
 
 
 @inline
+def warp_group(_semantic: Any = None) -> Any:
+    """This thread's warp group's place among the kernel's."""
+    return _emit("{ mov.u32 $0, %tid.x; shr.u32 $0, $0, 7; }", [], _semantic)
+
+
+@inline
 def warp(_semantic: Any = None) -> Any:
     """This thread's warp's place among the kernel's."""
     return _emit("{ mov.u32 $0, %tid.x; shr.u32 $0, $0, 5; }", [], _semantic)
