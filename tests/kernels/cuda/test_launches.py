@@ -19,8 +19,8 @@ import torch
 
 import miles_plan.kernels.cuda as package
 from miles_plan.kernels.cuda.gemm import gemm
-from miles_plan.kernels.cuda.toolchain import HAVE_GLUON
 from miles_plan.kernels.cuda.shared_addresses import SMALL_BYTES, TENSOR_ALIGNMENT
+from miles_plan.kernels.cuda.toolchain import HAVE_GLUON
 from miles_plan.kernels.cuda.tuning import DIRECT, SHARED_MEMORY_BYTES, GemmTile
 
 OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl", "launch_cooperative_grid", "enable_fp_fusion"}
