@@ -54,10 +54,12 @@ def masked(
     key = block * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
     place = position + token_of(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), GROUP, TOKENS)
     if CAUSAL:
-        seen = key[None, :] <= place[:, None]
+        s = gl.where(key[None, :] <= place[:, None], s, float("-inf"))
     else:
-        seen = (key < kv_len)[None, :]
-    return gl.where(seen & (key[None, :] > (place - window)[:, None]), s, float("-inf"))
+        s = gl.where((key < kv_len)[None, :], s, float("-inf"))
+    if block * BN <= position + TOKENS * (ROWS // 64) - 1 - window:
+        s = gl.where(key[None, :] > (place - window)[:, None], s, float("-inf"))
+    return s
 
 
 @gluon_jit
