@@ -304,9 +304,9 @@ def _launch_prefill(
     stages = _stages(query_bytes + total_bytes if shared else query_bytes, options)
     l2_keys = L2_BYTES * call.head_tiles // ((d + dv) * call.k.element_size())
     attention_kernel[(programs,)](
-        *_queries_of(call, options), *descs, out, lse, kept, zeroed_ints(call.q.device, 1), *_keys_of(call), call.seqs, heads, items,
+        *_queries_of(call, options), call.q, *descs, out, lse, kept, zeroed_ints(call.q.device, 1), *_keys_of(call), call.seqs, heads, items,
         l2_keys, *places, call.scale * LOG2_E, call.window, STAGES=min(stages, MOST_STAGES), SHARED=shared,
-        Q_BOXES=_in_boxes(call), num_warps=4, **options,
+        Q_BOXES=_in_boxes(call), num_warps=8, **options,
     )  # fmt: skip
 
 

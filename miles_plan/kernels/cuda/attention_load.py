@@ -94,13 +94,42 @@ def _until_free(
 
 
 @gluon_jit
+def _copy_queries(
+    q: gl.tensor, queries: gl.tensor, place: gl.tensor, TOKENS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
+    D_TAIL: gl.constexpr,
+) -> None:  # fmt: skip
+    """An item's queries, for each of the two warp groups when it has given back those before.
+
+    place: first row of Q, first head, and the program's number of the item, from 1. TMA brings the next sequence's rows too where
+    a tile ends behind its own: nothing is written for them.
+    """
+    q_desc, tail_desc = q
+    q_buffer, tail_buffer, q_ready = queries
+    row, head0, number = place
+    BYTES: gl.constexpr = TOKENS * GROUP * (D + D_TAIL) * q_desc.dtype.primitive_bitwidth // 8
+    for group in gl.static_range(2):
+        if number > 1:
+            meet("queries", group)
+        ready = q_ready.index(group)
+        mbarrier.expect(ready, BYTES)
+        first = row + group * TOKENS
+        tma.async_copy_global_to_shared(q_desc, [first, head0, 0], ready, q_buffer.slice(group * TOKENS, TOKENS))
+        if D_TAIL:
+            tail = tail_buffer.slice(group * TOKENS, TOKENS)
+            tma.async_copy_global_to_shared(tail_desc, [first, head0, D], ready, tail)
+
+
+@gluon_jit
 def stream_blocks(
     descs: gl.tensor, rings: gl.tensor, bars: gl.tensor, step: gl.tensor, lo: gl.tensor, hi: gl.tensor, kv_start: gl.tensor,
     kv_len: gl.tensor, pages: gl.tensor, kv_head: gl.tensor, v_col: gl.tensor,
     BN: gl.constexpr, PAGE: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr,
-    DV: gl.constexpr, NAMED: gl.constexpr,
+    DV: gl.constexpr, NAMED: gl.constexpr, q: gl.tensor = None, queries: gl.tensor = None, q_place: gl.tensor = None,
+    TOKENS: gl.constexpr = 0, GROUP: gl.constexpr = 0, Q_BOXES: gl.constexpr = False,
 ) -> gl.tensor:  # fmt: skip
     """One sequence's key blocks [lo, hi) and their values into the ring from `step` on; returns the step after them.
+
+    With Q_BOXES its queries come after the first block's keys, whose stage is given back before the last item's queries are.
 
     The consumers give a stage back at its mbarrier of k_empty or v_empty or, with NAMED, at its named barrier. The page table is
     read 32 boxes at a time, and those ahead of their turn: block by block, its latency would be paid for each until the ring
@@ -132,6 +161,9 @@ def stream_blocks(
         _fetch(k_desc, k_ring, k_ready.index(stage), stage, place, first_box, block, k_col, PAGE, BN, BOX)
         if D_TAIL:
             _fetch(t_desc, t_ring, k_ready.index(stage), stage, place, first_box, block, k_col + D, PAGE, BN, BOX)
+        if Q_BOXES:
+            if block == lo:
+                _copy_queries(q, queries, q_place, TOKENS, GROUP, D, D_TAIL)
         _until_free("values", v_empty, step, STAGES, NAMED)
         mbarrier.expect(v_ready.index(stage), V_BYTES)
         _fetch(v_desc, v_ring, v_ready.index(stage), stage, place, first_box, block, v_col, PAGE, BN, BOX)

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from .attention_registers import lane_maxima
+from .attention_registers import after, once_known
+from .own_memory import taken_from
 from .toolchain import fence_async_shared, gl, gluon_jit
 
 
@@ -22,53 +23,102 @@ def scrub(buffer: gl.tensor, valid_keys: gl.tensor, BN: gl.constexpr, DV: gl.con
 
 
 @gluon_jit
+def token_of(r: gl.tensor, GROUP: gl.constexpr, TOKENS: gl.constexpr) -> gl.tensor:
+    """Which token of a tile a row belongs to: a warp group's 64 rows are TOKENS tokens."""
+    return r // 64 * TOKENS + r % 64 // GROUP
+
+
+@gluon_jit
+def uneven(
+    block: gl.tensor, position: gl.tensor, kv_len: gl.tensor, window: gl.tensor, CAUSAL: gl.constexpr, TOKENS: gl.constexpr,
+    BN: gl.constexpr,
+) -> gl.tensor:  # fmt: skip
+    """Whether some row of a tile of TOKENS tokens from `position` on does not see a block whole."""
+    first = block * BN
+    cut = first <= position + TOKENS - 1 - window
+    if CAUSAL:
+        return cut | (first + BN - 1 > position)
+    return cut | (first + BN > kv_len)
+
+
+@gluon_jit
 def masked(
     s: gl.tensor, block: gl.tensor, position: gl.tensor, kv_len: gl.tensor, window: gl.tensor, CAUSAL: gl.constexpr,
     GROUP: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
-    """Scores with -inf where the row may not look; a block that every row sees whole is left untouched.
+    """Scores with -inf where the row may not look.
 
     A row at a place within the sequence that sees only keys up to its own sees none past the end; other rows are not written.
     """
-    first = block * BN
-    cut = first <= position + TOKENS - 1 - window
+    layout: gl.constexpr = s.type.layout
+    key = block * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
+    place = position + token_of(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)), GROUP, TOKENS)
     if CAUSAL:
-        ragged = first + BN - 1 > position
+        s = gl.where(key[None, :] <= place[:, None], s, float("-inf"))
     else:
-        ragged = first + BN > kv_len
-    if ragged | cut:
-        layout: gl.constexpr = s.type.layout
-        key = first + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
-        place = position + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)) // GROUP
-        if CAUSAL:
-            s = gl.where(key[None, :] <= place[:, None], s, float("-inf"))
-        else:
-            s = gl.where((key < kv_len)[None, :], s, float("-inf"))
-        if cut:
-            s = gl.where(key[None, :] > (place - window)[:, None], s, float("-inf"))
+        s = gl.where((key < kv_len)[None, :], s, float("-inf"))
+    if block * BN <= position + TOKENS * (ROWS // 64) - 1 - window:
+        s = gl.where(key[None, :] > (place - window)[:, None], s, float("-inf"))
     return s
 
 
 @gluon_jit
-def _row_maxima(s: gl.tensor, ROWS: gl.constexpr, BN: gl.constexpr) -> gl.tensor:
-    """The largest score of each row, lane by lane and then over the lanes."""
-    # Of a lane's keys 8 i + 2 lane + j, j = 0 is taken, then the even half of i until i = 0 is left.
-    x, _ = lane_maxima(s).reshape([ROWS, BN // 8, 4, 2]).permute((0, 2, 1, 3)).split()
-    x, _ = x.reshape([ROWS, 4, BN // 16, 2]).split()
-    x, _ = x.reshape([ROWS, 4, BN // 32, 2]).split()
-    x, _ = x.reshape([ROWS, 4, BN // 64, 2]).split()
-    x, _ = x.reshape([ROWS, 4, BN // 128, 2]).split()
-    return gl.convert_layout(gl.max(x.reshape([ROWS, 4]), 1), gl.SliceLayout(1, s.type.layout))
+def _row_halves(x: gl.tensor) -> gl.tensor:
+    """Of the two rows that a thread has in `wgmma`'s layout the first and the second: [rows / 16, 8, ...] each."""
+    if len(x.shape) == 1:
+        return x.reshape([x.shape[0] // 16, 2, 8]).permute((0, 2, 1)).split()
+    else:
+        return x.reshape([x.shape[0] // 16, 2, 8, x.shape[1]]).permute((0, 2, 3, 1)).split()
 
 
 @gluon_jit
-def to_weights(s: gl.tensor, m: gl.tensor, scale: gl.tensor, ROWS: gl.constexpr, BN: gl.constexpr) -> gl.tensor:
-    """Scores to unnormalised weights under the new running maximum (an integer power of two), and what a row's four lanes each add
-    up, [ROWS, 4]."""
-    m_new = gl.maximum(m, gl.ceil(_row_maxima(s, ROWS, BN) * scale))
-    p = gl.exp2(gl.fma(s, scale, -m_new[:, None]))
-    by_lane = p.reshape([ROWS, BN // 8, 4, 2]).permute((0, 2, 1, 3)).reshape([ROWS, 4, BN // 4])
-    return m_new, p, gl.sum(by_lane, 2)
+def _rows_of(first: gl.tensor, second: gl.tensor) -> gl.tensor:
+    """The tensor that has these halves."""
+    x = gl.join(first, second)
+    if len(x.shape) == 3:
+        return x.permute((0, 2, 1)).reshape([x.shape[0] * 16])
+    else:
+        return x.permute((0, 3, 1, 2)).reshape([x.shape[0] * 16, x.shape[2]])
+
+
+@gluon_jit
+def _lane_maxima(s: gl.tensor) -> gl.tensor:
+    """The largest score of each row in each of its four lanes, of one row of each thread."""
+    return gl.max(gl.max(s.reshape([s.shape[0], 8, s.shape[2] // 8, 4, 2]), 2), 3)
+
+
+@gluon_jit
+def _half_weights(
+    s: gl.tensor, in_lane: gl.tensor, m: gl.tensor, scale: gl.tensor, restart: gl.tensor, LATE: gl.constexpr
+) -> gl.tensor:
+    """`to_weights` for one row of each thread; with LATE the weights come after what sums are to be multiplied by."""
+    ROWS: gl.constexpr = s.shape[0]
+    BN: gl.constexpr = s.shape[2]
+    m_new = gl.maximum(m, gl.convert_layout(gl.ceil(gl.max(in_lane, 2) * scale), m.type.layout))
+    alpha = gl.where(restart, 1.0, gl.exp2(m - m_new))
+    shift = m_new
+    if LATE:
+        shift = once_known(m_new, alpha)
+    p = gl.exp2(gl.fma(s, scale, gl.convert_layout(-shift, gl.SliceLayout(2, s.type.layout))[:, :, None]))
+    lanes = gl.sum(p.reshape([ROWS, 8, BN // 8, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([ROWS, 8, 4, BN // 4]), 3)
+    return m_new, alpha, p, lanes
+
+
+@gluon_jit
+def to_weights(s: gl.tensor, m: gl.tensor, scale: gl.tensor, restart: gl.tensor) -> gl.tensor:
+    """Scores to unnormalised weights under the new running maximum (an integer power of two): the maximum, what sums so far are to
+    be multiplied by, weights, what a row's four lanes each add up, [ROWS, 4], and the weights of each thread's first row again.
+
+    One of a thread's rows after the other: the second's maximum is found beside the first's exponentials.
+    """
+    s0, s1 = _row_halves(s)
+    m0, m1 = _row_halves(m)
+    m0, alpha0, p0, lanes0 = _half_weights(s0, _lane_maxima(s0), m0, scale, restart, False)
+    m1, alpha1, p1, lanes1 = _half_weights(s1, _lane_maxima(after(s1, alpha0)), m1, scale, restart, True)
+    p = gl.convert_layout(_rows_of(p0, p1), s.type.layout, assert_trivial=True)
+    m_new = gl.convert_layout(_rows_of(m0, m1), m.type.layout, assert_trivial=True)
+    alpha = gl.convert_layout(_rows_of(alpha0, alpha1), m.type.layout, assert_trivial=True)
+    return m_new, alpha, p, _rows_of(lanes0, lanes1), p0
 
 
 @gluon_jit
@@ -78,26 +128,8 @@ def added(l: gl.tensor, alpha: gl.tensor, lanes: gl.tensor) -> gl.tensor:
 
 
 @gluon_jit
-def _places(kept: gl.tensor, acc: gl.tensor) -> gl.tensor:
-    """Where a row's total lies in memory."""
-    layout: gl.constexpr = acc.type.layout
-    r = gl.arange(0, acc.type.shape[0], layout=gl.SliceLayout(1, layout))
-    d = gl.arange(0, acc.type.shape[1], layout=gl.SliceLayout(0, layout))
-    return kept + r[:, None] * acc.type.shape[1] + d[None, :]
-
-
-@gluon_jit
-def keep(kept: gl.tensor, total: gl.tensor, SHARED: gl.constexpr) -> None:
-    """Put a row's total aside until the next chunk ends: it would take the registers of half the products."""
-    if SHARED:
-        kept.store(total)
-    else:
-        gl.store(_places(kept, total), total)
-
-
-@gluon_jit
 def fold_kept(
-    totals: gl.tensor, kept: gl.tensor, chunks: gl.tensor, state: gl.tensor, SHARED: gl.constexpr
+    totals: gl.tensor, kept: gl.tensor, chunks: gl.tensor, state: gl.tensor, WARPS: gl.constexpr
 ) -> gl.tensor:  # fmt: skip
     """`fold` of one more chunk's state into a total that was put aside, after `chunks` chunks."""
     total_m, total_l = totals
@@ -106,10 +138,7 @@ def fold_kept(
     a = gl.exp2(total_m - m_new)
     b = gl.exp2(m - m_new)
     if chunks > 0:
-        if SHARED:
-            total = kept.load(acc.type.layout)
-        else:
-            total = gl.load(_places(kept, acc))
+        total = taken_from(acc, kept, WARPS)
         rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
         total = gl.fma(acc, gl.convert_layout(b, rows)[:, None], total * gl.convert_layout(a, rows)[:, None])
     else:
@@ -131,30 +160,48 @@ def fold(total_m: gl.tensor, total_l: gl.tensor, total: gl.tensor, m: gl.tensor,
 
 
 @gluon_jit
+def inverse_sums(l: gl.tensor, acc: gl.tensor) -> gl.tensor:
+    """What normalises a row of acc; 0 for a row that saw no key."""
+    l = gl.convert_layout(l, gl.SliceLayout(1, acc.type.layout))
+    return gl.where(l > 0, 1.0 / l, 0.0)
+
+
+@gluon_jit
+def store_sums(
+    outs: gl.tensor, strides: gl.tensor, acc: gl.tensor, m: gl.tensor, l: gl.tensor, q_start: gl.tensor,
+    first_token: gl.tensor, q_len: gl.tensor, head0: gl.tensor, GROUP: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr,
+) -> None:  # fmt: skip
+    """Write the log2 of each row's sum of weights; of a row that saw no key -inf."""
+    rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    r = gl.arange(0, ROWS, layout=rows)
+    token = first_token + token_of(r, GROUP, TOKENS)
+    valid = (r % 64 < TOKENS * GROUP) & (token < q_len)
+    at = (q_start + token).to(gl.int64) * strides[4] + head0 + r % 64 % GROUP
+    m = gl.convert_layout(m, rows)
+    l = gl.convert_layout(l, rows)
+    gl.store(outs[1] + at, gl.where(l > 0, m + gl.log2(l), float("-inf")), mask=valid)
+
+
+@gluon_jit
 def store_rows(
     outs: gl.tensor, strides: gl.tensor, acc: gl.tensor, m: gl.tensor, l: gl.tensor, q_start: gl.tensor,
     first_token: gl.tensor, q_len: gl.tensor, head0: gl.tensor, GROUP: gl.constexpr, TOKENS: gl.constexpr,
     ROWS: gl.constexpr, DV: gl.constexpr, LSE: gl.constexpr,
 ) -> None:  # fmt: skip
-    """Normalise and write this warp group's rows; a row that saw no key becomes zeros."""
-    out, lse = outs
-    _, _, stride_token, stride_head, stride_lse = strides
+    """Normalise and write a tile's rows; a row that saw no key becomes zeros."""
+    out, _ = outs
+    _, _, stride_token, stride_head, _ = strides
     layout: gl.constexpr = acc.type.layout
-    rows: gl.constexpr = gl.SliceLayout(1, layout)
-    l_rows = gl.convert_layout(l, rows)
-    inverse = gl.where(l_rows > 0, 1.0 / l_rows, 0.0)
-    r = gl.arange(0, ROWS, layout=rows)
+    r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     d = gl.arange(0, DV, layout=gl.SliceLayout(0, layout))
-    token = first_token + r // GROUP
-    valid = (r < TOKENS * GROUP) & (token < q_len)
-    head = head0 + r % GROUP
+    token = first_token + token_of(r, GROUP, TOKENS)
+    valid = (r % 64 < TOKENS * GROUP) & (token < q_len)
+    head = head0 + r % 64 % GROUP
     offset = (q_start + token).to(gl.int64) * stride_token + head * stride_head
-    values = (acc * inverse[:, None]).to(out.dtype.element_ty)
+    values = (acc * inverse_sums(l, acc)[:, None]).to(out.dtype.element_ty)
     gl.store(out + offset[:, None] + d[None, :], values, mask=valid[:, None])
     if LSE:
-        at = (q_start + token).to(gl.int64) * stride_lse + head
-        m_rows = gl.convert_layout(m, rows)
-        gl.store(lse + at, gl.where(l_rows > 0, m_rows + gl.log2(l_rows), float("-inf")), mask=valid)
+        store_sums(outs, strides, acc, m, l, q_start, first_token, q_len, head0, GROUP, TOKENS, ROWS)
 
 
 @gluon_jit

@@ -11,7 +11,9 @@ Programs take the next item when they are done with one. Which program computes 
 from __future__ import annotations
 
 from .attention_load import stream_blocks
+from .shared_addresses import eight_at, wait_at
 from .toolchain import gl, gluon_jit, mbarrier
+from .warp_lanes import fetch_ahead, lane
 
 
 @gluon_jit
@@ -122,28 +124,37 @@ def _tell(board: gl.tensor, turn: gl.tensor, where: gl.tensor) -> None:
 
 
 @gluon_jit
-def hear(board: gl.tensor, turn: gl.tensor) -> gl.tensor:
+def hear(told: gl.tensor, fields: gl.tensor, turn: gl.tensor, TURNS: gl.constexpr) -> gl.tensor:
     """What the program's item number `turn` covers: head, first token, first row of Q, queries, keys, the first token's position,
-    and the range of key blocks, empty where no item is left."""
-    told, fields = board
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    slot = turn % told.shape[0]
-    mbarrier.wait(told.index(slot), (turn // told.shape[0]) & 1)
-    at = slot * 8
-    return (
-        gl.max(fields.index(at).load(layout), 0), gl.max(fields.index(at + 1).load(layout), 0),
-        gl.max(fields.index(at + 2).load(layout), 0), gl.max(fields.index(at + 3).load(layout), 0),
-        gl.max(fields.index(at + 4).load(layout), 0), gl.max(fields.index(at + 5).load(layout), 0),
-        gl.max(fields.index(at + 6).load(layout), 0), gl.max(fields.index(at + 7).load(layout), 0),
-    )  # fmt: skip
+    and the range of key blocks, empty where no item is left. told, fields: addresses of the board's parts."""
+    slot = turn % TURNS
+    wait_at(told + slot * 8, (turn // TURNS) & 1)
+    return eight_at(fields + slot * 32)
+
+
+@gluon_jit
+def _ask_for_queries(
+    q_rows: gl.tensor, q_strides: gl.tensor, where: gl.tensor, TOKENS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr
+) -> None:
+    """Ask for an item's queries in L2: when its turn comes both warp groups wait for their copy."""
+    _, head, first_token, q_start, q_len, _, _, _, lo, hi = where
+    for part in gl.static_range((TOKENS + 31) // 32):
+        place = part * 32 + lane()
+        token = first_token + place
+        row = q_rows + (q_start + token).to(gl.int64) * q_strides[0] + head * GROUP * q_strides[1]
+        fetch_ahead(
+            row, GROUP * D * q_rows.dtype.element_ty.primitive_bitwidth // 8, (place < TOKENS) & (token < q_len) & (lo < hi)
+        )
 
 
 @gluon_jit
 def produce_tiles(
     descs: gl.tensor, rings: gl.tensor, bars: gl.tensor, board: gl.tensor, counter: gl.tensor, lengths: gl.tensor,
-    sizes: gl.tensor, table: gl.tensor, table_stride: gl.tensor, window: gl.tensor,
+    sizes: gl.tensor, table: gl.tensor, table_stride: gl.tensor, window: gl.tensor, q: gl.tensor, q_rows: gl.tensor,
+    q_strides: gl.tensor, queries: gl.tensor,
     CAUSAL: gl.constexpr, TOKENS: gl.constexpr, BN: gl.constexpr, PAGE: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr,
-    D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, HEAD_TILES: gl.constexpr,
+    D: gl.constexpr, D_TAIL: gl.constexpr, DV: gl.constexpr, HEAD_TILES: gl.constexpr, GROUP: gl.constexpr,
+    Q_BOXES: gl.constexpr,
 ) -> None:  # fmt: skip
     """The producer warp: takes items, tells the consumers, and streams keys and values as far ahead as the ring allows.
 
@@ -161,11 +172,13 @@ def produce_tiles(
         after = _claim(counter, lengths, sizes, where[0], window, CAUSAL, TOKENS, BN)
         turn += 1
         _tell(board, turn, after)
-        seq, head, _, _, _, kv_start, kv_len, _, lo, hi = where
+        if Q_BOXES:
+            _ask_for_queries(q_rows, q_strides, after, TOKENS, GROUP, D + D_TAIL)
+        seq, head, first_token, q_start, _, kv_start, kv_len, _, lo, hi = where
         kv_head = head // HEAD_TILES
         pages = table + seq.to(gl.int64) * table_stride
         step = stream_blocks(
             descs, rings, bars, step, lo, hi, kv_start, kv_len, pages, kv_head, kv_head * DV, BN, PAGE, BOX, STAGES, D, D_TAIL, DV,
-            True,
+            True, q, queries, (q_start + first_token, head * GROUP, turn), TOKENS // 2, GROUP, Q_BOXES,
         )  # fmt: skip
         where = after

@@ -19,6 +19,7 @@ import torch
 
 import miles_plan.kernels.cuda as package
 from miles_plan.kernels.cuda.gemm import gemm
+from miles_plan.kernels.cuda.shared_addresses import SMALL_BYTES, TENSOR_ALIGNMENT
 from miles_plan.kernels.cuda.toolchain import HAVE_GLUON
 from miles_plan.kernels.cuda.tuning import DIRECT, SHARED_MEMORY_BYTES, GemmTile
 
@@ -293,9 +294,15 @@ def test_prefill_computes_weights_while_the_tensor_core_multiplies_values(launch
     attention(half(300, 32, 128), half(300, 8, 128), half(300, 8, 128))
     code = machine_code(compiled(*launched.first["attention_kernel"]))
     scores, values = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
-    between = [part.split(values)[0] for part in code.split(scores)[1:]]
-    assert [part.count("MUFU.EX2") >= 64 and "LDL" not in part for part in between] == [True, True]  # one loop a warp group
-    assert "VIMNMX3" in code  # three integers compared at a time
+    inner, edge = code.split(scores)[1:]  # one loop for both warp groups, and its step for blocks at a sequence's edge
+    assert values in edge
+    straight = inner[: inner.index("BRA")]
+    before, after = straight.split(values)
+    assert before.count("MUFU.EX2") >= 16
+    assert after.count("MUFU.EX2") >= 16
+    assert straight.count("MUFU.EX2") >= 64
+    assert after.count("FMUL") >= 64  # rescaled beside the other exponentials
+    assert "LDL" not in straight
 
 
 @pytest.mark.parametrize("launched", ["hopper"], indirect=True)
@@ -308,6 +315,16 @@ def test_prefill_compiles_for_groups_that_tma_copies_and_others(
     values = half(300, kv_heads, min(head_size, 128))
     attention(half(300, heads, head_size), half(300, kv_heads, head_size), values)
     assert shared_bytes(*launched.first["attention_kernel"]) <= SHARED_MEMORY_BYTES
+    program = compiled(*launched.first["attention_kernel"])
+    turns = re.split(r"bar\.sync barrier, 256", program.asm["ptx"])[1:]
+    assert len(turns) == 2  # in the inner loop and in its step for a block at a sequence's edge
+    for turn in turns:  # a barrier of both warp groups while one has its turn would never open
+        assert "bar.sync" not in turn[: turn.index("bar.arrive barrier, 256")]
+    begin = program.asm["ptx"][: program.asm["ptx"].index("mbarrier.init")]
+    asked = [int(place) for place in re.findall(r"ld\.shared\.b32\s+%r\d+, \[global_smem\+(\d+)\]", begin)]
+    assert len(asked) >= 5
+    first_marked = (program.metadata.shared & -8) - SMALL_BYTES
+    assert all(place % TENSOR_ALIGNMENT == 0 or (place >= first_marked and place % 8 == 0) for place in asked)
 
 
 @pytest.mark.parametrize("launched", ["hopper"], indirect=True)
