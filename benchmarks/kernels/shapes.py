@@ -18,7 +18,7 @@ HALF = "bfloat16"
 # The fields of each op and what an absent one means.
 FIELDS: dict[str, dict[str, Any]] = {
     "matmul": {"M": REQUIRED, "N": REQUIRED, "K": REQUIRED, "order": "chain", "dtype": HALF},
-    "matmul_gradients": {"M": REQUIRED, "N": REQUIRED, "K": REQUIRED, "dtype": HALF},
+    "matmul_gradients": {"M": REQUIRED, "N": REQUIRED, "K": REQUIRED, "grad_order": "chain", "dtype": HALF},
     "grouped_matmul": {"tokens": REQUIRED, "N": REQUIRED, "K": REQUIRED, "experts": 128, "top_k": 8, "dtype": HALF},
     "fp8_matmul": {"M": REQUIRED, "N": REQUIRED, "K": REQUIRED},
     "fp8_grouped_matmul": {"tokens": REQUIRED, "N": REQUIRED, "K": REQUIRED, "experts": 128, "top_k": 8},
@@ -32,6 +32,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 CHOICES = {
     "order": ("chain", "tree"),
+    "grad_order": ("chain", "tree"),
     "dtype": ("bfloat16", "float16", "float32"),
 }
 
@@ -134,6 +135,8 @@ SMALL_PROJECTIONS = (
     ("Qwen3-1.7B gate_up", 12_288, 2048, "chain"),
     ("Qwen3-1.7B down", 2048, 6144, "tree"),
 )
+MICRO_BATCH = 16_384  # tokens
+TRAINED = ("Qwen3-1.7B", "Qwen3-8B", "Qwen3-30B-A3B")  # whose gradients are tuned
 EXPERTS = (("Qwen3-30B-A3B experts gate_up", 1536, 2048), ("Qwen3-30B-A3B experts down", 2048, 768))
 ROWS = [1, 16, 32, 64, 128, 256, 512, 1024, 4096, 16_384]
 TOKENS = [16, 64, 256, 1024, 4096, 16_384]
@@ -143,6 +146,24 @@ def small_shapes() -> list[Shape]:
     """The products of small models."""
     entries = [
         {"op": "matmul", "name": name, "M": ROWS, "N": n, "K": k, "order": order} for name, n, k, order in SMALL_PROJECTIONS
+    ]
+    return [shape for entry in entries for shape in expand(entry)]
+
+
+def gradient_shapes() -> list[Shape]:
+    """What training takes the gradients of: a layer whose columns ranks split sums its input's gradient as the tree, and the other way
+    round (`parallel_linear`). Models of one width share their head."""
+    layers = [layer for layer in (*PROJECTIONS, *SMALL_PROJECTIONS) if layer[0].startswith(TRAINED)]
+    entries = [
+        {
+            "op": "matmul_gradients",
+            "name": name,
+            "M": MICRO_BATCH,
+            "N": n,
+            "K": k,
+            "grad_order": "tree" if order == "chain" else "chain",
+        }
+        for name, n, k, order in layers
     ]
     return [shape for entry in entries for shape in expand(entry)]
 

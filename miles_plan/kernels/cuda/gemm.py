@@ -14,8 +14,9 @@ from .gemm_kernel import gemm_kernel
 from .gemm_pieces import gemm_pieces_kernel
 from .gemm_portable import gemm_portable_kernel
 from .gemm_skinny import gemm_skinny_kernel
+from .gemm_tall import gemm_tall_kernel
 from .toolchain import gl, gluon_descriptor, triton
-from .tuning import DIRECT, DRIP_BUFFERS, PIECES, RING, SKINNY, GemmProblem, GemmTile, choose
+from .tuning import DIRECT, DRIP_BUFFERS, PIECES, RING, SKINNY, TALL, GemmProblem, GemmTile, choose
 
 TREE_LEAVES = 8  # slices of K in the tree family: what tensor-parallel sizes 1, 2, 4 and 8 share
 HALF = (torch.bfloat16, torch.float16)
@@ -85,7 +86,7 @@ def gemm(
 
 def fit_height(tile: GemmTile, height: int) -> GemmTile:
     """The tile, or one of RING with the row height that an existing plan was made for."""
-    if tile.height == height and tile.engine != PIECES:
+    if tile.height == height and tile.engine not in (PIECES, TALL):
         return tile
     if height == 64:
         return GemmTile(RING, False, 64, 1, 128, 0, 64, 6, 8, tile.store)
@@ -100,6 +101,9 @@ def _launch_hopper(
         return
     if tile.store in (1, 3) and not addressable(out):
         tile = replace(fit_height(tile, tile.height), store=0)
+        if problem.leaves and problem.k // problem.leaves % tile.depth:  # its leaves end inside a stage
+            _launch_portable(a, b, out, problem, plan, 0)
+            return
     m, n = problem.m, problem.n
     stride_m, stride_n = out.stride(0), out.stride(1)
     a_km, b_kn = problem.a_km, problem.b_kn
@@ -115,7 +119,7 @@ def _launch_hopper(
             RELEASE=tile.overlap == 2, launch_pdl=tile.overlap > 0,
         )  # fmt: skip
         return
-    if tile.engine == PIECES:
+    if tile.engine in (PIECES, TALL):
         _launch_pieces(a, b, out, problem, tile)
         return
     a_desc = descriptor(a, (tile.depth, tile.rows) if a_km else (tile.rows, tile.depth))
@@ -140,12 +144,23 @@ def _launch_hopper(
 
 
 def _launch_pieces(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, problem: GemmProblem, tile: GemmTile) -> None:
-    tiles = triton.cdiv(problem.m, tile.height) * triton.cdiv(problem.n, tile.width)
-    gemm_pieces_kernel[(min(multiprocessors(out.device), tiles),)](
-        descriptor(a, (tile.rows, tile.depth)), descriptor(b, (tile.cols, tile.depth)), descriptor(out, (tile.rows, tile.cols)),
-        problem.m, problem.n, problem.k, GROUP=tile.group, CONSUMERS=tile.consumers, STAGES=tile.stages, PIECE=tile.cols,
-        COUNT=tile.width // tile.cols, LEAVES=problem.leaves, DRIP=DRIP_BUFFERS if tile.store == 3 else 0,
-        RELEASE=tile.overlap == 2, num_warps=4, maxnreg=168, launch_pdl=tile.overlap > 0,
+    programs = min(multiprocessors(out.device), triton.cdiv(problem.m, tile.height) * triton.cdiv(problem.n, tile.width))
+    a_box, b_box = (tile.depth, 64) if problem.a_km else (64, tile.depth), (tile.cols, tile.depth)
+    descs = (descriptor(a, a_box), descriptor(b, b_box[::-1] if problem.b_kn else b_box), descriptor(out, (64, tile.cols)))
+    count, leaf = tile.width // tile.cols, problem.k // max(problem.leaves, 1)
+    sizes = (problem.m, problem.n, problem.k)
+    if tile.engine == TALL:
+        gemm_tall_kernel[(programs,)](
+            *descs, *sizes, GROUP=tile.group, STAGES=tile.stages, PIECE=tile.cols, COUNT=count, BUFFERS=DRIP_BUFFERS,
+            A_KM=problem.a_km, B_KN=problem.b_kn, RELEASE=tile.overlap == 2, num_warps=4, maxnreg=168, launch_pdl=tile.overlap > 0,
+        )  # fmt: skip
+        return
+    tail = leaf % tile.depth // 16 if problem.leaves else 0
+    each = -(-count // max(1, min(count, leaf // tile.depth - 1)))  # pieces that move while a step of a leaf runs
+    gemm_pieces_kernel[(programs,)](
+        *descs, *sizes, GROUP=tile.group, CONSUMERS=tile.consumers, STAGES=tile.stages, PIECE=tile.cols, COUNT=count,
+        LEAVES=problem.leaves, TAIL=tail, EACH=each, DRIP=DRIP_BUFFERS if tile.store == 3 else 0, A_KM=problem.a_km,
+        B_KN=problem.b_kn, RELEASE=tile.overlap == 2, num_warps=4, maxnreg=168, launch_pdl=tile.overlap > 0,
     )  # fmt: skip
 
 

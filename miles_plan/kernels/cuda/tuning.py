@@ -26,12 +26,14 @@ BARRIER_BYTES = 1_024  # barriers and alignment, rounded up
 LARGEST_BUCKET = 65_536
 EXACT_TOKENS = 1024  # up to here a tile is predicted for the very number of tokens
 MOST_STAGES = 12
+LEAST_LEAF = 128  # of K, for a tile in pieces: its sums move while a second stage is multiplied
 FEW_ROWS = 32  # for so few a tile in pieces was never the fastest
 LAUNCHED_IN_EVERY_WAY = 3  # of the tiles that come first
 HOPELESS = 1.35  # a tile predicted to take so many times the fastest's seconds is not timed
 LONG_S = 2e-4  # of products that take this long the launch does not matter
 
-RING, DIRECT, SKINNY, PIECES = 0, 1, 2, 3  # `gemm_kernel`, `gemm_direct_kernel`, `gemm_skinny_kernel`, `gemm_pieces_kernel`
+# `gemm_kernel`, `gemm_direct_kernel`, `gemm_skinny_kernel`, `gemm_pieces_kernel`, `gemm_tall_kernel`
+RING, DIRECT, SKINNY, PIECES, TALL = 0, 1, 2, 3, 4
 DRIP_BUFFERS = 2  # pieces of a finished tile on their way out at once
 
 # For `predict_s` only: an H200's rates, and what fits 4,500 measured times of 270 products on one. Over them the tile predicted
@@ -40,9 +42,9 @@ CLOCK_HZ = 1.74e9
 MEMORY_BYTES_PER_S = 4.0e12
 L2_BYTES_PER_CYCLE = 62.0  # into one multiprocessor
 BYTES_IN_FLIGHT = 140_000  # a ring that holds less shows the latency
-START_S = {RING: 4.3e-6, PIECES: 4.0e-6, DIRECT: 2.35e-6, SKINNY: 2.3e-6}
-TILE_CYCLES = {RING: 1_900.0, PIECES: 1_300.0, DIRECT: 950.0, SKINNY: 1_100.0}  # to begin and end a tile
-STEP_CYCLES = {RING: 32.0, PIECES: 32.0, DIRECT: 106.0}  # to pass a stage on
+START_S = {RING: 4.3e-6, PIECES: 4.0e-6, TALL: 4.0e-6, DIRECT: 2.35e-6, SKINNY: 2.3e-6}
+TILE_CYCLES = {RING: 1_900.0, PIECES: 1_300.0, TALL: 3_000.0, DIRECT: 950.0, SKINNY: 1_100.0}  # to begin and end a tile
+STEP_CYCLES = {RING: 32.0, PIECES: 32.0, TALL: 32.0, DIRECT: 106.0}  # to pass a stage on
 LEAF_CYCLES = {RING: 140.0, PIECES: 140.0, DIRECT: 425.0}  # to begin and end a leaf of a tree
 SKINNY_CYCLES_PER_TOKEN = 6.5  # of one k16 step in one warp, whatever its few rows
 NEARLY_MOST, MOST = 3.6, 5.0  # how little the lesser of two that overlap adds to the greater: inside a tile, of work and memory
@@ -79,8 +81,10 @@ class GemmTile:
     def shared_bytes(self, itemsize: int, out_itemsize: int, leaves: int) -> int:
         """Shared memory the kernel will ask for."""
         ring = self.stages * (self.height + self.width) * self.depth * itemsize
+        if self.engine == TALL:
+            return ring + 64 * self.consumers * self.cols * DRIP_BUFFERS * out_itemsize + BARRIER_BYTES
         if self.engine == PIECES:
-            leaving = self.cols * DRIP_BUFFERS if self.store == 3 else self.width
+            leaving = self.cols * DRIP_BUFFERS if self.store == 3 and not leaves else self.width
             return ring + self.height * leaving * (4 if leaves else out_itemsize) + BARRIER_BYTES
         staged = self.cols if self.extra == self.cols else self.width  # equal halves leave one after the other
         staging = self.height * staged * out_itemsize if self.store else 0
@@ -106,7 +110,7 @@ class GemmTile:
 
     def per_multiprocessor(self, itemsize: int, out_itemsize: int, leaves: int) -> int:
         """Thread blocks that run beside each other on one multiprocessor; a ring kernel takes it whole."""
-        if self.engine in (RING, PIECES):
+        if self.engine in (RING, PIECES, TALL):
             return 1
         return max(1, min(8, SHARED_MEMORY_BYTES // self.shared_bytes(itemsize, out_itemsize, leaves)))
 
@@ -126,18 +130,27 @@ class GemmProblem:
     experts: int = 0  # 0: one weight; otherwise rows sorted by expert and B is [experts, N, K]
 
     @property
+    def tokens(self) -> int:
+        """Rows of the batch: M or, in a weight's gradient, what is summed over."""
+        return self.k if self.a_km else self.m
+
+    def of_tokens(self, tokens: int) -> GemmProblem:
+        """The same layer's product for another batch."""
+        return replace(self, k=tokens) if self.a_km else replace(self, m=tokens)
+
+    @property
     def key(self) -> str:
-        """The table's key: everything but M, which is bucketed to the next power of two."""
+        """The table's key: everything but the tokens, which are bucketed to the next power of two."""
         lying = ("t" if self.a_km else "n") + ("n" if self.b_kn else "t")
         family = f"tree{self.leaves}" if self.leaves else "chain"
         dtype, out = (str(d).removeprefix("torch.") for d in (self.dtype, self.out_dtype))
         experts = f"/e{self.experts}" if self.experts else ""
-        return f"{family}/{lying}/{dtype}/{out}/{self.n}x{self.k}{experts}"
+        return f"{family}/{lying}/{dtype}/{out}/{self.n}x{self.m if self.a_km else self.k}{experts}"
 
     @property
     def bucket(self) -> int:
-        """M rounded up to a power of two."""
-        return min(1 << max(self.m - 1, 0).bit_length(), LARGEST_BUCKET)
+        """The tokens rounded up to a power of two."""
+        return min(1 << max(self.tokens - 1, 0).bit_length(), LARGEST_BUCKET)
 
 
 def predict_s(tile: GemmTile, problem: GemmProblem, multiprocessors: int) -> float:
@@ -174,7 +187,7 @@ def _mma_cycles(tile: GemmTile, beside: int) -> float:
     wait for their own registers to be filled."""
     if tile.engine == SKINNY:
         return SKINNY_CYCLES_PER_TOKEN * tile.cols / tile.consumers * max(1.0, beside * tile.consumers / 4)
-    parts = [tile.width] if tile.engine == PIECES else [part for part in (tile.cols, tile.extra) if part]
+    parts = [tile.width] if tile.engine in (PIECES, TALL) else [part for part in (tile.cols, tile.extra) if part]
     of_64_rows = sum(_overlapped(part / 2, (64 + part) * 32 / 128, NEARLY_MOST) for part in parts)
     return beside * of_64_rows * max(tile.height, 16) / 64
 
@@ -226,20 +239,33 @@ def _wide_tiles(store: int, whole: int, m: int) -> Iterable[GemmTile]:
 
 
 def _pieced_tiles(problem: GemmProblem, multiprocessors: int) -> Iterable[GemmTile]:
-    """Tiles whose width is no power of two, multiplied at once: with the right one a product fills its last wave. Also one of 256
-    columns, for it can leave while the next one's products run."""
+    """Tiles whose width is no power of two, multiplied at once: with the right one a product fills its last wave. Also those of 128 and
+    256 columns, for they can leave while the next one's products run."""
     narrow = ((1, 16, 5), (1, 32, 3), (1, 16, 7), (1, 32, 5), (1, 64, 3))
     wide = (
-        (2, 16, 5), (2, 32, 3), (2, 16, 7), (2, 16, 9), (2, 32, 5), (2, 16, 11), (2, 64, 3), (2, 16, 13), (2, 32, 7), (2, 64, 4),
+        (2, 16, 5), (2, 32, 3), (2, 16, 7), (2, 32, 4), (2, 16, 9), (2, 32, 5), (2, 16, 11), (2, 64, 3), (2, 16, 13), (2, 32, 7),
+        (2, 64, 4),
     )  # fmt: skip
+    if problem.b_kn:  # columns come by 64, the width of a swizzled row
+        narrow, wide = ((1, 64, 2), (1, 64, 3)), ((2, 64, 2), (2, 64, 3), (2, 64, 4))
     for consumers, piece, count in narrow + wide:
         tile = GemmTile(PIECES, False, 64, consumers, piece, piece * (count - 1), 64, MOST_STAGES, 8, 3)
         # A tile that no other follows leaves at once, and so does one with fewer steps than pieces.
-        if problem.leaves or problem.k <= 64 * (count + 1) or tile_count(tile, problem) <= multiprocessors:
+        if tile_count(tile, problem) <= multiprocessors or (not problem.leaves and problem.k <= 64 * (count + 1)):
             tile = replace(tile, store=1)
         yield tile
         if consumers == 2 and problem.m > 1024:
             yield replace(tile, group=16)
+
+
+def _tall_tiles(problem: GemmProblem) -> Iterable[GemmTile]:
+    """Tiles of 256 rows."""
+    shapes = ((32, 3), (16, 7), (64, 2), (16, 9), (32, 5), (16, 11), (64, 3))
+    for piece, count in ((64, 2), (64, 3)) if problem.b_kn else shapes:
+        tile = GemmTile(TALL, False, 128, 2, piece, piece * (count - 1), 64, MOST_STAGES, 8, 3)
+        yield tile
+        if problem.m > 1024:
+            yield replace(tile, group=4)
 
 
 def candidates(problem: GemmProblem, multiprocessors: int = 132) -> list[GemmTile]:
@@ -249,11 +275,13 @@ def candidates(problem: GemmProblem, multiprocessors: int = 132) -> list[GemmTil
     store = whole if problem.experts else min(whole, 1)
     plain = not (problem.experts or problem.a_km or problem.b_kn)
     tiles = [*_decode_tiles(whole), *_wide_tiles(store, whole, problem.m)]
-    pieces = plain and aligned and problem.leaves in (0, 8) and problem.m > FEW_ROWS
+    leaf = problem.k // problem.leaves if problem.leaves else 0
+    pieces = aligned and not problem.experts and problem.m > FEW_ROWS and problem.b_kn >= problem.a_km
+    pieces &= problem.leaves == 0 or (problem.leaves == 8 and leaf >= LEAST_LEAF)
     tiles += _pieced_tiles(problem, multiprocessors) if pieces else []
+    tiles += _tall_tiles(problem) if pieces and not problem.leaves and problem.m > 128 else []
     itemsizes = (problem.dtype.itemsize, problem.out_dtype.itemsize)
     kept = [tile for tile in _skinny_tiles(problem) if plain and tile.fits(*itemsizes, problem.leaves)]
-    leaf = problem.k // problem.leaves if problem.leaves else 0
     for shape in tiles:
         if (shape.swap or shape.engine == DIRECT) and not plain:
             continue
@@ -269,7 +297,7 @@ def _usual_overlap(tile: GemmTile, problem: GemmProblem, multiprocessors: int) -
     """What was fastest most often: a grid that fills the device, or leaves half of it idle, may let the next one start early; one
     in between would crowd the multiprocessors that happen to be idle."""
     tiles = tile_count(tile, problem)
-    if tile.engine in (RING, PIECES):
+    if tile.engine in (RING, PIECES, TALL):
         return 2 if tiles >= multiprocessors else 1
     crowds = multiprocessors < 2 * tiles <= 4 * multiprocessors
     return (0 if tile.engine == SKINNY else 1) if crowds else 2
@@ -292,7 +320,7 @@ def _within_memory(tile: GemmTile | None, problem: GemmProblem) -> GemmTile | No
 def _with_depth(tile: GemmTile, leaf: int) -> GemmTile | None:
     """The tile with the deepest stage that divides a leaf, or None where it has a second column block."""
     if tile.engine == PIECES:
-        return tile if leaf % tile.depth == 0 else None
+        return tile
     depth = next((d for d in (256, 128, 64, 32, 16) if d <= tile.depth and leaf % d == 0), 0)
     if tile.extra or depth == 0:
         return None
@@ -371,11 +399,9 @@ def _predicted(problem: GemmProblem, multiprocessors: int) -> GemmTile:
 
 
 def _for_about_as_many_tokens(problem: GemmProblem) -> GemmProblem:
-    """The problem with its tokens rounded up to an eighth of an octave: M or, in a weight gradient, K. Tiles fit both alike, for
-    what a tile asks of M and K concerns few tokens or the tree."""
-    if problem.a_km:
-        return replace(problem, k=_rounded_up(problem.k))
-    return replace(problem, m=_rounded_up(problem.m))
+    """The problem with its tokens rounded up to an eighth of an octave. Tiles fit both alike, for what a tile asks of M and K concerns
+    few tokens or the tree."""
+    return problem.of_tokens(_rounded_up(problem.tokens))
 
 
 def _rounded_up(tokens: int) -> int:
