@@ -136,6 +136,7 @@ SMALL_PROJECTIONS = (
     ("Qwen3-1.7B down", 2048, 6144, "tree"),
 )
 MICRO_BATCH = 16_384  # tokens
+MEASURED_IN_TRAINING = ("Qwen3-1.7B", "Qwen3-30B-A3B head")  # one model's gradients; the two share their head
 TRAINED = ("Qwen3-1.7B", "Qwen3-8B", "Qwen3-30B-A3B")  # whose gradients are tuned
 EXPERTS = (("Qwen3-30B-A3B experts gate_up", 1536, 2048), ("Qwen3-30B-A3B experts down", 2048, 768))
 ROWS = [1, 16, 32, 64, 128, 256, 512, 1024, 4096, 16_384]
@@ -181,7 +182,6 @@ def default_shapes() -> list[Shape]:
         {"op": "log_prob", "rows": [1, 64, 256, 1024, 4096, 16_384]},
         {"op": "rms_norm", "rows": [1, 256, 4096, 16_384], "width": [2048, 4096, 8192]},
         {"op": "rms_norm", "rows": 16_384, "width": 4096, "residual": True},
-        {"op": "matmul_gradients", "name": "Qwen3-8B qkv", "M": 8192, "N": 6144, "K": 4096},
         {"op": "matmul", "name": "float32", "M": 1024, "N": 4096, "K": 4096, "dtype": "float32"},
         {"op": "fp8_matmul", "name": "Qwen3-8B qkv", "M": [1, 16, 64, 256, 1024, 8192], "N": 6144, "K": 4096},
         {"op": "fp8_matmul", "name": "Qwen3-8B down", "M": [1, 64, 1024, 8192], "N": 4096, "K": 12_288},
@@ -195,4 +195,5 @@ def default_shapes() -> list[Shape]:
         {"op": "decoder_layer", "name": "Qwen3-8B decode", "batch": [1, 16, 64, 256], "q_len": 1, "kv_len": 4096},
         {"op": "decoder_layer", "name": "Qwen3-8B prefill", "q_len": 16_384, "kv_len": 16_384},
     ]
-    return [shape for entry in entries for shape in expand(entry)]
+    measured = [shape for entry in entries for shape in expand(entry)]
+    return measured + [shape for shape in gradient_shapes() if shape.name.startswith(MEASURED_IN_TRAINING)]
