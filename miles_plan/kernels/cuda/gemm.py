@@ -14,9 +14,8 @@ from .gemm_kernel import gemm_kernel
 from .gemm_pieces import gemm_pieces_kernel
 from .gemm_portable import gemm_portable_kernel
 from .gemm_skinny import gemm_skinny_kernel
-from .gemm_tall import gemm_tall_kernel
 from .toolchain import gl, gluon_descriptor, triton
-from .tuning import DIRECT, DRIP_BUFFERS, PIECES, RING, SKINNY, TALL, GemmProblem, GemmTile, choose
+from .tuning import DIRECT, DRIP_BUFFERS, PIECES, RING, SKINNY, GemmProblem, GemmTile, choose
 
 TREE_LEAVES = 8  # slices of K in the tree family: what tensor-parallel sizes 1, 2, 4 and 8 share
 HALF = (torch.bfloat16, torch.float16)
@@ -86,7 +85,7 @@ def gemm(
 
 def fit_height(tile: GemmTile, height: int) -> GemmTile:
     """The tile, or one of RING with the row height that an existing plan was made for."""
-    if tile.height == height and tile.engine not in (PIECES, TALL):
+    if tile.height == height and tile.engine != PIECES:
         return tile
     if height == 64:
         return GemmTile(RING, False, 64, 1, 128, 0, 64, 6, 8, tile.store)
@@ -119,7 +118,7 @@ def _launch_hopper(
             RELEASE=tile.overlap == 2, launch_pdl=tile.overlap > 0,
         )  # fmt: skip
         return
-    if tile.engine in (PIECES, TALL):
+    if tile.engine == PIECES:
         _launch_pieces(a, b, out, problem, tile)
         return
     a_desc = descriptor(a, (tile.depth, tile.rows) if a_km else (tile.rows, tile.depth))
@@ -149,12 +148,6 @@ def _launch_pieces(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, problem:
     descs = (descriptor(a, a_box), descriptor(b, b_box[::-1] if problem.b_kn else b_box), descriptor(out, (64, tile.cols)))
     count, leaf = tile.width // tile.cols, problem.k // max(problem.leaves, 1)
     sizes = (problem.m, problem.n, problem.k)
-    if tile.engine == TALL:
-        gemm_tall_kernel[(programs,)](
-            *descs, *sizes, GROUP=tile.group, STAGES=tile.stages, PIECE=tile.cols, COUNT=count, BUFFERS=DRIP_BUFFERS,
-            A_KM=problem.a_km, B_KN=problem.b_kn, RELEASE=tile.overlap == 2, num_warps=4, maxnreg=168, launch_pdl=tile.overlap > 0,
-        )  # fmt: skip
-        return
     tail = leaf % tile.depth // 16 if problem.leaves else 0
     each = -(-count // max(1, min(count, leaf // tile.depth - 1)))  # pieces that move while a step of a leaf runs
     gemm_pieces_kernel[(programs,)](

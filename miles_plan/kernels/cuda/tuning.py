@@ -32,8 +32,7 @@ LAUNCHED_IN_EVERY_WAY = 3  # of the tiles that come first
 HOPELESS = 1.35  # a tile predicted to take so many times the fastest's seconds is not timed
 LONG_S = 2e-4  # of products that take this long the launch does not matter
 
-# `gemm_kernel`, `gemm_direct_kernel`, `gemm_skinny_kernel`, `gemm_pieces_kernel`, `gemm_tall_kernel`
-RING, DIRECT, SKINNY, PIECES, TALL = 0, 1, 2, 3, 4
+RING, DIRECT, SKINNY, PIECES = 0, 1, 2, 3  # `gemm_kernel`, `gemm_direct_kernel`, `gemm_skinny_kernel`, `gemm_pieces_kernel`
 DRIP_BUFFERS = 2  # pieces of a finished tile on their way out at once
 
 # For `predict_s` only: an H200's rates, and what fits 4,500 measured times of 270 products on one. Over them the tile predicted
@@ -42,9 +41,9 @@ CLOCK_HZ = 1.74e9
 MEMORY_BYTES_PER_S = 4.0e12
 L2_BYTES_PER_CYCLE = 62.0  # into one multiprocessor
 BYTES_IN_FLIGHT = 140_000  # a ring that holds less shows the latency
-START_S = {RING: 4.3e-6, PIECES: 4.0e-6, TALL: 4.0e-6, DIRECT: 2.35e-6, SKINNY: 2.3e-6}
-TILE_CYCLES = {RING: 1_900.0, PIECES: 1_300.0, TALL: 3_000.0, DIRECT: 950.0, SKINNY: 1_100.0}  # to begin and end a tile
-STEP_CYCLES = {RING: 32.0, PIECES: 32.0, TALL: 32.0, DIRECT: 106.0}  # to pass a stage on
+START_S = {RING: 4.3e-6, PIECES: 4.0e-6, DIRECT: 2.35e-6, SKINNY: 2.3e-6}
+TILE_CYCLES = {RING: 1_900.0, PIECES: 1_300.0, DIRECT: 950.0, SKINNY: 1_100.0}  # to begin and end a tile
+STEP_CYCLES = {RING: 32.0, PIECES: 32.0, DIRECT: 106.0}  # to pass a stage on
 LEAF_CYCLES = {RING: 140.0, PIECES: 140.0, DIRECT: 425.0}  # to begin and end a leaf of a tree
 SKINNY_CYCLES_PER_TOKEN = 6.5  # of one k16 step in one warp, whatever its few rows
 NEARLY_MOST, MOST = 3.6, 5.0  # how little the lesser of two that overlap adds to the greater: inside a tile, of work and memory
@@ -81,8 +80,6 @@ class GemmTile:
     def shared_bytes(self, itemsize: int, out_itemsize: int, leaves: int) -> int:
         """Shared memory the kernel will ask for."""
         ring = self.stages * (self.height + self.width) * self.depth * itemsize
-        if self.engine == TALL:
-            return ring + 64 * self.consumers * self.cols * DRIP_BUFFERS * out_itemsize + BARRIER_BYTES
         if self.engine == PIECES:
             leaving = self.cols * DRIP_BUFFERS if self.store == 3 and not leaves else self.width
             return ring + self.height * leaving * (4 if leaves else out_itemsize) + BARRIER_BYTES
@@ -110,7 +107,7 @@ class GemmTile:
 
     def per_multiprocessor(self, itemsize: int, out_itemsize: int, leaves: int) -> int:
         """Thread blocks that run beside each other on one multiprocessor; a ring kernel takes it whole."""
-        if self.engine in (RING, PIECES, TALL):
+        if self.engine in (RING, PIECES):
             return 1
         return max(1, min(8, SHARED_MEMORY_BYTES // self.shared_bytes(itemsize, out_itemsize, leaves)))
 
@@ -187,7 +184,7 @@ def _mma_cycles(tile: GemmTile, beside: int) -> float:
     wait for their own registers to be filled."""
     if tile.engine == SKINNY:
         return SKINNY_CYCLES_PER_TOKEN * tile.cols / tile.consumers * max(1.0, beside * tile.consumers / 4)
-    parts = [tile.width] if tile.engine in (PIECES, TALL) else [part for part in (tile.cols, tile.extra) if part]
+    parts = [tile.width] if tile.engine == PIECES else [part for part in (tile.cols, tile.extra) if part]
     of_64_rows = sum(_overlapped(part / 2, (64 + part) * 32 / 128, NEARLY_MOST) for part in parts)
     return beside * of_64_rows * max(tile.height, 16) / 64
 
@@ -251,21 +248,11 @@ def _pieced_tiles(problem: GemmProblem, multiprocessors: int) -> Iterable[GemmTi
     for consumers, piece, count in narrow + wide:
         tile = GemmTile(PIECES, False, 64, consumers, piece, piece * (count - 1), 64, MOST_STAGES, 8, 3)
         # A tile that no other follows leaves at once, and so does one with fewer steps than pieces.
-        if tile_count(tile, problem) <= multiprocessors or (not problem.leaves and problem.k <= 64 * (count + 1)):
-            tile = replace(tile, store=1)
-        yield tile
-        if consumers == 2 and problem.m > 1024:
-            yield replace(tile, group=16)
-
-
-def _tall_tiles(problem: GemmProblem) -> Iterable[GemmTile]:
-    """Tiles of 256 rows."""
-    shapes = ((32, 3), (16, 7), (64, 2), (16, 9), (32, 5), (16, 11), (64, 3))
-    for piece, count in ((64, 2), (64, 3)) if problem.b_kn else shapes:
-        tile = GemmTile(TALL, False, 128, 2, piece, piece * (count - 1), 64, MOST_STAGES, 8, 3)
-        yield tile
-        if problem.m > 1024:
-            yield replace(tile, group=4)
+        followed = tile_count(tile, problem) > multiprocessors and (problem.leaves > 0 or problem.k > 64 * (count + 1))
+        for store in ((3,) if not problem.leaves else (1, 3)) if followed else (1,):
+            yield replace(tile, store=store)
+            if consumers == 2 and problem.m > 1024:
+                yield replace(tile, store=store, group=16)
 
 
 def candidates(problem: GemmProblem, multiprocessors: int = 132) -> list[GemmTile]:
@@ -278,8 +265,9 @@ def candidates(problem: GemmProblem, multiprocessors: int = 132) -> list[GemmTil
     leaf = problem.k // problem.leaves if problem.leaves else 0
     pieces = aligned and not problem.experts and problem.m > FEW_ROWS and problem.b_kn >= problem.a_km
     pieces &= problem.leaves == 0 or (problem.leaves == 8 and leaf >= LEAST_LEAF)
+    if problem.b_kn and problem.leaves:  # a gradient's tree: the ring was faster wherever its stages end with the leaves
+        pieces &= leaf % 64 > 0
     tiles += _pieced_tiles(problem, multiprocessors) if pieces else []
-    tiles += _tall_tiles(problem) if pieces and not problem.leaves and problem.m > 128 else []
     itemsizes = (problem.dtype.itemsize, problem.out_dtype.itemsize)
     kept = [tile for tile in _skinny_tiles(problem) if plain and tile.fits(*itemsizes, problem.leaves)]
     for shape in tiles:
@@ -297,7 +285,7 @@ def _usual_overlap(tile: GemmTile, problem: GemmProblem, multiprocessors: int) -
     """What was fastest most often: a grid that fills the device, or leaves half of it idle, may let the next one start early; one
     in between would crowd the multiprocessors that happen to be idle."""
     tiles = tile_count(tile, problem)
-    if tile.engine in (RING, PIECES, TALL):
+    if tile.engine in (RING, PIECES):
         return 2 if tiles >= multiprocessors else 1
     crowds = multiprocessors < 2 * tiles <= 4 * multiprocessors
     return (0 if tile.engine == SKINNY else 1) if crowds else 2
