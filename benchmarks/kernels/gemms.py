@@ -63,12 +63,12 @@ def measure_matmul(shape: Shape) -> Record:
 
 def measure_gradients(shape: Shape) -> Record:
     """Both gradients of one product, together, against cuBLAS."""
-    m, n, k = shape["M"], shape["N"], shape["K"]
+    m, n, k, order = shape["M"], shape["N"], shape["K"], shape["grad_order"]
     dtype = getattr(torch, shape["dtype"])
     weight, x, grad = _normal(n, k, dtype=dtype, scale=k**-0.5), _normal(m, k, dtype=dtype), _normal(m, n, dtype=dtype)
 
     def ours() -> None:
-        input_gradient(grad, weight)
+        input_gradient(grad, weight, order)
         weight_gradient(grad, x)
 
     def theirs() -> None:
@@ -78,7 +78,7 @@ def measure_gradients(shape: Shape) -> Record:
     contenders: dict[str, list[Call]] = {OURS: [ours], **{name: [theirs] for name in LIBRARIES}}
     record = Record(shape, time_side_by_side(contenders, before=LIBRARIES), flop=4.0 * m * n * k)
     rows = _some_rows(m)
-    record.same_bits = torch.equal(input_gradient(grad, weight)[rows], input_gradient(grad[rows], weight))
+    record.same_bits = torch.equal(input_gradient(grad, weight, order)[rows], input_gradient(grad[rows], weight, order))
     record.same_bits &= torch.equal(weight_gradient(grad, x), weight_gradient(grad, x))
     exact = grad[:, :CHECKED_ROWS].double().T @ x[:, :CHECKED_COLUMNS].double()
     record.error = relative_error(weight_gradient(grad, x)[:CHECKED_ROWS, :CHECKED_COLUMNS], exact)

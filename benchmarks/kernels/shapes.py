@@ -18,7 +18,7 @@ HALF = "bfloat16"
 # The fields of each op and what an absent one means.
 FIELDS: dict[str, dict[str, Any]] = {
     "matmul": {"M": REQUIRED, "N": REQUIRED, "K": REQUIRED, "order": "chain", "dtype": HALF},
-    "matmul_gradients": {"M": REQUIRED, "N": REQUIRED, "K": REQUIRED, "dtype": HALF},
+    "matmul_gradients": {"M": REQUIRED, "N": REQUIRED, "K": REQUIRED, "grad_order": "chain", "dtype": HALF},
     "grouped_matmul": {"tokens": REQUIRED, "N": REQUIRED, "K": REQUIRED, "experts": 128, "top_k": 8, "dtype": HALF},
     "fp8_matmul": {"M": REQUIRED, "N": REQUIRED, "K": REQUIRED},
     "fp8_grouped_matmul": {"tokens": REQUIRED, "N": REQUIRED, "K": REQUIRED, "experts": 128, "top_k": 8},
@@ -32,6 +32,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 CHOICES = {
     "order": ("chain", "tree"),
+    "grad_order": ("chain", "tree"),
     "dtype": ("bfloat16", "float16", "float32"),
 }
 
@@ -134,6 +135,9 @@ SMALL_PROJECTIONS = (
     ("Qwen3-1.7B gate_up", 12_288, 2048, "chain"),
     ("Qwen3-1.7B down", 2048, 6144, "tree"),
 )
+MICRO_BATCH = 16_384  # tokens
+MEASURED_IN_TRAINING = ("Qwen3-1.7B", "Qwen3-30B-A3B head")  # one model's gradients; the two share their head
+TRAINED = ("Qwen3-1.7B", "Qwen3-8B", "Qwen3-30B-A3B")  # whose gradients are tuned
 EXPERTS = (("Qwen3-30B-A3B experts gate_up", 1536, 2048), ("Qwen3-30B-A3B experts down", 2048, 768))
 ROWS = [1, 16, 32, 64, 128, 256, 512, 1024, 4096, 16_384]
 TOKENS = [16, 64, 256, 1024, 4096, 16_384]
@@ -143,6 +147,24 @@ def small_shapes() -> list[Shape]:
     """The products of small models."""
     entries = [
         {"op": "matmul", "name": name, "M": ROWS, "N": n, "K": k, "order": order} for name, n, k, order in SMALL_PROJECTIONS
+    ]
+    return [shape for entry in entries for shape in expand(entry)]
+
+
+def gradient_shapes() -> list[Shape]:
+    """What training takes the gradients of: a layer whose columns ranks split sums its input's gradient as the tree, and the other way
+    round (`parallel_linear`). Models of one width share their head."""
+    layers = [layer for layer in (*PROJECTIONS, *SMALL_PROJECTIONS) if layer[0].startswith(TRAINED)]
+    entries = [
+        {
+            "op": "matmul_gradients",
+            "name": name,
+            "M": MICRO_BATCH,
+            "N": n,
+            "K": k,
+            "grad_order": "tree" if order == "chain" else "chain",
+        }
+        for name, n, k, order in layers
     ]
     return [shape for entry in entries for shape in expand(entry)]
 
@@ -160,7 +182,6 @@ def default_shapes() -> list[Shape]:
         {"op": "log_prob", "rows": [1, 64, 256, 1024, 4096, 16_384]},
         {"op": "rms_norm", "rows": [1, 256, 4096, 16_384], "width": [2048, 4096, 8192]},
         {"op": "rms_norm", "rows": 16_384, "width": 4096, "residual": True},
-        {"op": "matmul_gradients", "name": "Qwen3-8B qkv", "M": 8192, "N": 6144, "K": 4096},
         {"op": "matmul", "name": "float32", "M": 1024, "N": 4096, "K": 4096, "dtype": "float32"},
         {"op": "fp8_matmul", "name": "Qwen3-8B qkv", "M": [1, 16, 64, 256, 1024, 8192], "N": 6144, "K": 4096},
         {"op": "fp8_matmul", "name": "Qwen3-8B down", "M": [1, 64, 1024, 8192], "N": 4096, "K": 12_288},
@@ -174,4 +195,5 @@ def default_shapes() -> list[Shape]:
         {"op": "decoder_layer", "name": "Qwen3-8B decode", "batch": [1, 16, 64, 256], "q_len": 1, "kv_len": 4096},
         {"op": "decoder_layer", "name": "Qwen3-8B prefill", "q_len": 16_384, "kv_len": 16_384},
     ]
-    return [shape for entry in entries for shape in expand(entry)]
+    measured = [shape for entry in entries for shape in expand(entry)]
+    return measured + [shape for shape in gradient_shapes() if shape.name.startswith(MEASURED_IN_TRAINING)]

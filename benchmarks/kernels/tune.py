@@ -42,7 +42,7 @@ from miles_plan.kernels.cuda.tuning import (
     tune,
 )
 
-from .shapes import Shape, default_shapes, read_shapes, small_shapes
+from .shapes import Shape, default_shapes, gradient_shapes, read_shapes, small_shapes
 from .timing import Call, copies, event_ms
 
 DEVICE = torch.device("cuda")
@@ -51,6 +51,8 @@ BUCKETS = {
     8: (1, 2, 4, 8), 16: (16,), 32: (32,), 64: (64,), 128: (128,), 256: (256,), 512: (512,), 1024: (1024,), 4096: (4096,),
     8192: (8192, 16_384, 32_768, 65_536), 2048: (2048,),
 }  # fmt: skip
+# The same of gradients: micro-batches are large, and of few tokens a prediction is as good.
+GRADIENT_BUCKETS = {16_384: (8192, 16_384, 32_768, 65_536), 4096: (2048, 4096)}
 MOST_WORKERS = 14
 ROUNDS, ROUNDS_OF_LONG = 7, 4
 BUDGET_S = 6e-4  # of one tile in one round
@@ -67,14 +69,34 @@ def problems(shapes: Iterable[Shape]) -> list[GemmProblem]:
     """Every bf16 product of the list at every measured number of rows; the rows that no benchmark has, last."""
     found: dict[GemmProblem, None] = {}
     for shape in shapes:
-        for m in BUCKETS:
-            if shape.op == "matmul" and shape["dtype"] == "bfloat16":
-                leaves = TREE_LEAVES if shape["order"] == "tree" else 0
-                found[GemmProblem(m, shape["N"], shape["K"], leaves=leaves)] = None
-            elif shape.op == "grouped_matmul":
-                for rows in (m, 8 * m):
-                    found[GemmProblem(rows, shape["N"], shape["K"], experts=shape["experts"])] = None
-    return sorted(found, key=lambda problem: problem.m == 2048)
+        if shape.op == "matmul" and shape["dtype"] == "bfloat16":
+            leaves = TREE_LEAVES if shape["order"] == "tree" else 0
+            found |= dict.fromkeys(GemmProblem(m, shape["N"], shape["K"], leaves=leaves) for m in BUCKETS)
+        elif shape.op == "matmul_gradients" and shape["dtype"] == "bfloat16":
+            found |= dict.fromkeys(one for m in GRADIENT_BUCKETS for one in gradients_of(shape, m))
+        elif shape.op == "grouped_matmul":
+            experts = shape["experts"]
+            found |= dict.fromkeys(
+                GemmProblem(rows, shape["N"], shape["K"], experts=experts) for m in BUCKETS for rows in (m, 8 * m)
+            )
+    return sorted(found, key=lambda problem: problem.tokens == 2048)
+
+
+def gradients_of(shape: Shape, tokens: int) -> tuple[GemmProblem, GemmProblem]:
+    """The products that give a layer's gradients, of its input and of its weight."""
+    n, k = shape["N"], shape["K"]
+    leaves = TREE_LEAVES if shape["grad_order"] == "tree" else 0
+    return GemmProblem(tokens, k, n, leaves=leaves, b_kn=True), GemmProblem(n, k, tokens, a_km=True, b_kn=True)
+
+
+def stands_for(problem: GemmProblem) -> tuple[int, ...]:
+    """The buckets of tokens that take what is the fastest for the problem's."""
+    return (GRADIENT_BUCKETS if problem.b_kn else BUCKETS).get(problem.tokens, (problem.bucket,))
+
+
+def lying(problem: GemmProblem) -> dict[str, Any]:
+    """The problem as `gemm` is told it."""
+    return {"leaves": problem.leaves, "a_km": problem.a_km, "b_kn": problem.b_kn, "experts": problem.experts}
 
 
 class Bench:
@@ -85,9 +107,9 @@ class Bench:
         m, n, k, experts = problem.m, problem.n, problem.k, max(problem.experts, 1)
         count = copies(n * k * experts * problem.dtype.itemsize, 8)
         new = {"device": DEVICE, "dtype": problem.dtype}
-        first = torch.randn(experts * n, k, **new).mul_(k**-0.5)
+        first = torch.randn((k, n) if problem.b_kn else (experts * n, k), **new).mul_(k**-0.5)
         self.weights = [first, *(first.clone() for _ in range(count - 1))]
-        self.x = torch.randn(m, k, **new)
+        self.x = torch.randn((k, m) if problem.a_km else (m, k), **new)
         self.out = torch.empty(m, n, device=DEVICE, dtype=problem.out_dtype)
         self.counts = torch.zeros(experts, device=DEVICE, dtype=torch.int32)
         if problem.experts:
@@ -97,9 +119,8 @@ class Bench:
         """The product by one tile, the plan of a grouped one included."""
         plan = plan_tiles(self.counts, self.problem.m, tile.height) if self.problem.experts else None
         gemm(
-            self.x, weight, out, leaves=self.problem.leaves, experts=self.problem.experts, plan=plan,
-            plan_height=tile.height if plan is not None else 0, tile=tile,
-        )  # fmt: skip
+            self.x, weight, out, **lying(self.problem), plan=plan, plan_height=tile.height if plan is not None else 0, tile=tile
+        )
 
     def result(self, tile: GemmTile) -> torch.Tensor:
         """A fresh result, for the comparison of bits."""
@@ -112,8 +133,8 @@ class Bench:
         out = torch.empty_like(self.out)
         plan = plan_tiles(self.counts, self.problem.m, 64) if self.problem.experts else None
         gemm(
-            self.x, self.weights[0], out, leaves=self.problem.leaves, experts=self.problem.experts, plan=plan,
-            plan_height=64 if plan is not None else 0, portable=True,
+            self.x, self.weights[0], out, **lying(self.problem), plan=plan, plan_height=64 if plan is not None else 0,
+            portable=True,
         )  # fmt: skip
         return out
 
@@ -130,7 +151,7 @@ class Bench:
     def short(self) -> bool:
         """Whether the product takes so little time that what stands beside it matters."""
         problem = self.problem
-        few = problem.m <= FEW_ROWS and not problem.experts
+        few = problem.m <= FEW_ROWS and not problem.experts and not problem.b_kn
         return few and min(predict_s(tile, problem, multiprocessors(DEVICE)) for tile in candidates(problem)) < LONG_S
 
     def between_s(self, tiles: Sequence[GemmTile]) -> dict[GemmTile, float]:
@@ -199,10 +220,10 @@ def tune_one(problem: GemmProblem, tiles: Sequence[GemmTile], table: Table) -> d
         between = bench.between_s(near)
         best = min(near, key=lambda tile: times[tile] * between[tile])
     predicted = min(times, key=lambda tile: predict_s(tile, problem, sms))
-    for m in BUCKETS.get(problem.m, (problem.bucket,)):
-        table.put(replace(problem, m=m), best)
+    for tokens in stands_for(problem):
+        table.put(problem.of_tokens(tokens), best)
     return {
-        "key": problem.key, "m": problem.m, "best_us": round(times[best] * 1e6, 2), "best": _numbers(best),
+        "key": problem.key, "m": problem.tokens, "best_us": round(times[best] * 1e6, 2), "best": _numbers(best),
         "predicted_over_best": round(times[predicted] / times[best], 3), "unequal": sum(tile not in times for tile in tiles),
         "times_us": [[*_numbers(tile), round(s * 1e6, 2)] for tile, s in sorted(times.items(), key=lambda p: p[1])],
         "between_us": [[*_numbers(tile), round(s * 1e6, 2)] for tile, s in sorted(between.items(), key=lambda p: p[1])],
@@ -221,10 +242,12 @@ def kinds(plan: Iterable[tuple[GemmProblem, Sequence[GemmTile]]]) -> tuple[list[
     found: dict[tuple[object, ...], Kind] = {}
     needed = []
     for problem, tiles in plan:
-        same = (problem.leaves, problem.experts, problem.n % 16, problem.k % 16)
+        same = (*lying(problem).values(), problem.n % 16, problem.k % 16)
         found.setdefault((min(problem.m, 32), *same), (problem, None))
+        leaf = problem.k // max(problem.leaves, 1)
         for tile in tiles:
-            found.setdefault((tile, problem.k <= tile.depth, *same), (problem, tile))
+            ends = (leaf % tile.depth, min(leaf // tile.depth, tile.width)) if problem.leaves else (problem.k <= tile.depth,)
+            found.setdefault((tile, *ends, *same), (problem, tile))
         needed.append(len(found))
     return list(found.values()), needed
 
@@ -237,15 +260,13 @@ def compile_share(index: int, of: int, wanted: Sequence[Kind], done: Any) -> Non
     for problem, tile in wanted[index::of]:
         try:
             small = replace(problem, m=min(problem.m, 64))
-            a = torch.empty(small.m, small.k, device=DEVICE, dtype=small.dtype)
-            b = torch.empty(max(small.experts, 1) * small.n, small.k, device=DEVICE, dtype=small.dtype)
+            new = {"device": DEVICE, "dtype": small.dtype}
+            a = torch.empty((small.k, small.m) if small.a_km else (small.m, small.k), **new)
+            b = torch.empty((small.k, small.n) if small.b_kn else (max(small.experts, 1) * small.n, small.k), **new)
             out = torch.empty(small.m, small.n, device=DEVICE, dtype=small.out_dtype)
             plan = torch.empty(1, device=DEVICE, dtype=torch.int32) if small.experts else None
             height = (tile.height if tile else 64) if small.experts else 0
-            gemm(
-                a, b, out, leaves=small.leaves, experts=small.experts, plan=plan, plan_height=height, tile=tile,
-                portable=tile is None,
-            )  # fmt: skip
+            gemm(a, b, out, **lying(small), plan=plan, plan_height=height, tile=tile, portable=tile is None)
         except Exception as error:  # the tuner meets it again, and reports it
             print(f"not compiled: {problem.key} {tile}: {error}"[:300], flush=True)
         done[index] += 1
@@ -280,12 +301,14 @@ class Compilers:
 def main() -> int:
     """Tune and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.tune", description=__doc__)
-    parser.add_argument("--shapes", type=Path, help="a JSON list of shapes; without it the benchmark's and small models'")
+    parser.add_argument(
+        "--shapes", type=Path, help="a JSON list of shapes; without it the benchmark's, small models' and gradients"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the table; measurements go beside it as FILE.times.jsonl")
     parser.add_argument("--seconds", type=float, default=600.0, help="start no problem after this many seconds")
     options = parser.parse_args()
     begin = time.monotonic()
-    found = problems(read_shapes(options.shapes) if options.shapes else default_shapes() + small_shapes())
+    found = problems(read_shapes(options.shapes) if options.shapes else default_shapes() + small_shapes() + gradient_shapes())
     gpu = torch.cuda.get_device_name(DEVICE)
     shipped, sms = table_for(gpu), multiprocessors(DEVICE)
     plan = [(problem, contenders(problem, sms, shipped.get(problem))) for problem in found]
@@ -306,7 +329,7 @@ def main() -> int:
             try:
                 entry = tune_one(problem, tiles, table)
             except (RuntimeError, ValueError) as error:
-                print(f"{problem.key} m={problem.m}: {error}"[:300], flush=True)
+                print(f"{problem.key} m={problem.tokens}: {error}"[:300], flush=True)
                 continue
             count += 1
             print({key: value for key, value in entry.items() if not key.endswith("_us") or key == "best_us"}, flush=True)

@@ -38,7 +38,7 @@ def _matmul(shape: Shape) -> None:
 def _gradients(shape: Shape) -> None:
     m, n, k, dtype = shape["M"], shape["N"], shape["K"], getattr(torch, shape["dtype"])
     grad = _empty(m, n, dtype=dtype)
-    input_gradient(grad, _empty(n, k, dtype=dtype))
+    input_gradient(grad, _empty(n, k, dtype=dtype), shape["grad_order"])
     weight_gradient(grad, _empty(m, k, dtype=dtype))
 
 

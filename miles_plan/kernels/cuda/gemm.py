@@ -100,6 +100,9 @@ def _launch_hopper(
         return
     if tile.store in (1, 3) and not addressable(out):
         tile = replace(fit_height(tile, tile.height), store=0)
+        if problem.leaves and problem.k // problem.leaves % tile.depth:  # its leaves end inside a stage
+            _launch_portable(a, b, out, problem, plan, 0)
+            return
     m, n = problem.m, problem.n
     stride_m, stride_n = out.stride(0), out.stride(1)
     a_km, b_kn = problem.a_km, problem.b_kn
@@ -140,12 +143,17 @@ def _launch_hopper(
 
 
 def _launch_pieces(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, problem: GemmProblem, tile: GemmTile) -> None:
-    tiles = triton.cdiv(problem.m, tile.height) * triton.cdiv(problem.n, tile.width)
-    gemm_pieces_kernel[(min(multiprocessors(out.device), tiles),)](
-        descriptor(a, (tile.rows, tile.depth)), descriptor(b, (tile.cols, tile.depth)), descriptor(out, (tile.rows, tile.cols)),
-        problem.m, problem.n, problem.k, GROUP=tile.group, CONSUMERS=tile.consumers, STAGES=tile.stages, PIECE=tile.cols,
-        COUNT=tile.width // tile.cols, LEAVES=problem.leaves, DRIP=DRIP_BUFFERS if tile.store == 3 else 0,
-        RELEASE=tile.overlap == 2, num_warps=4, maxnreg=168, launch_pdl=tile.overlap > 0,
+    programs = min(multiprocessors(out.device), triton.cdiv(problem.m, tile.height) * triton.cdiv(problem.n, tile.width))
+    a_box, b_box = (tile.depth, 64) if problem.a_km else (64, tile.depth), (tile.cols, tile.depth)
+    descs = (descriptor(a, a_box), descriptor(b, b_box[::-1] if problem.b_kn else b_box), descriptor(out, (64, tile.cols)))
+    count, leaf = tile.width // tile.cols, problem.k // max(problem.leaves, 1)
+    sizes = (problem.m, problem.n, problem.k)
+    tail = leaf % tile.depth // 16 if problem.leaves else 0
+    each = -(-count // max(1, min(count, leaf // tile.depth - 1)))  # pieces that move while a step of a leaf runs
+    gemm_pieces_kernel[(programs,)](
+        *descs, *sizes, GROUP=tile.group, CONSUMERS=tile.consumers, STAGES=tile.stages, PIECE=tile.cols, COUNT=count,
+        LEAVES=problem.leaves, TAIL=tail, EACH=each, DRIP=DRIP_BUFFERS if tile.store == 3 else 0, A_KM=problem.a_km,
+        B_KN=problem.b_kn, RELEASE=tile.overlap == 2, num_warps=4, maxnreg=168, launch_pdl=tile.overlap > 0,
     )  # fmt: skip
 
 

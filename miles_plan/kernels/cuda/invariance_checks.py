@@ -59,21 +59,27 @@ def check_matmul_rows(draw: Draw, dtype: torch.dtype) -> None:
 
 
 def check_matmul_tiles(draw: Draw, dtype: torch.dtype) -> None:
-    """Tiles of the tuner's list against each other, rounded results (which leave in three ways) and float32 ones."""
-    n, k, most = draw.pick([(512, 1024, 300), (384, 2048, 300), (6144, 768, 1500), (1024, 3584, 600), (2304, 640, 1500)])
-    leaves = draw.pick([0, 0, TREE_LEAVES])
+    """Tiles of the tuner's list against each other, forward and gradients, rounded results (which leave in three ways) and float32
+    ones."""
+    n, k, most = draw.pick(
+        [(512, 1024, 300), (384, 2048, 300), (6144, 768, 1500), (1024, 3584, 600), (2304, 640, 1500), (512, 1408, 900)]
+    )
+    leaves, lying = draw.pick([(0, "nt"), (TREE_LEAVES, "nt"), (0, "nn"), (TREE_LEAVES, "nn"), (0, "tn")])
     out_dtype = draw.pick([dtype, dtype, torch.float32])
-    problem = GemmProblem(draw.integer(1, most), n, k, dtype, out_dtype, leaves)
-    x, weight = draw.values(problem.m, k, dtype=dtype), _weight(draw, n, k, dtype)
+    tokens = draw.integer(1, most)
+    m, summed = (k, tokens) if lying == "tn" else (tokens, k)
+    problem = GemmProblem(m, n, summed, dtype, out_dtype, leaves, a_km=lying[0] == "t", b_kn=lying[1] == "n")
+    a = draw.values(*((summed, m) if problem.a_km else (m, summed)), dtype=dtype)
+    b = draw.values(*((summed, n) if problem.b_kn else (n, summed)), dtype=dtype, scale=summed**-0.5)
     tiles = candidates(problem, multiprocessors(draw.device))
     first = draw.pick(tiles)
-    want = torch.empty(problem.m, n, device=draw.device, dtype=out_dtype)
-    gemm(x, weight, want, leaves=leaves, tile=first)
+    want = torch.empty(m, n, device=draw.device, dtype=out_dtype)
+    gemm(a, b, want, leaves=leaves, a_km=problem.a_km, b_kn=problem.b_kn, tile=first)
     for _ in range(3):
         other = draw.pick(tiles)
         out = torch.empty_like(want)
-        gemm(x, weight, out, leaves=leaves, tile=other)
-        draw.compare(want, out, f"M={problem.m}, N={n}, K={k}, leaves={leaves}, {out_dtype}, {first} against {other}")
+        gemm(a, b, out, leaves=leaves, a_km=problem.a_km, b_kn=problem.b_kn, tile=other)
+        draw.compare(want, out, f"{problem.key}, {tokens} tokens, {first} against {other}")
 
 
 def check_matmul_ranks(draw: Draw, dtype: torch.dtype) -> None:

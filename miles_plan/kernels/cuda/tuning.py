@@ -26,6 +26,7 @@ BARRIER_BYTES = 1_024  # barriers and alignment, rounded up
 LARGEST_BUCKET = 65_536
 EXACT_TOKENS = 1024  # up to here a tile is predicted for the very number of tokens
 MOST_STAGES = 12
+LEAST_LEAF = 128  # of K, for a tile in pieces: its sums move while a second stage is multiplied
 FEW_ROWS = 32  # for so few a tile in pieces was never the fastest
 LAUNCHED_IN_EVERY_WAY = 3  # of the tiles that come first
 HOPELESS = 1.35  # a tile predicted to take so many times the fastest's seconds is not timed
@@ -80,7 +81,7 @@ class GemmTile:
         """Shared memory the kernel will ask for."""
         ring = self.stages * (self.height + self.width) * self.depth * itemsize
         if self.engine == PIECES:
-            leaving = self.cols * DRIP_BUFFERS if self.store == 3 else self.width
+            leaving = self.cols * DRIP_BUFFERS if self.store == 3 and not leaves else self.width
             return ring + self.height * leaving * (4 if leaves else out_itemsize) + BARRIER_BYTES
         staged = self.cols if self.extra == self.cols else self.width  # equal halves leave one after the other
         staging = self.height * staged * out_itemsize if self.store else 0
@@ -126,18 +127,27 @@ class GemmProblem:
     experts: int = 0  # 0: one weight; otherwise rows sorted by expert and B is [experts, N, K]
 
     @property
+    def tokens(self) -> int:
+        """Rows of the batch: M or, in a weight's gradient, what is summed over."""
+        return self.k if self.a_km else self.m
+
+    def of_tokens(self, tokens: int) -> GemmProblem:
+        """The same layer's product for another batch."""
+        return replace(self, k=tokens) if self.a_km else replace(self, m=tokens)
+
+    @property
     def key(self) -> str:
-        """The table's key: everything but M, which is bucketed to the next power of two."""
+        """The table's key: everything but the tokens, which are bucketed to the next power of two."""
         lying = ("t" if self.a_km else "n") + ("n" if self.b_kn else "t")
         family = f"tree{self.leaves}" if self.leaves else "chain"
         dtype, out = (str(d).removeprefix("torch.") for d in (self.dtype, self.out_dtype))
         experts = f"/e{self.experts}" if self.experts else ""
-        return f"{family}/{lying}/{dtype}/{out}/{self.n}x{self.k}{experts}"
+        return f"{family}/{lying}/{dtype}/{out}/{self.n}x{self.m if self.a_km else self.k}{experts}"
 
     @property
     def bucket(self) -> int:
-        """M rounded up to a power of two."""
-        return min(1 << max(self.m - 1, 0).bit_length(), LARGEST_BUCKET)
+        """The tokens rounded up to a power of two."""
+        return min(1 << max(self.tokens - 1, 0).bit_length(), LARGEST_BUCKET)
 
 
 def predict_s(tile: GemmTile, problem: GemmProblem, multiprocessors: int) -> float:
@@ -226,20 +236,23 @@ def _wide_tiles(store: int, whole: int, m: int) -> Iterable[GemmTile]:
 
 
 def _pieced_tiles(problem: GemmProblem, multiprocessors: int) -> Iterable[GemmTile]:
-    """Tiles whose width is no power of two, multiplied at once: with the right one a product fills its last wave. Also one of 256
-    columns, for it can leave while the next one's products run."""
+    """Tiles whose width is no power of two, multiplied at once: with the right one a product fills its last wave. Also those of 128 and
+    256 columns, for they can leave while the next one's products run."""
     narrow = ((1, 16, 5), (1, 32, 3), (1, 16, 7), (1, 32, 5), (1, 64, 3))
     wide = (
-        (2, 16, 5), (2, 32, 3), (2, 16, 7), (2, 16, 9), (2, 32, 5), (2, 16, 11), (2, 64, 3), (2, 16, 13), (2, 32, 7), (2, 64, 4),
+        (2, 16, 5), (2, 32, 3), (2, 16, 7), (2, 32, 4), (2, 16, 9), (2, 32, 5), (2, 16, 11), (2, 64, 3), (2, 16, 13), (2, 32, 7),
+        (2, 64, 4),
     )  # fmt: skip
+    if problem.b_kn:  # columns come by 64, the width of a swizzled row
+        narrow, wide = ((1, 64, 2), (1, 64, 3)), ((2, 64, 2), (2, 64, 3), (2, 64, 4))
     for consumers, piece, count in narrow + wide:
         tile = GemmTile(PIECES, False, 64, consumers, piece, piece * (count - 1), 64, MOST_STAGES, 8, 3)
         # A tile that no other follows leaves at once, and so does one with fewer steps than pieces.
-        if problem.leaves or problem.k <= 64 * (count + 1) or tile_count(tile, problem) <= multiprocessors:
-            tile = replace(tile, store=1)
-        yield tile
-        if consumers == 2 and problem.m > 1024:
-            yield replace(tile, group=16)
+        followed = tile_count(tile, problem) > multiprocessors and (problem.leaves > 0 or problem.k > 64 * (count + 1))
+        for store in ((3,) if not problem.leaves else (1, 3)) if followed else (1,):
+            yield replace(tile, store=store)
+            if consumers == 2 and problem.m > 1024:
+                yield replace(tile, store=store, group=16)
 
 
 def candidates(problem: GemmProblem, multiprocessors: int = 132) -> list[GemmTile]:
@@ -249,11 +262,14 @@ def candidates(problem: GemmProblem, multiprocessors: int = 132) -> list[GemmTil
     store = whole if problem.experts else min(whole, 1)
     plain = not (problem.experts or problem.a_km or problem.b_kn)
     tiles = [*_decode_tiles(whole), *_wide_tiles(store, whole, problem.m)]
-    pieces = plain and aligned and problem.leaves in (0, 8) and problem.m > FEW_ROWS
+    leaf = problem.k // problem.leaves if problem.leaves else 0
+    pieces = aligned and not problem.experts and problem.m > FEW_ROWS and problem.b_kn >= problem.a_km
+    pieces &= problem.leaves == 0 or (problem.leaves == 8 and leaf >= LEAST_LEAF)
+    if problem.b_kn and problem.leaves:  # a gradient's tree: the ring was faster wherever its stages end with the leaves
+        pieces &= leaf % 64 > 0
     tiles += _pieced_tiles(problem, multiprocessors) if pieces else []
     itemsizes = (problem.dtype.itemsize, problem.out_dtype.itemsize)
     kept = [tile for tile in _skinny_tiles(problem) if plain and tile.fits(*itemsizes, problem.leaves)]
-    leaf = problem.k // problem.leaves if problem.leaves else 0
     for shape in tiles:
         if (shape.swap or shape.engine == DIRECT) and not plain:
             continue
@@ -292,7 +308,7 @@ def _within_memory(tile: GemmTile | None, problem: GemmProblem) -> GemmTile | No
 def _with_depth(tile: GemmTile, leaf: int) -> GemmTile | None:
     """The tile with the deepest stage that divides a leaf, or None where it has a second column block."""
     if tile.engine == PIECES:
-        return tile if leaf % tile.depth == 0 else None
+        return tile
     depth = next((d for d in (256, 128, 64, 32, 16) if d <= tile.depth and leaf % d == 0), 0)
     if tile.extra or depth == 0:
         return None
@@ -371,11 +387,9 @@ def _predicted(problem: GemmProblem, multiprocessors: int) -> GemmTile:
 
 
 def _for_about_as_many_tokens(problem: GemmProblem) -> GemmProblem:
-    """The problem with its tokens rounded up to an eighth of an octave: M or, in a weight gradient, K. Tiles fit both alike, for
-    what a tile asks of M and K concerns few tokens or the tree."""
-    if problem.a_km:
-        return replace(problem, k=_rounded_up(problem.k))
-    return replace(problem, m=_rounded_up(problem.m))
+    """The problem with its tokens rounded up to an eighth of an octave. Tiles fit both alike, for what a tile asks of M and K concerns
+    few tokens or the tree."""
+    return problem.of_tokens(_rounded_up(problem.tokens))
 
 
 def _rounded_up(tokens: int) -> int:

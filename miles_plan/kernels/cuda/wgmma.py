@@ -17,7 +17,9 @@ from .toolchain import HAVE_GLUON, gl, tl
 THREADS = 128  # of a warp group
 STEPS = 4  # k16 steps in 128 bytes of half precision, the width of a swizzled row
 # Rows of 128 swizzled bytes, eight rows after 1,024 bytes; the address stands in the lowest 14 bits, in units of 16 bytes.
-DESCRIPTOR = (1 << 62) | (64 << 32) | (1 << 16)
+SWIZZLED = (1 << 62) | (64 << 32)
+ALONG_K = SWIZZLED | (1 << 16)  # a row holds 64 of K: the next sixteen are 32 bytes on
+ACROSS_K = SWIZZLED | (512 << 16)  # a row holds 64 of M or N, whose next 64 are 8,192 bytes on; the next sixteen of K 2,048
 _NAMES = {"bf16": "bf16", "fp16": "f16"}
 
 
@@ -51,11 +53,14 @@ def shared_base(_semantic: Any = None) -> Any:
 
 
 @inline
-def multiply(pieces: Any, a: Any, b: Any, fresh: Any, dtype: Any, _semantic: Any = None) -> Any:
-    """Start four k16 steps and commit them as a group: pieces += A B^T, or = with `fresh`.
+def multiply(
+    pieces: Any, a: Any, b: Any, fresh: Any, dtype: Any, a_km: Any, b_kn: Any, steps: Any = STEPS, _semantic: Any = None
+) -> Any:
+    """Start `steps` k16 steps and commit them as a group: pieces += A B^T, or = with `fresh`.
 
     a, b: shared addresses (int32) of 64 rows of A and of the columns' rows of B, each row 64 elements of `dtype`, swizzled by 128
-    bytes; both at multiples of 1,024 bytes.
+    bytes; both at multiples of 1,024 bytes. With a_km (b_kn) these are 64 rows of K instead, each 64 rows (columns) wide, and
+    behind each other for every 64 columns.
     """
     sums = list(pieces)
     each = sums[0].type.numel // THREADS
@@ -63,15 +68,19 @@ def multiply(pieces: Any, a: Any, b: Any, fresh: Any, dtype: Any, _semantic: Any
     columns = int(sums[0].type.shape[1]) * len(sums)
     name = _NAMES[str(plain(dtype))]
     registers = ", ".join(f"${i}" for i in range(count))
+    across = {"a": bool(plain(a_km)), "b": bool(plain(b_kn))}
     lines = ["{ .reg .b32 at; .reg .b64 a; .reg .b64 b; .reg .pred add;"]
     for matrix, operand in (("a", 2 * count), ("b", 2 * count + each)):
-        lines.append(f"shr.u32 at, ${operand}, 4; cvt.u64.u32 {matrix}, at; or.b64 {matrix}, {matrix}, {DESCRIPTOR};")
+        lying = ACROSS_K if across[matrix] else ALONG_K
+        lines.append(f"shr.u32 at, ${operand}, 4; cvt.u64.u32 {matrix}, at; or.b64 {matrix}, {matrix}, {lying};")
     lines.append("wgmma.fence.sync.aligned;")
-    for step in range(STEPS):
+    on = {matrix: 128 if across[matrix] else 2 for matrix in across}  # to the next sixteen of K, in units of 16 bytes
+    for step in range(int(plain(steps))):
         lines += [
             f"setp.ne.b32 add, {0 if plain(fresh) and step == 0 else 1}, 0;",
-            f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{name}.{name} {{{registers}}}, a, b, add, 1, 1, 0, 0;",
-            "add.s64 a, a, 2; add.s64 b, b, 2;",  # sixteen elements on, in units of 16 bytes
+            f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{name}.{name} {{{registers}}}, a, b, add, 1, 1, "
+            f"{int(across['a'])}, {int(across['b'])};",
+            f"add.s64 a, a, {on['a']}; add.s64 b, b, {on['b']};",
         ]
     lines.append("wgmma.commit_group.sync.aligned; }")
     shape, layout = [int(size) for size in sums[0].type.shape], sums[0].type.layout
@@ -104,3 +113,19 @@ def computed(x: Any, _semantic: Any = None) -> Any:
     """
     asm = "{ .reg .pred never; setp.eq.f32 never, $1, 0f7F7FFFFF; @never bar.arrive 15, 32; mov.f32 $0, $1; }"
     return tl.inline_asm_elementwise(asm, "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1, _semantic=_semantic)
+
+
+@inline
+def settled(pieces: Any, _semantic: Any = None) -> Any:
+    """The pieces, all computed before the products that follow in the program's text.
+
+    The assembler knows nothing of the registers that `wait` names, and puts sums off beyond the products' start where nobody reads
+    them; with one set of registers more than there are it then lets no two products overlap. Here a barrier's instruction, which it
+    does not move, reads a combination of all of them; it would run on a device without multiprocessors.
+    """
+    sums = list(pieces)
+    count = sums[0].type.numel // THREADS * len(sums)
+    lines = ["{ .reg .b32 all; .reg .pred never; mov.u32 all, %nsmid; setp.eq.u32 never, all, 0; mov.b32 all, $0;"]
+    lines += [f"lop3.b32 all, all, ${i}, ${min(i + 1, count - 1)}, 0x96;" for i in range(1, count, 2)]
+    lines.append("setp.eq.and.u32 never, all, 0, never; @never bar.arrive 15, 32; }")
+    return _in_place(" ".join(lines), sums, [], [], _semantic)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,19 +11,65 @@ import torch
 pytest.importorskip("triton", reason="the tuner compiles kernels")
 
 from benchmarks.kernels import tune
-from benchmarks.kernels.shapes import default_shapes, small_shapes
+from benchmarks.kernels.shapes import default_shapes, gradient_shapes, small_shapes
+from miles_plan.kernels.cuda.gemm import problem_of
 from miles_plan.kernels.cuda.tuning import GemmProblem, GemmTile, Table, contenders, ranked, table_for
 
 SMS = 132
 
 
 def test_every_rows_of_the_benchmark_are_tuned() -> None:
-    found = {(problem.key, problem.bucket) for problem in tune.problems(default_shapes())}
-    stood_for = {(key, bucket) for key, m in found for bucket in tune.BUCKETS.get(m, (m,))}
+    stood_for = {(one.key, bucket) for one in tune.problems(default_shapes()) for bucket in tune.stands_for(one)}
     for shape in default_shapes():
         if shape.op == "matmul" and shape["dtype"] == "bfloat16":
             problem = GemmProblem(shape["M"], shape["N"], shape["K"], leaves=8 if shape["order"] == "tree" else 0)
             assert (problem.key, problem.bucket) in stood_for
+
+
+def test_the_gradients_that_training_takes_are_tuned() -> None:
+    """Of a product whose forward is a chain the input's gradient is the tree, and the other way round; whatever the tokens."""
+    stood_for = {(one.key, bucket) for one in tune.problems(gradient_shapes()) for bucket in tune.stands_for(one)}
+    for tokens in (3000, 4096, 9000, 16_384):
+        for of in (
+            GemmProblem(tokens, 2048, 12_288, leaves=8, b_kn=True), GemmProblem(12_288, 2048, tokens, a_km=True, b_kn=True),
+            GemmProblem(tokens, 6144, 2048, b_kn=True), GemmProblem(tokens, 2048, 151_936, leaves=8, b_kn=True),
+        ):  # fmt: skip
+            assert (of.key, of.bucket) in stood_for
+
+
+def test_a_gradients_choice_holds_for_other_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = GemmProblem(2048, 6144, 16_384, a_km=True, b_kn=True)
+    monkeypatch.setattr(tune, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(tune, "multiprocessors", lambda _: SMS)
+    best, other = ranked(problem, SMS)[:2]
+    measured = SimpleNamespace(
+        result=lambda tile: torch.zeros(1), reference=lambda: torch.zeros(1), times_s=lambda tiles: {best: 1e-4, other: 2e-4},
+        short=lambda: False,
+    )  # fmt: skip
+    monkeypatch.setattr(tune, "Bench", lambda _: measured)
+    table = Table("some GPU")
+    tune.tune_one(problem, [best, other], table)
+    for tokens in (5000, 16_384, 40_000):
+        assert table.get(problem.of_tokens(tokens)) == best
+    assert table.get(problem.of_tokens(4096)) is None
+    assert table.get(GemmProblem(6144, 2048, 16_384, a_km=True, b_kn=True)) is None, "another layer's"
+
+
+@pytest.mark.parametrize("problem", [
+    GemmProblem(128, 256, 512, leaves=8, b_kn=True), GemmProblem(256, 128, 512, a_km=True, b_kn=True),
+    GemmProblem(64, 128, 256), GemmProblem(64, 128, 256, experts=2),
+])  # fmt: skip
+def test_operands_lie_as_the_problem_says(problem: GemmProblem, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[GemmProblem] = []
+    monkeypatch.setattr(tune, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(tune, "plan_tiles", lambda *_: torch.zeros(1))
+    monkeypatch.setattr(tune, "gemm", lambda a, b, out, **given: found.append(
+        problem_of(a, b, out, **{name: given[name] for name in ("leaves", "a_km", "b_kn", "experts")})
+    ))  # fmt: skip
+    bench = tune.Bench(problem)
+    bench.reference()
+    bench.result(ranked(problem, SMS)[0])
+    assert found == [problem, problem]
 
 
 def test_what_comes_first_is_compiled_first() -> None:
