@@ -238,14 +238,14 @@ def _wide_tiles(store: int, whole: int, m: int) -> Iterable[GemmTile]:
 def _pieced_tiles(problem: GemmProblem, multiprocessors: int) -> Iterable[GemmTile]:
     """Tiles whose width is no power of two, multiplied at once: with the right one a product fills its last wave. Also those of 128 and
     256 columns, for they can leave while the next one's products run."""
-    narrow = ((1, 16, 5), (1, 32, 3), (1, 16, 7), (1, 32, 5), (1, 64, 3))
-    wide = (
+    shapes: tuple[tuple[int, int, int], ...] = (
+        (1, 16, 5), (1, 32, 3), (1, 16, 7), (1, 32, 5), (1, 64, 3),
         (2, 16, 5), (2, 32, 3), (2, 16, 7), (2, 32, 4), (2, 16, 9), (2, 32, 5), (2, 16, 11), (2, 64, 3), (2, 16, 13), (2, 32, 7),
         (2, 64, 4),
     )  # fmt: skip
     if problem.b_kn:  # columns come by 64, the width of a swizzled row
-        narrow, wide = ((1, 64, 2), (1, 64, 3)), ((2, 64, 2), (2, 64, 3), (2, 64, 4))
-    for consumers, piece, count in narrow + wide:
+        shapes = ((1, 64, 2), (1, 64, 3), (2, 64, 2), (2, 64, 3), (2, 64, 4))
+    for consumers, piece, count in shapes:
         tile = GemmTile(PIECES, False, 64, consumers, piece, piece * (count - 1), 64, MOST_STAGES, 8, 3)
         # A tile that no other follows leaves at once, and so does one with fewer steps than pieces.
         followed = tile_count(tile, problem) > multiprocessors and (problem.leaves > 0 or problem.k > 64 * (count + 1))
