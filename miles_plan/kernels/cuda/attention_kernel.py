@@ -254,7 +254,7 @@ def _step(
         )  # fmt: skip
     m_new, factor, p, sums, first_p = to_weights(s, gl.where(restart, -1.0e30, m), scale, restart)
     l = added(l, once_known(alpha, factor), lanes)  # beside the exponentials
-    arrive_after("keys", ahead, first_p, 16, 8)  # and the wait after it, when so many exponentials are done
+    arrive_after("keys", ahead, first_p, 4, 8)  # and the wait after it, when so many exponentials are done
     acc, weights = warpgroup_mma_wait(num_outstanding=0, deps=(acc_pending, weights))
     arrive("values", stage)
     acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None]

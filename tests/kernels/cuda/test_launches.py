@@ -298,7 +298,7 @@ def test_prefill_computes_weights_while_the_tensor_core_multiplies_values(launch
     assert values in edge
     straight = inner[: inner.index("BRA")]
     before, after = straight.split(values)
-    assert before.count("MUFU.EX2") >= 16
+    assert before.count("MUFU.EX2") >= 4
     assert after.count("MUFU.EX2") >= 16
     assert straight.count("MUFU.EX2") >= 64
     assert after.count("FMUL") >= 64  # rescaled beside the other exponentials
