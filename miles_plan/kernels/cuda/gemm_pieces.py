@@ -1,9 +1,9 @@
 """The Hopper matrix kernel for tiles whose width is no power of two: 80, 112, 160 columns, so that few tiles fill a device.
 
 As `gemm_kernel` (one warp loads, one or two warp groups multiply, persistent, a tile stored while the next one begins, the same
-order of the sum and so the same bits), for plain products in half precision. A sum is a tuple of COUNT pieces of [64, PIECE];
-`wgmma` multiplies them as one. A chain's finished tile leaves piece by piece, each while a step of the next tile runs (DRIP), so that
-its way out takes neither the matrix unit's time nor the memory of a whole tile.
+order of the sum and so the same bits), for products in half precision that no plan of experts cuts. A sum is a tuple of COUNT pieces
+of [64, PIECE]; `wgmma` multiplies them as one. A finished tile leaves piece by piece, each while a step of the next tile runs (DRIP),
+so that its way out takes neither the matrix unit's time nor, of a chain, the memory of a whole tile.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def _consume(
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, COUNT: gl.constexpr,
     LEAVES: gl.constexpr, TAIL: gl.constexpr, EACH: gl.constexpr, DRIP: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, ME: gl.constexpr,
 ) -> None:  # fmt: skip
-    """Consumer warp group ME: its 64 rows of every tile this program walks. A tile is written during the next."""
+    """Consumer warp group ME: its 64 rows of every tile this program walks, each written during the next unless a tree's are written
+    whole."""
     grid_wait()
     TYPE: gl.constexpr = out_desc.dtype  # the operands' too
     FIRST: gl.constexpr = ME * COUNT
@@ -218,8 +219,10 @@ def gemm_pieces_kernel(
     PIECE: gl.constexpr, COUNT: gl.constexpr, LEAVES: gl.constexpr, TAIL: gl.constexpr, EACH: gl.constexpr, DRIP: gl.constexpr, A_KM: gl.constexpr,
     B_KN: gl.constexpr, RELEASE: gl.constexpr,
 ) -> None:  # fmt: skip
-    """C[M, N] = A[M, K] B[N, K]^T in the operands' dtype; boxes [64, 64] of A, [PIECE, 64] of B, [64, PIECE] of C. LEAVES: 0 or 8.
-    DRIP: buffers of a finished tile's pieces for each warp group, or 0 to write it whole; only for a chain of more steps than pieces."""
+    """C[M, N] = A[M, K] B[N, K]^T in the operands' dtype; boxes [64, 64] of A, [PIECE, 64] of B, [64, PIECE] of C. With A_KM, A lies as
+    [K, M]; with B_KN, B as [K, N], PIECE is 64 and the boxes are [64, 64]. LEAVES: 0 or 8. TAIL: k16 steps of a leaf beyond its last
+    whole stage. EACH: pieces of a tree that move while one step runs; COUNT of them need fewer steps than a leaf has. DRIP: buffers of
+    a chain's pieces for each warp group, which needs more steps than pieces, or for a tree not 0; 0 writes a tile whole."""
     ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES * (CONSUMERS * 64 // PIECE + COUNT), PIECE, 64], b_desc.layout)
     if LEAVES:
         stash_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, PIECE], gl.float32)

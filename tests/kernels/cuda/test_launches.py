@@ -275,6 +275,23 @@ def test_the_ring_of_pieces_lies_first_in_shared_memory(launched: Launched, leav
     assert min(others) >= ring
 
 
+@pytest.mark.parametrize("launched", ["hopper"], indirect=True)
+@pytest.mark.parametrize(("leaves", "k", "width"), [(0, 4096, 256), (8, 1408, 128)])
+def test_the_sums_of_a_gradients_tile_stay_in_registers(launched: Launched, leaves: int, k: int, width: int) -> None:
+    from miles_plan.kernels.cuda.tuning import PIECES, GemmProblem, candidates
+
+    tiles = candidates(GemmProblem(4096, 6144, k, leaves=leaves, b_kn=True))
+    tile = next(
+        tile for tile in tiles if tile.engine == PIECES and tile.consumers == 2 and (tile.width, tile.store) == (width, 3)
+    )
+    gemm(half(4096, k), half(k, 6144), half(4096, 6144), leaves=leaves, b_kn=True, tile=tile)
+    code = machine_code(compiled(*launched.first["gemm_pieces_kernel"]))
+    assert "STL" not in code
+    finished = code.count("WARPGROUP.DEPBAR.LE gsb0, 0x0")
+    assert finished == (4 if leaves else 2), "each warp group empties the matrix unit once a chain, twice a tree"
+    assert code.count("WARPGROUP.DEPBAR.LE gsb0, 0x1") > 4 * finished
+
+
 def test_the_direct_kernel_waits_for_every_warp_before_it_lays_a_tile_out_anew(launched: Launched) -> None:
     """Triton puts the memory that takes into the ring's, and no barrier of its own before a product of another warp."""
     tile = GemmTile(DIRECT, False, 64, 2, 128, 0, 64, 6, 8, 2)
