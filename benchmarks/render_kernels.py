@@ -1,7 +1,8 @@
 """Put the kernels' committed results into docs/kernels.md: python -m benchmarks.render_kernels
 
-Reads benchmarks/results/kernels_h200.json (`python -m benchmarks.kernels --out`) and kernels_verify_h200.json (`miles-plan
-kernels verify --json`); a file that is missing says so in the page. Only the text between the two markers changes.
+Reads from benchmarks/results kernels_h200.json (`python -m benchmarks.kernels --out`), kernels_h200_earlier.json where the run
+before is kept, and kernels_verify_h200.json (`miles-plan kernels verify --json`); a file that is missing says so in the page. Only
+the text between the two markers changes.
 """
 
 from __future__ import annotations
@@ -91,8 +92,11 @@ def rendered(page: str, results: Path = RESULTS) -> str:
         raise ValueError(f"the page must hold {BEGIN!r} and {END!r} once each")
     before, rest = page.split(BEGIN)
     _, after = rest.split(END)
-    parts = (bits(load(results / "kernels_verify_h200.json")), speed(load(results / "kernels_h200.json")))
-    return f"{before}{BEGIN}\n\n### Bits\n\n{parts[0]}\n\n### Speed\n\n{parts[1]}\n\n{END}{after}"
+    parts = [f"### Bits\n\n{bits(load(results / 'kernels_verify_h200.json'))}"]
+    parts.append(f"### Speed\n\n{speed(load(results / 'kernels_h200.json'))}")
+    if (earlier := load(results / "kernels_h200_earlier.json")) is not None:
+        parts.append(f"### Speed, the run before\n\n{speed(earlier)}")
+    return f"{before}{BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{END}{after}"
 
 
 def main() -> int:

@@ -36,13 +36,15 @@ def layer_saved_bytes(
 def _unfused_bytes(kind: LayerKind, hidden: int, columns: LayoutColumns, options: TrainMemoryOptions) -> Floats | float:
     """What layers keep beyond Transformer Engine's fused ones, shape [n].
 
-    Batch-invariant ones keep each residual sum. Transformers' keep float32 copies of what a norm gets, and a gate's
-    activation apart from its product (both measured on an H200: benchmarks/results/trainer_memory_h200.json).
+    Batch-invariant ones keep a residual sum and the values whose heads they lay together. Transformers' keep float32 copies of
+    what a norm gets, and a gate's activation apart from its product (measured on an H200:
+    benchmarks/results/trainer_memory_h200.json, step_profile_1_7b.json).
     """
     wide = hidden * options.element_bytes / columns.sequence_split
     norms = float(kind.mixer is not None) + float(kind.ffn is not None)
     if options.layers == "batch_invariant":
-        return np.asarray(norms * wide)
+        values = getattr(kind.mixer, "kv_dim", 0) * options.element_bytes / columns.tp
+        return np.asarray(wide + values)
     if options.layers == "transformers":
         total = norms * 2.0 * wide
         if isinstance(kind.mixer, GroupedQuery) and kind.mixer.qk_norm != "none":

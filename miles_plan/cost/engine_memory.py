@@ -11,7 +11,7 @@ from miles_plan.cost.columns import Floats, LayoutColumns, stage_kinds
 from miles_plan.cost.gemms import layer_gemms
 from miles_plan.cost.profile import HardwareProfile
 from miles_plan.cost.rank_params import rank_params
-from miles_plan.cost.state_memory import draft_terms, outside_terms, state_terms
+from miles_plan.cost.state_memory import EVEN_FRAGMENTATION, FRAGMENTATION, draft_terms, outside_terms, state_terms
 from miles_plan.cost.train_options import TrainMemoryOptions
 
 _MIB = 1 << 20
@@ -19,9 +19,11 @@ CUBLAS_WORKSPACE_BYTES = 96 * _MIB
 """Workspaces Transformer Engine and cuBLAS keep after the first step on Hopper (measured: 100,666,368 bytes)."""
 GROUPED_GEMM_WORKSPACE_BYTES = 175 * _MIB
 """What the first grouped GEMM adds and keeps (measured: 183,500,800 bytes)."""
-LIBRARIES_BYTES = 1408 * _MIB
-"""Kernels and handles that Megatron-core, Transformer Engine and cuBLAS load into a bare context: of the 2,812 MiB that a
+LIBRARIES_BYTES = 1392 * _MIB
+"""Kernels and handles that Megatron-core, Transformer Engine and cuBLAS load into a bare context: of the 2,792 MiB that a
 trainer held on an H200 with all states away, what context, scratch and workspaces leave (process_memory_h200.json)."""
+OWN_LIBRARIES_BYTES = 1750 * _MIB
+"""The same with dense batch-invariant layers, which keep no scratch: of 2,470 MiB."""
 
 
 EAGER_LOSS_BYTES, PARALLEL_LOSS_BYTES = 12.0, 18.0
@@ -84,11 +86,18 @@ def megatron_terms(
     split = columns.sequence_parallel & (columns.tp > 1)
     terms["gather buffer"] = np.where(split, float(gather), 0.0)[:, None] * np.ones(shape)
     scratch = np.zeros(shape)
-    if options.fused_gradient_accumulation and not options.forward_only:
+    own = _all_own(model, options)
+    if options.fused_gradient_accumulation and not options.forward_only and not own:
         scratch = _dummy_gradient_bytes(model, columns, options)
     terms["weight-gradient scratch"] = scratch
     terms["workspace"] = np.full(shape, float(CUBLAS_WORKSPACE_BYTES + (GROUPED_GEMM_WORKSPACE_BYTES if model.moe else 0)))
-    return terms | pool | outside_terms(terms, columns, profile, loaded_bytes=LIBRARIES_BYTES)
+    loaded, fragmentation = (OWN_LIBRARIES_BYTES, EVEN_FRAGMENTATION) if own else (LIBRARIES_BYTES, FRAGMENTATION)
+    return terms | pool | outside_terms(terms, columns, profile, loaded_bytes=loaded, fragmentation=fragmentation)
+
+
+def _all_own(model: ModelArchitecture, options: TrainMemoryOptions) -> bool:
+    """Whether no layer is Transformer Engine's; with experts a run was seen to hold what one on its layers holds."""
+    return options.layers == "batch_invariant" and not model.moe
 
 
 def _dummy_gradient_bytes(model: ModelArchitecture, columns: LayoutColumns, options: TrainMemoryOptions) -> Floats:

@@ -1,4 +1,4 @@
-"""The memory plan of a 1.7B run against what its GPU and its processes held on an H200 (benchmarks.engines, case `long`)."""
+"""The memory plans of runs against what their GPUs and processes held on H200s (`python -m benchmarks.engines`)."""
 
 from __future__ import annotations
 
@@ -13,42 +13,37 @@ from miles_plan.spec import load_job
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
+RUNS = {
+    "1.7B": ("gpu_grpo_1_7b_long_responses", "engines_long_off.json"),
+    "1.7B exact": ("gpu_grpo_1_7b_long_responses", "engines_long_exact.json"),
+    "mixture of experts exact": ("gpu_grpo_moe_exact", "engines_moe_exact.json"),
+}
 
 
 def read(name: str) -> Any:
     return json.loads((ROOT / "benchmarks/results" / name).read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
-def run() -> Any:
-    return read("engines_long_responses_1_7b_expandable.json")
-
-
-@pytest.fixture(scope="module")
-def planned(run: Any) -> dict[str, Any]:
-    """The phases of the GPU, by name."""
-    plan = compile_job(load_job(ROOT / "specs/gpu_grpo_1_7b_long_responses.yaml", run["settings"])).plan
+def planned(name: str) -> dict[str, Any]:
+    """The phases of the GPU, by name, of a run's plan today."""
+    spec, results = RUNS[name]
+    plan = compile_job(load_job(ROOT / f"specs/{spec}.yaml", read(results)["settings"])).plan
     return {phase.name: phase for timeline in plan.graph.memory if timeline.place == "gpu" for phase in timeline.phases}
 
 
-@pytest.mark.parametrize("name", ["generate", "train", "sync"])
-def test_a_phase_is_planned_within_three_percent_of_its_peak(run: Any, planned: dict[str, Any], name: str) -> None:
-    measured = next(row["measured_bytes"] for row in run["planned_against_measured"]["memory"] if row["phase"] == name)
-    assert planned[name].total_bytes == pytest.approx(measured, rel=0.03)
+@pytest.mark.parametrize("name", RUNS)
+def test_every_phase_is_planned_within_three_percent_of_its_peak(name: str) -> None:
+    phases = planned(name)
+    rows = read(RUNS[name][1])["planned_against_measured"]["memory"]
+    assert {row["phase"] for row in rows} == {"generate", "log-probs", "train", "sync"}
+    for row in rows:
+        assert phases[row["phase"]].total_bytes == pytest.approx(row["measured_bytes"], rel=0.03), row["phase"]
 
 
-def test_log_prob_passes_are_planned_within_three_percent_once_their_first_is_over(planned: dict[str, Any]) -> None:
-    """The first held 2.4 GiB more: its micro-batches grew, so that the logits freed were too small for the next."""
-    apart = read("process_memory_h200.json")["mib"]
-    later = (apart["trainer in its second log-prob pass, at most"] + apart["engine asleep"]) * MIB
-    first = (apart["trainer in its first log-prob pass, at most"] + apart["engine asleep"]) * MIB
-    assert planned["log-probs"].total_bytes == pytest.approx(later, rel=0.03)
-    assert planned["log-probs"].total_bytes == pytest.approx(first, rel=0.09)
-
-
-def test_what_sleeps_is_planned_as_it_was_measured(planned: dict[str, Any]) -> None:
-    apart = read("process_memory_h200.json")["mib"]
-    trainer = next(term for term in planned["generate"].terms if term.name == "asleep")
-    engine = next(term for term in planned["train"].terms if term.name == "asleep")
+@pytest.mark.parametrize("name", ["1.7B", "1.7B exact"])
+def test_what_sleeps_is_planned_as_it_was_measured(name: str) -> None:
+    apart, phases = read("process_memory_h200.json")["mib"][name], planned(name)
+    trainer = next(term for term in phases["generate"].terms if term.name == "asleep")
+    engine = next(term for term in phases["train"].terms if term.name == "asleep")
     assert trainer.size_bytes == pytest.approx(apart["trainer asleep, after its first step"] * MIB, rel=0.03)
-    assert engine.size_bytes == pytest.approx(apart["engine asleep"] * MIB, rel=0.06)
+    assert engine.size_bytes == pytest.approx(apart["engine asleep"] * MIB, rel=0.1)

