@@ -89,8 +89,8 @@ def outside_terms(
 ) -> dict[str, Floats]:  # fmt: skip
     """What the driver reports besides the allocator: context, what libraries load into it, communicators, fragmentation.
 
-    Communicators are those of all ranks, of tensor, context, expert (twice) and pipeline parallelism, of embeddings at both ends
-    of a pipeline, and of a whole model: 840 MiB for the first, about 484 for each next (communicator_memory_h200.json).
+    Communicators: of all ranks, of tensor, context, expert (twice) and pipeline parallelism, of embeddings at both ends of a
+    pipeline, and of a whole model: 840 MiB for the first, about 484 for each next (communicator_memory_h200.json).
     """
     allocated = sum_terms(terms)
     staged = columns.pp > 1
