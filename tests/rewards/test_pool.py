@@ -65,11 +65,12 @@ def what_is_left(pool, keeper):
 
 
 def alive(processes):
-    return {
-        each
-        for each in processes
-        if Path(f"/proc/{each}").exists() and "Z" not in Path(f"/proc/{each}/stat").read_text().split()[2]
-    }
+    found = set()
+    for each in processes:
+        with contextlib.suppress(OSError):  # it may end while it is read
+            if Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
+                found.add(each)
+    return found
 
 
 def gone(processes, within_s=30.0):
