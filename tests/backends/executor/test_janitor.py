@@ -66,7 +66,7 @@ def gone(pid: int, within_s: float) -> bool:
         try:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
                 return True
-        except FileNotFoundError:
+        except OSError:
             return True
         time.sleep(0.02)
     return False
