@@ -8,8 +8,11 @@ here they count as missing, and the portable kernels run.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, overload
 
@@ -61,6 +64,29 @@ def _language() -> ModuleType:
     return language
 
 
+def assembly_digest(folder: Path) -> str:
+    """Of the files whose functions emit instructions (`wgmma.inline`) while a kernel is compiled."""
+    texts = (file.read_bytes() for file in sorted(folder.glob("*.py")))
+    return hashlib.sha256(b"".join(text for text in texts if b"\n@inline\n" in text)).hexdigest()
+
+
+def keyed(decorator: Callable[..., Any], digest: str) -> Callable[..., Any]:
+    """Gluon's decorator, with `digest` in the key under which a compiled kernel is kept.
+
+    Triton's key follows a kernel's source and that of the kernels it calls, not what emits instructions for it: with another
+    release of this package it would take old code from its cache.
+    """
+
+    def decorate(function: Callable[..., Any] | None = None, /, **options: Any) -> Any:
+        if function is None:
+            return partial(decorate, **options)
+        kernel = decorator(function, **options)
+        kernel._unsafe_update_src(f"{kernel.src}\n# {digest}")
+        return kernel
+
+    return decorate
+
+
 HAVE_TRITON: bool = triton is not None and tl is not None
 HAVE_GLUON: bool = HAVE_TRITON and None not in (_gluon, _hopper, _host) and _known_release()
 
@@ -90,4 +116,4 @@ if TYPE_CHECKING:
     gluon_jit = jit
 else:
     jit = triton.jit if HAVE_TRITON else _missing
-    gluon_jit = _gluon.jit if HAVE_GLUON else _missing
+    gluon_jit = keyed(_gluon.jit, assembly_digest(Path(__file__).parent)) if HAVE_GLUON else _missing
