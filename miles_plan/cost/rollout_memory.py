@@ -14,7 +14,7 @@ from miles_plan.ir.layout import RolloutLayout
 
 _GIB = 1 << 30
 SLEEPING_BYTES = 0.5 * _GIB
-"""What a sleeping engine holds beside context and graphs (1,544 and 1,394 MiB in all of a 1.7B engine on its own kernels and on
+"""What a sleeping engine holds beside context and graphs (1,544 and 1,396 MiB in all of a 1.7B engine on its own kernels and on
 this package's, process_memory_h200.json)."""
 
 

@@ -258,7 +258,8 @@ def _step(
     acc, weights = warpgroup_mma_wait(num_outstanding=0, deps=(acc_pending, weights))
     arrive("values", stage)
     acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None]
-    state = (m_new, l, acc, block == block, factor, sums, packed(p, rings[2].dtype))
+    something = block == block  # true: there are values to add to now
+    state = (m_new, l, acc, something, factor, sums, packed(p, rings[2].dtype))
     wraps = ahead + 1 == STAGES
     ring = (ahead, ahead_phase, gl.where(wraps, 0, ahead + 1), gl.where(wraps, ahead_phase ^ 1, ahead_phase))
     return state, ring, m
@@ -306,7 +307,7 @@ def _attend(
         m_ended = gl.full((ROWS,), 0.0, gl.float32, empty.type.layout)
         if _even(item, block, window, CAUSAL, TOKENS, BN):
             block -= 1
-            even = block == block
+            even = block == block  # true, as a loop can carry it
             while even:
                 block += 1
                 restart = last | (block % (CHUNK // BN) == 0)

@@ -24,7 +24,7 @@ _NAMES = {"bf16": "bf16", "fp16": "f16"}
 
 
 def inline(function: Callable[..., Any]) -> Any:
-    """Called while a kernel is compiled, to emit instructions."""
+    """Called while a kernel is compiled, to emit instructions; `toolchain.assembly_digest` finds it by this decorator."""
     return tl.core.extern(function) if HAVE_GLUON else function
 
 

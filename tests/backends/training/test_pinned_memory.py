@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,11 +26,8 @@ def test_every_page_exists_and_is_zero(size: int) -> None:
 
 
 def test_what_the_driver_refuses_is_an_error_that_says_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Refusing:
-        def cudaHostRegister(self, *_: int) -> int:  # noqa: N802  # the driver's name
-            return 2
-
-    monkeypatch.setattr(pinned_memory.torch.cuda, "cudart", Refusing)
+    refusing = SimpleNamespace(cudaHostRegister=lambda *_: 2)
+    monkeypatch.setattr(pinned_memory.torch.cuda, "cudart", lambda: refusing)
     with pytest.raises(EngineError, match="cannot lock 100 bytes of host memory: CUDA error 2"):
         PinnedMemory(100)
 

@@ -23,7 +23,7 @@ def test_the_digest_follows_what_emits_instructions_and_nothing_else(tmp_path: P
 def test_a_kernel_is_kept_under_another_key_when_the_assembly_it_may_use_changes() -> None:
     from triton.experimental import gluon
 
-    def kernel(x):  # type: ignore[no-untyped-def]
+    def kernel(x: object) -> None:
         pass
 
     keys = [keyed(gluon.jit, digest)(kernel).cache_key for digest in ("one", "two", "one")]
