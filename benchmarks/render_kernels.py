@@ -1,8 +1,7 @@
 """Put the kernels' committed results into docs/kernels.md: python -m benchmarks.render_kernels
 
-Reads kernels_h200.json (`python -m benchmarks.kernels --out`), kernels_h200_earlier.json where the run before is kept, and
-kernels_verify_h200.json (`miles-plan kernels verify --json`) of benchmarks/results; a file that is missing says so in the page.
-Only the text between the two markers changes.
+Reads kernels_h200.json (`python -m benchmarks.kernels --out`) and kernels_verify_h200.json (`miles-plan kernels verify --json`) of
+benchmarks/results; a file that is missing says so in the page. Only the text between the two markers changes.
 """
 
 from __future__ import annotations
@@ -94,8 +93,6 @@ def rendered(page: str, results: Path = RESULTS) -> str:
     _, after = rest.split(END)
     parts = [f"### Bits\n\n{bits(load(results / 'kernels_verify_h200.json'))}"]
     parts.append(f"### Speed\n\n{speed(load(results / 'kernels_h200.json'))}")
-    if (earlier := load(results / "kernels_h200_earlier.json")) is not None:
-        parts.append(f"### Speed, the run before\n\n{speed(earlier)}")
     return f"{before}{BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{END}{after}"
 
 
