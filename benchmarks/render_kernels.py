@@ -1,7 +1,7 @@
 """Put the kernels' committed results into docs/kernels.md: python -m benchmarks.render_kernels
 
-Reads kernels_h200.json (`python -m benchmarks.kernels --out`) and kernels_verify_h200.json (`miles-plan kernels verify --json`) of
-benchmarks/results; a file that is missing says so in the page. Only the text between the two markers changes.
+Reads kernels_h200.json (`python -m benchmarks.kernels --out`) and kernels_verify_h200.json (`miles-plan kernels verify --json`)
+of benchmarks/results; a file that is missing says so in the page. Only the text between the two markers changes.
 """
 
 from __future__ import annotations
