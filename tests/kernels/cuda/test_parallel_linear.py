@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,15 +15,31 @@ from miles_plan.kernels.cuda.linear_log_prob import linear_log_prob
 from miles_plan.kernels.cuda.matmul import matmul, tree_all_reduce, tree_partial
 from miles_plan.kernels.cuda.parallel_linear import column_parallel_linear, row_parallel_linear, tree_reduce_scatter
 
-TOKENS, WIDTH, INNER = 8, 128, 256
+
+@dataclass(frozen=True)
+class Block:
+    """Two layers, column-parallel and row-parallel, and how many tokens go through them."""
+
+    tokens: int
+    width: int
+    inner: int
+    dtype: torch.dtype
+
+    def drawn(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens, the two weights, and the gradient of the output."""
+        generator = torch.Generator().manual_seed(0)
+        shapes = (
+            (self.tokens, 1, self.width),
+            (self.inner, self.width),
+            (self.width, self.inner),
+            (self.tokens, 1, self.width),
+        )
+        x, up, down, grad = (torch.randn(shape, generator=generator).to(self.dtype) for shape in shapes)
+        return x, up * self.width**-0.5, down * self.inner**-0.5, grad
 
 
-def drawn() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, the two weights of a block of two layers, and the gradient of its output; float32, where another order shows."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((TOKENS, 1, WIDTH), (INNER, WIDTH), (WIDTH, INNER), (TOKENS, 1, WIDTH))
-    x, up, down, grad = (torch.randn(shape, generator=generator) for shape in shapes)
-    return x, up, down, grad
+SMALL = Block(8, 128, 256, torch.float32)  # where another order shows
+QWEN3_8B = Block(512, 4096, 12_288, torch.bfloat16)  # on Hopper's kernels
 
 
 def block_gradients(
@@ -36,17 +53,24 @@ def block_gradients(
     return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
-def rank_main(rank: int, ranks: int, port: int, backend: str) -> None:
+def rank_main(rank: int, ranks: int, port: int, backend: str, blocks: tuple[Block, ...]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", world_size=ranks, rank=rank)
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     if backend == "nccl":
         torch.cuda.set_device(device)
-    x, up, down, grad = (tensor.to(device) for tensor in drawn())
+    for block in blocks:
+        split_over_ranks_as_whole(block, rank, ranks, device)
+    dist.destroy_process_group()
+
+
+def split_over_ranks_as_whole(block: Block, rank: int, ranks: int, device: torch.device) -> None:
+    """This rank's part of outputs and gradients against what it computes alone."""
+    x, up, down, grad = (tensor.to(device) for tensor in block.drawn())
     want = block_gradients(x, up, down, grad)
     rows, tokens = (
-        slice(rank * INNER // ranks, (rank + 1) * INNER // ranks),
-        slice(rank * TOKENS // ranks, (rank + 1) * TOKENS // ranks),
+        rows_of(block.inner, rank, ranks),
+        rows_of(block.tokens, rank, ranks),
     )
     my_up, my_down = up[rows].contiguous(), down[:, rows].contiguous()
     for sequence in (False, True):
@@ -56,25 +80,23 @@ def rank_main(rank: int, ranks: int, port: int, backend: str) -> None:
         assert torch.equal(dx, want[1][mine]), sequence
         assert torch.equal(dup, want[2][rows]), sequence
         assert torch.equal(ddown, want[3][:, rows]), sequence
-    partial = tree_partial(
-        x[:, 0, rows_of(WIDTH, rank, ranks)].contiguous(), up[:, rows_of(WIDTH, rank, ranks)].contiguous(), ranks
-    )
+    columns = rows_of(block.width, rank, ranks)
+    partial = tree_partial(x[:, 0, columns].contiguous(), up[:, columns].contiguous(), ranks)
     whole = matmul(x[:, 0], up, order="tree")
-    assert torch.equal(tree_all_reduce(partial, torch.float32), whole)
-    assert torch.equal(tree_reduce_scatter(partial, torch.float32), whole[tokens])
-    hidden, targets = x[:, 0], torch.arange(TOKENS, device=device) * 30
+    assert torch.equal(tree_all_reduce(partial, block.dtype), whole)
+    assert torch.equal(tree_reduce_scatter(partial, block.dtype), whole[tokens])
+    hidden, targets = x[:, 0], torch.arange(block.tokens, device=device) * 30 % block.inner
     alone = scored(hidden, up, targets)
-    together = scored(hidden, my_up, targets, vocab_start=rows.start, vocab_size=INNER, group=dist.group.WORLD)
+    together = scored(hidden, my_up, targets, vocab_start=rows.start, vocab_size=block.inner, group=dist.group.WORLD)
     assert torch.equal(together[0], alone[0])
     assert torch.equal(together[1], alone[1])
     assert torch.equal(together[2], alone[2][rows])
-    dist.destroy_process_group()
 
 
 def scored(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, **shard: Any) -> list[torch.Tensor]:
     """Log-probabilities of a head, and the gradients of the hidden states and of the head, two blocks of rows."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (hidden, weight)]
-    found = linear_log_prob(*leaves, targets, rows_at_once=5, **shard)
+    found = linear_log_prob(*leaves, targets, rows_at_once=-(-hidden.shape[0] * 5 // 8), **shard)
     return [found.detach(), *torch.autograd.grad(found.sum(), leaves)]
 
 
@@ -82,20 +104,20 @@ def rows_of(size: int, rank: int, ranks: int) -> slice:
     return slice(rank * size // ranks, (rank + 1) * size // ranks)
 
 
-def spawn(ranks: int, backend: str) -> None:
+def spawn(ranks: int, backend: str, *blocks: Block) -> None:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    mp.spawn(rank_main, (ranks, port, backend), ranks)  # type: ignore[no-untyped-call]  # torch's spawn is untyped
+    mp.spawn(rank_main, (ranks, port, backend, blocks), ranks)  # type: ignore[no-untyped-call]  # torch's spawn is untyped
 
 
 def test_two_ranks_on_cpus() -> None:
-    spawn(2, "gloo")
+    spawn(2, "gloo", SMALL)
 
 
 @pytest.mark.slow
 def test_four_ranks_on_cpus() -> None:
-    spawn(4, "gloo")
+    spawn(4, "gloo", SMALL)
 
 
 @pytest.mark.multi_gpu
@@ -104,11 +126,11 @@ def test_ranks_on_gpus(ranks: int) -> None:
     pytest.importorskip("triton")
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} CUDA devices")
-    spawn(ranks, "nccl")
+    spawn(ranks, "nccl", SMALL, QWEN3_8B)
 
 
 def test_one_rank_is_the_plain_product() -> None:
-    x, up, down, grad = drawn()
+    x, up, down, grad = SMALL.drawn()
     out, dx, dup, ddown = block_gradients(x, up, down, grad)
     hidden = matmul(x, up)
     assert torch.equal(out, matmul(hidden, down, order="tree"))
