@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks import kernels
 from benchmarks.kernels.record import Record
 from benchmarks.kernels.shapes import default_shapes, expand, read_shapes
 from benchmarks.kernels.summary import summarise
+from miles_plan.kernels.cuda.gemm import TREE_LEAVES
+from miles_plan.kernels.cuda.tuning import GemmProblem, table_for
 
 
 def test_lists_stand_for_products(tmp_path: Path) -> None:
@@ -23,6 +27,17 @@ def test_lists_stand_for_products(tmp_path: Path) -> None:
         (16, 128, "chain"),
     ]
     assert [expand(shape.to_dict()) == [shape] for shape in shapes] == [True] * 4
+
+
+def test_the_untuned_shapes_are_in_no_table() -> None:
+    products = [shape for shape in read_shapes(Path(kernels.__file__).parent / "untuned_shapes.json") if shape.op == "matmul"]
+    choices = table_for("NVIDIA H200").choices
+    for shape in products:
+        leaves = TREE_LEAVES if shape["order"] == "tree" else 0
+        dtype = getattr(torch, shape["dtype"])
+        problem = GemmProblem(shape["M"], shape["N"], shape["K"], dtype, dtype, leaves)
+        assert problem.key not in choices, shape
+    assert len(products) > 60
 
 
 @pytest.mark.parametrize(
