@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from miles_plan.kernels.cuda.expert_rows import expert_order, expert_rows
 from miles_plan.kernels.cuda.experts import swiglu_experts
 from miles_plan.kernels.cuda.moe_combine import moe_combine
 from miles_plan.kernels.cuda.router import router
+from tests.kernels.cuda.ranks import on_ranks
 
 
 @dataclass(frozen=True)
@@ -93,38 +92,22 @@ def gradients(parts: list[torch.Tensor], grad: torch.Tensor, top_k: int, ranks: 
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-def rank_main(rank: int, ranks: int, port: int, backend: str, layers: tuple[Layer, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", world_size=ranks, rank=rank)
-    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
-    if backend == "nccl":
-        torch.cuda.set_device(device)
-    for layer in layers:
-        x, logits, up, down, grad = layer.drawn(device)
-        tokens, experts = (slice(rank * size // ranks, (rank + 1) * size // ranks) for size in (layer.tokens, layer.experts))
-        whole = gradients([x, logits, up, down], grad, layer.top_k, 1)
-        mine = gradients([x[tokens], logits[tokens], up[experts], down[experts]], grad[tokens], layer.top_k, ranks)
-        of = (tokens, tokens, tokens, experts, experts)
-        for name, part, want, share in zip(("out", "dx", "dlogits", "dup", "ddown"), mine, whole, of, strict=True):
-            assert torch.equal(part, want[share]), (name, int((part != want[share]).sum()), part.numel())
-    dist.destroy_process_group()
-
-
-def spawn(ranks: int, backend: str, *layers: Layer) -> None:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    mp.spawn(rank_main, (ranks, port, backend, layers), ranks)  # type: ignore[no-untyped-call]  # torch's spawn is untyped
+def split_over_ranks_as_whole(layer: Layer, rank: int, ranks: int, device: torch.device) -> None:
+    """This rank's part of outputs and gradients against what it computes alone."""
+    x, logits, up, down, grad = layer.drawn(device)
+    tokens, experts = (slice(rank * size // ranks, (rank + 1) * size // ranks) for size in (layer.tokens, layer.experts))
+    whole = gradients([x, logits, up, down], grad, layer.top_k, 1)
+    mine = gradients([x[tokens], logits[tokens], up[experts], down[experts]], grad[tokens], layer.top_k, ranks)
+    of = (tokens, tokens, tokens, experts, experts)
+    for name, part, want, share in zip(("out", "dx", "dlogits", "dup", "ddown"), mine, whole, of, strict=True):
+        assert torch.equal(part, want[share]), (name, int((part != want[share]).sum()), part.numel())
 
 
 def test_two_ranks_on_cpus() -> None:
-    spawn(2, "gloo", SMALL)
+    on_ranks(split_over_ranks_as_whole, (SMALL,), 2)
 
 
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_ranks_on_gpus(ranks: int) -> None:
-    pytest.importorskip("triton")
-    if torch.cuda.device_count() < ranks:
-        pytest.skip(f"needs {ranks} CUDA devices")
-    spawn(ranks, "nccl", SMALL, QWEN3_30B_A3B)
+    on_ranks(split_over_ranks_as_whole, (SMALL, QWEN3_30B_A3B), ranks, gpus=True)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from miles_plan.kernels.cuda.linear_log_prob import linear_log_prob
 from miles_plan.kernels.cuda.matmul import matmul, tree_all_reduce, tree_partial
 from miles_plan.kernels.cuda.parallel_linear import column_parallel_linear, row_parallel_linear, tree_reduce_scatter
+from tests.kernels.cuda.ranks import on_ranks
 
 
 @dataclass(frozen=True)
@@ -51,17 +50,6 @@ def block_gradients(
     out = row_parallel_linear(hidden, leaves[2], group, sequence_parallel=sequence)
     out.backward(grad)  # type: ignore[no-untyped-call]  # torch's backward is untyped
     return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
-
-
-def rank_main(rank: int, ranks: int, port: int, backend: str, blocks: tuple[Block, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", world_size=ranks, rank=rank)
-    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
-    if backend == "nccl":
-        torch.cuda.set_device(device)
-    for block in blocks:
-        split_over_ranks_as_whole(block, rank, ranks, device)
-    dist.destroy_process_group()
 
 
 def split_over_ranks_as_whole(block: Block, rank: int, ranks: int, device: torch.device) -> None:
@@ -104,29 +92,19 @@ def rows_of(size: int, rank: int, ranks: int) -> slice:
     return slice(rank * size // ranks, (rank + 1) * size // ranks)
 
 
-def spawn(ranks: int, backend: str, *blocks: Block) -> None:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    mp.spawn(rank_main, (ranks, port, backend, blocks), ranks)  # type: ignore[no-untyped-call]  # torch's spawn is untyped
-
-
 def test_two_ranks_on_cpus() -> None:
-    spawn(2, "gloo", SMALL)
+    on_ranks(split_over_ranks_as_whole, (SMALL,), 2)
 
 
 @pytest.mark.slow
 def test_four_ranks_on_cpus() -> None:
-    spawn(4, "gloo", SMALL)
+    on_ranks(split_over_ranks_as_whole, (SMALL,), 4)
 
 
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_ranks_on_gpus(ranks: int) -> None:
-    pytest.importorskip("triton")
-    if torch.cuda.device_count() < ranks:
-        pytest.skip(f"needs {ranks} CUDA devices")
-    spawn(ranks, "nccl", SMALL, QWEN3_8B)
+    on_ranks(split_over_ranks_as_whole, (SMALL, QWEN3_8B), ranks, gpus=True)
 
 
 def test_one_rank_is_the_plain_product() -> None:
