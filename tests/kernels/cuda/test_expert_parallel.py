@@ -65,7 +65,7 @@ class _Exchanged(torch.autograd.Function):
 
 
 def through_experts(
-    x: torch.Tensor, logits: torch.Tensor, up: torch.Tensor, down: torch.Tensor, top_k: int, ranks: int
+    x: torch.Tensor, logits: torch.Tensor, up: torch.Tensor, down: torch.Tensor, *, top_k: int, ranks: int
 ) -> torch.Tensor:
     """The layer's output for x, [tokens, hidden]; with several ranks, up and down are this rank's experts and x its tokens."""
     weights, ids = router(logits, top_k)
@@ -88,7 +88,7 @@ def through_experts(
 def gradients(parts: list[torch.Tensor], grad: torch.Tensor, top_k: int, ranks: int) -> list[torch.Tensor]:
     """The output, and the gradients of tokens, logits and both weights."""
     leaves = [part.clone().requires_grad_() for part in parts]
-    out = through_experts(*leaves, top_k, ranks)
+    out = through_experts(*leaves, top_k=top_k, ranks=ranks)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
