@@ -29,7 +29,7 @@ class Layer:
 
     def drawn(self, device: torch.device) -> list[torch.Tensor]:
         """Tokens, router logits, the experts' two weights, and the gradient of the output."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         shapes = (
             (self.tokens, self.hidden), (self.tokens, self.experts), (self.experts, 2 * self.inner, self.hidden),
             (self.experts, self.hidden, self.inner), (self.tokens, self.hidden),
@@ -37,7 +37,7 @@ class Layer:
         scales = (1.0, 1.0, self.hidden**-0.5, self.inner**-0.5, 1.0)
         types = (self.dtype, torch.float32, self.dtype, self.dtype, self.dtype)
         return [
-            (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+            (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
             for shape, scale, dtype in zip(shapes, scales, types, strict=True)
         ]
 

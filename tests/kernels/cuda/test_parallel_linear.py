@@ -24,16 +24,16 @@ class Block:
     inner: int
     dtype: torch.dtype
 
-    def drawn(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def drawn(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tokens, the two weights, and the gradient of the output."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         shapes = (
             (self.tokens, 1, self.width),
             (self.inner, self.width),
             (self.width, self.inner),
             (self.tokens, 1, self.width),
         )
-        x, up, down, grad = (torch.randn(shape, generator=generator).to(self.dtype) for shape in shapes)
+        x, up, down, grad = (torch.randn(shape, generator=generator, device=device).to(self.dtype) for shape in shapes)
         return x, up * self.width**-0.5, down * self.inner**-0.5, grad
 
 
@@ -54,7 +54,7 @@ def block_gradients(
 
 def split_over_ranks_as_whole(block: Block, rank: int, ranks: int, device: torch.device) -> None:
     """This rank's part of outputs and gradients against what it computes alone."""
-    x, up, down, grad = (tensor.to(device) for tensor in block.drawn())
+    x, up, down, grad = block.drawn(device)
     want = block_gradients(x, up, down, grad)
     rows, tokens = (
         rows_of(block.inner, rank, ranks),
@@ -108,7 +108,7 @@ def test_ranks_on_gpus(ranks: int) -> None:
 
 
 def test_one_rank_is_the_plain_product() -> None:
-    x, up, down, grad = SMALL.drawn()
+    x, up, down, grad = SMALL.drawn(torch.device("cpu"))
     out, dx, dup, ddown = block_gradients(x, up, down, grad)
     hidden = matmul(x, up)
     assert torch.equal(out, matmul(hidden, down, order="tree"))
