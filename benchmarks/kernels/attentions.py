@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,11 +81,9 @@ class Batch:
 
 
 def baselines(batch: Batch) -> dict[str, list[Call]]:
-    """Every backend of torch's attention that runs, and FlashAttention-3 where it is installed."""
+    """Every backend of torch's attention that can say the same and runs, and FlashAttention-3 where it is installed."""
     found: dict[str, list[Call]] = {}
-    if not batch.comparable:
-        return found
-    for name, backend in BACKENDS.items():
+    for name, backend in BACKENDS.items() if batch.comparable else ():
         calls: list[Call] = [batch.sdpa(k, v, backend) for k, v in batch.kv]
         try:
             calls[0]()
@@ -112,18 +111,27 @@ def _flash_attention_3(batch: Batch) -> list[Call] | None:
 def _flash_attention_3_calls(batch: Batch) -> list[Call]:
     from flash_attn_interface import flash_attn_func
 
-    shape = (batch.batch, -1)
+    shape, window = (batch.batch, -1), _keys_before(batch)
     q = batch.q.view(*shape, batch.heads, batch.d)
     pairs = [tuple(x.view(*shape, batch.kv_heads, batch.d) for x in kv) for kv in batch.kv]
-    return [lambda k=k, v=v: flash_attn_func(q, k, v, causal=True) for k, v in pairs]
+    return [lambda k=k, v=v: flash_attn_func(q, k, v, causal=True, window_size=window) for k, v in pairs]
 
 
 def _sgl_kernel_calls(batch: Batch) -> list[Call]:
     from sgl_kernel.flash_attn import flash_attn_varlen_func
 
     k_starts = torch.arange(batch.batch + 1, device=DEVICE, dtype=torch.int32) * batch.kv_len
-    sizes = (batch.q_starts, k_starts, batch.q_len, batch.kv_len)
-    return [lambda k=k, v=v: flash_attn_varlen_func(batch.q, k, v, *sizes, causal=True, num_splits=0) for k, v in batch.kv]
+    sizes, window = (batch.q_starts, k_starts, batch.q_len, batch.kv_len), _keys_before(batch)
+
+    def call(k: torch.Tensor, v: torch.Tensor) -> Any:
+        return flash_attn_varlen_func(batch.q, k, v, *sizes, causal=True, window_size=window, num_splits=0)
+
+    return [partial(call, k, v) for k, v in batch.kv]
+
+
+def _keys_before(batch: Batch) -> tuple[int, int]:
+    """FlashAttention's window: keys before a query's own, and after it; -1 for all."""
+    return (-1, -1) if batch.window is None else (batch.window - 1, 0)
 
 
 def measure_attention(shape: Shape) -> Record:
