@@ -123,8 +123,30 @@ PROJECTIONS = (
     ("DeepSeek-V3 shared down", 7168, 2048, "tree"),
     ("DeepSeek-V3 head", 129_280, 7168, "chain"),
 )
-# Tuned too, not benchmarked: the small models that whole runs are tested with.
-SMALL_PROJECTIONS = (
+# Tuned too, not benchmarked: other models that are often trained, and the small ones that whole runs are tested with.
+OTHER_PROJECTIONS = (
+    ("Llama-8B gate_up", 28_672, 4096, "chain"),
+    ("Llama-8B down", 4096, 14_336, "tree"),
+    ("Llama-8B head", 128_256, 4096, "chain"),
+    ("Qwen2.5-7B qkv", 4608, 3584, "chain"),
+    ("Qwen2.5-7B o", 3584, 3584, "tree"),
+    ("Qwen2.5-7B gate_up", 37_888, 3584, "chain"),
+    ("Qwen2.5-7B down", 3584, 18_944, "tree"),
+    ("Qwen2.5-7B head", 152_064, 3584, "chain"),
+    ("Qwen3-4B qkv", 6144, 2560, "chain"),
+    ("Qwen3-4B o", 2560, 4096, "tree"),
+    ("Qwen3-4B gate_up", 19_456, 2560, "chain"),
+    ("Qwen3-4B down", 2560, 9728, "tree"),
+    ("Qwen3-4B head", 151_936, 2560, "chain"),
+    ("Qwen3-14B qkv", 7168, 5120, "chain"),
+    ("Qwen3-14B o", 5120, 5120, "tree"),
+    ("Qwen3-14B gate_up", 34_816, 5120, "chain"),
+    ("Qwen3-14B down", 5120, 17_408, "tree"),
+    ("Qwen3-14B head", 151_936, 5120, "chain"),
+    ("Qwen3-32B qkv", 10_240, 5120, "chain"),
+    ("Qwen3-32B o", 5120, 8192, "tree"),
+    ("Qwen3-32B gate_up", 51_200, 5120, "chain"),
+    ("Qwen3-32B down", 5120, 25_600, "tree"),
     ("Qwen3-0.6B qkv", 4096, 1024, "chain"),
     ("Qwen3-0.6B o", 1024, 2048, "tree"),
     ("Qwen3-0.6B gate_up", 6144, 1024, "chain"),
@@ -143,10 +165,10 @@ ROWS = [1, 16, 32, 64, 128, 256, 512, 1024, 4096, 16_384]
 TOKENS = [16, 64, 256, 1024, 4096, 16_384]
 
 
-def small_shapes() -> list[Shape]:
-    """The products of small models."""
+def other_shapes() -> list[Shape]:
+    """The products of models that are tuned and not benchmarked."""
     entries = [
-        {"op": "matmul", "name": name, "M": ROWS, "N": n, "K": k, "order": order} for name, n, k, order in SMALL_PROJECTIONS
+        {"op": "matmul", "name": name, "M": ROWS, "N": n, "K": k, "order": order} for name, n, k, order in OTHER_PROJECTIONS
     ]
     return [shape for entry in entries for shape in expand(entry)]
 
@@ -154,7 +176,7 @@ def small_shapes() -> list[Shape]:
 def gradient_shapes() -> list[Shape]:
     """What training takes the gradients of: a layer whose columns ranks split sums its input's gradient as the tree, and the other way
     round (`parallel_linear`). Models of one width share their head."""
-    layers = [layer for layer in (*PROJECTIONS, *SMALL_PROJECTIONS) if layer[0].startswith(TRAINED)]
+    layers = [layer for layer in (*PROJECTIONS, *OTHER_PROJECTIONS) if layer[0].startswith(TRAINED)]
     entries = [
         {
             "op": "matmul_gradients",

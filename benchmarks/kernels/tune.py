@@ -42,7 +42,7 @@ from miles_plan.kernels.cuda.tuning import (
     tune,
 )
 
-from .shapes import Shape, default_shapes, gradient_shapes, read_shapes, small_shapes
+from .shapes import Shape, default_shapes, gradient_shapes, other_shapes, read_shapes
 from .timing import Call, copies, event_ms
 
 DEVICE = torch.device("cuda")
@@ -308,7 +308,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600.0, help="start no problem after this many seconds")
     options = parser.parse_args()
     begin = time.monotonic()
-    found = problems(read_shapes(options.shapes) if options.shapes else default_shapes() + small_shapes() + gradient_shapes())
+    found = problems(read_shapes(options.shapes) if options.shapes else default_shapes() + other_shapes() + gradient_shapes())
     gpu = torch.cuda.get_device_name(DEVICE)
     shipped, sms = table_for(gpu), multiprocessors(DEVICE)
     plan = [(problem, contenders(problem, sms, shipped.get(problem))) for problem in found]
