@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from miles_plan.kernels.cuda import attention as attention_module
 from miles_plan.kernels.cuda.attention import attention, attention_with_lse
 from miles_plan.kernels.cuda.draw import Draw
 from miles_plan.kernels.cuda.embedding import embedding, embedding_reference
@@ -63,25 +64,32 @@ def test_verify_names_the_op_that_differs_first(gpu: torch.device) -> None:
     assert report.first.first_shape == "cuBLAS, row by row"
 
 
+TILED = {
+    "one row": GemmProblem(1, 512, 1024), "chain": GemmProblem(700, 6144, 512),
+    "tree": GemmProblem(700, 512, 1408, leaves=8),  # leaves of 176 = 2 x 64 + 48
+    "tree of dx": GemmProblem(700, 512, 1408, leaves=8, b_kn=True),
+    "dW": GemmProblem(6144, 512, 700, a_km=True, b_kn=True),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_tile_gives_the_portable_kernels_bits(gpu: torch.device, dtype: torch.dtype) -> None:
-    for problem in (
-        GemmProblem(1, 512, 1024, dtype, dtype), GemmProblem(700, 6144, 512, dtype, dtype),
-        GemmProblem(700, 512, 1408, dtype, dtype, leaves=8),  # leaves of 176 = 2 x 64 + 48
-        GemmProblem(700, 512, 1408, dtype, dtype, leaves=8, b_kn=True),
-        GemmProblem(6144, 512, 700, dtype, dtype, a_km=True, b_kn=True),
-    ):  # fmt: skip
-        lying: dict[str, Any] = {"leaves": problem.leaves, "a_km": problem.a_km, "b_kn": problem.b_kn}
-        a = torch.randn((problem.k, problem.m) if problem.a_km else (problem.m, problem.k), device=gpu).to(dtype)
-        b = (torch.randn((problem.k, problem.n) if problem.b_kn else (problem.n, problem.k), device=gpu) / 30).to(dtype)
-        want = torch.empty(problem.m, problem.n, device=gpu, dtype=dtype)
-        gemm(a, b, want, portable=True, **lying)
-        tiles = candidates(problem, torch.cuda.get_device_properties(gpu).multi_processor_count)
-        for tile in tiles[:: 1 if problem.m == 700 and not problem.leaves else 3]:
-            out = torch.full_like(want, float("nan"))
-            for overlap in overlaps_of(tile):
-                gemm(a, b, out, tile=replace(tile, overlap=overlap), **lying)
-                assert torch.equal(out, want), (tile, overlap)
+@pytest.mark.parametrize("overlap", [0, 1, 2])
+@pytest.mark.parametrize("product", TILED)
+def test_every_tile_gives_the_portable_kernels_bits(gpu: torch.device, product: str, overlap: int, dtype: torch.dtype) -> None:
+    """A test for each way of launching them: what takes its time is compiling every tile, which several processes share."""
+    problem = replace(TILED[product], dtype=dtype, out_dtype=dtype)
+    lying: dict[str, Any] = {"leaves": problem.leaves, "a_km": problem.a_km, "b_kn": problem.b_kn}
+    a = torch.randn((problem.k, problem.m) if problem.a_km else (problem.m, problem.k), device=gpu).to(dtype)
+    b = (torch.randn((problem.k, problem.n) if problem.b_kn else (problem.n, problem.k), device=gpu) / 30).to(dtype)
+    want = torch.empty(problem.m, problem.n, device=gpu, dtype=dtype)
+    gemm(a, b, want, portable=True, **lying)
+    tiles = candidates(problem, torch.cuda.get_device_properties(gpu).multi_processor_count)
+    tried = [tile for tile in tiles[:: 1 if product == "chain" else 3] if overlap in overlaps_of(tile)]
+    assert tried
+    for tile in tried:
+        out = torch.full_like(want, float("nan"))
+        gemm(a, b, out, tile=replace(tile, overlap=overlap), **lying)
+        assert torch.equal(out, want), tile
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(64, 512, 4096), (700, 1024, 2048)])
@@ -222,16 +230,45 @@ def test_steep_prefill_gives_the_bits_of_decode(gpu: torch.device, heads: tuple[
             assert torch.equal(alone_lse, lse[row])
 
 
-def test_attention_gradients_against_float64(gpu: torch.device, error: Error) -> None:
-    n, heads, kv_heads, d = 600, 8, 2, 128
-    q, k, v = (torch.randn(n, h, d, device=gpu).bfloat16().requires_grad_() for h in (heads, kv_heads, kv_heads))
-    grad = torch.randn(n, heads, d, device=gpu).bfloat16()
-    attention(q, k, v).backward(grad)
+@pytest.mark.parametrize("length", [130, 900, 5000, 20_000, 40_000])
+@pytest.mark.parametrize("split", [False, True])
+def test_the_most_rows_that_a_decode_takes_have_prefills_bits(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch, split: bool, length: int
+) -> None:
+    """64 rows of the widest heads, beside which two blocks fit with half the values only: in one piece and in chunks, which are
+    merged inside or by a kernel of their own."""
+    heads, d, dv = 8, 192, 128
+    q = torch.randn(100, heads, d, device=gpu).bfloat16()
+    k, v = (torch.randn(length, heads, size, device=gpu).bfloat16() for size in (d, dv))
+    lens = torch.tensor([length], device=gpu, dtype=torch.int32)
+    want, want_lse = attention_with_lse(q, k, v, kv_lens=lens)
+    monkeypatch.setattr(attention_module, "SPLIT_BELOW", 10**9 if split else 0)
+    for rows in (1, 33, 64):
+        out, lse = attention_with_lse(q[-rows:], k, v, kv_lens=lens)
+        assert torch.equal(out, want[-rows:])
+        assert torch.equal(lse, want_lse[-rows:])
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "d", "dv"), [(8, 2, 128, 128), (4, 4, 192, 128), (4, 2, 256, 256), (2, 1, 80, 80), (4, 1, 576, 512)]
+)
+def test_attention_gradients_against_float64(
+    gpu: torch.device, error: Error, heads: int, kv_heads: int, d: int, dv: int
+) -> None:
+    n = 600
+    q, k, v = (
+        torch.randn(n, *size, device=gpu).bfloat16().requires_grad_() for size in ((heads, d), (kv_heads, d), (kv_heads, dv))
+    )
+    grad = torch.randn(n, heads, dv, device=gpu).bfloat16()
+    out = attention(q, k, v)
+    out.backward(grad)  # type: ignore[no-untyped-call]  # torch's backward is untyped
     q64, k64, v64 = (x.detach().double().requires_grad_() for x in (q, k, v))
     keys, values = (x.repeat_interleave(heads // kv_heads, 1) for x in (k64, v64))
     scores = torch.einsum("qhd,khd->hqk", q64, keys) * d**-0.5
     seen = torch.ones(n, n, device=gpu, dtype=torch.bool).tril()
-    torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -1e300).softmax(-1), values).backward(grad.double())
+    exact_out = torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -1e300).softmax(-1), values)
+    exact_out.backward(grad.double())
+    assert error(out, exact_out) < 6e-3
     for ours, exact in ((q, q64), (k, k64), (v, v64)):
         assert ours.grad is not None
         assert exact.grad is not None
