@@ -205,7 +205,7 @@ def decodes(launched: Launched, d: int, dv: int) -> Iterator[tuple[Any, tuple[ob
 @pytest.mark.parametrize("launched", ["hopper"], indirect=True)
 @pytest.mark.parametrize(("d", "dv"), [(64, 64), (128, 128), (192, 128)])
 def test_every_decode_fits_shared_memory(launched: Launched, d: int, dv: int) -> None:
-    """A block's scores are under way during the one before, so a ring has two stages; 64 rows leave the widest heads less room."""
+    """A block's scores are under way during the one before, so a ring has two stages: 64 rows leave wide heads less room."""
     for _, _, launch in decodes(launched, d, dv):
         asked = {name: launch[name] for name in ("SPLIT", "PARTS", "ROWS", "STAGES", "WARPS", "DV")}
         assert launch["STAGES"] >= 2, asked
