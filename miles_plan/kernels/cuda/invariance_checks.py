@@ -32,6 +32,7 @@ from .sample import sample
 from .swiglu import swiglu
 from .tensor_core import add_tree
 from .tuning import GemmProblem, candidates
+from .vocab_scores import row_statistics, scores_gradient
 
 HALF = (torch.bfloat16, torch.float16)
 ALL = (*HALF, torch.float32)
@@ -349,6 +350,25 @@ def check_linear_log_prob(draw: Draw, dtype: torch.dtype) -> None:
         draw.compare(whole[some], alone, f"{_rows(some, rows)}, {at_once} at once, {label}")
 
 
+def check_vocab_scores(draw: Draw, dtype: torch.dtype) -> None:
+    """What trainers' losses take of a row, and its gradient: rows alone against the batch."""
+    rows, vocab = draw.integer(1, 100), draw.pick([1000, 32_000, 151_936, 50_257])
+    logits, targets = draw.values(rows, vocab, dtype=dtype, scale=4.0), draw.ints(0, vocab, rows)
+    given: dict[str, Any] = {"first": 0, "columns": vocab - draw.integer(0, 3), "temperature": 0.9}
+    grads = [draw.normal(rows, dtype=torch.float32) for _ in range(2)]
+
+    def found(some: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        top, sums = row_statistics(logits[some], targets[some], **given)
+        log_sum = sums[0].log()
+        of_row = (top + log_sum, log_sum - sums[1] / sums[0], *(grad[some] for grad in grads))
+        return top, sums.T, scores_gradient(logits[some], targets[some], *of_row, **given)
+
+    whole = found(slice(0, rows))
+    for some in draw.spans(rows, 3):
+        for name, a, b in zip(("maximum", "sums", "gradient"), whole, found(some), strict=True):
+            draw.compare(a[some], b, f"{name}, {_rows(some, rows)}, V={vocab}, {given}")
+
+
 def check_sample(draw: Draw, dtype: torch.dtype) -> None:
     """Rows alone against the batch."""
     rows, vocab = draw.integer(1, 60), draw.pick([1000, 32_000, 151_936])
@@ -418,6 +438,7 @@ CHECKS = (
     Check("fp8", check_fp8, (torch.bfloat16,), weight=3),
     Check("log_prob", check_log_prob, ALL, weight=2),
     Check("linear_log_prob", check_linear_log_prob, ALL, weight=3),
+    Check("vocab_scores", check_vocab_scores, ALL),
     Check("row gradients", check_row_gradients, ALL, weight=2),
     Check("sample", check_sample, ALL),
 )

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from miles_plan.backends.training.scores import VocabParallelScores
 from miles_plan.kernels.cuda import attention as attention_module
 from miles_plan.kernels.cuda.attention import attention, attention_with_lse
 from miles_plan.kernels.cuda.draw import Draw
@@ -114,6 +115,35 @@ def exact_swiglu(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+def exact_rotation(x: torch.Tensor) -> torch.Tensor:
+    cos, sin = (table.double()[:, None] for table in angles(x.device))
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def angles(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of 50 positions and heads of 64."""
+    turns = torch.outer(torch.arange(50.0), 10_000 ** -torch.linspace(0, 1, 32)).to(device)
+    return turns.cos(), turns.sin()
+
+
+def routed(device: torch.device) -> torch.Tensor:
+    """Two of seven experts for each of 40 tokens."""
+    return torch.rand(40, 7, generator=torch.Generator().manual_seed(0)).topk(2).indices.to(device)
+
+
+def scores(x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+    targets = torch.arange(len(x), device=x.device) if targets is None else targets
+    apply: Any = VocabParallelScores.apply
+    log_probs, entropies = apply(x, targets, 0, x.shape[1], 0.7, None)
+    return torch.cat([log_probs, entropies])
+
+
+def exact_scores(x: torch.Tensor) -> torch.Tensor:
+    log_q = torch.log_softmax(x / 0.7, -1)
+    return torch.cat([log_q.gather(1, torch.arange(50, device=x.device)[:, None])[:, 0], -(log_q.exp() * log_q).sum(-1)])
+
+
 SHARES = [70, 0, 33, 97]
 Operation = Callable[..., torch.Tensor]
 DIFFERENTIABLE: dict[str, tuple[Operation, Operation, tuple[tuple[int, ...], ...]]] = {
@@ -129,6 +159,22 @@ DIFFERENTIABLE: dict[str, tuple[Operation, Operation, tuple[tuple[int, ...], ...
     ),
     "rms_norm": (lambda x, w: rms_norm(x, w, 1e-6), exact_norm, ((200, 1000), (1000,))),
     "swiglu": (swiglu, exact_swiglu, ((200, 700),)),
+    "rope": (
+        lambda x: rope(x, x, *angles(x.device), torch.arange(50, device=x.device))[0], exact_rotation, ((50, 3, 64),),
+    ),
+    "embedding": (
+        lambda w: embedding(torch.arange(90, device=w.device) % 40, w),
+        lambda w: w[torch.arange(90, device=w.device) % 40], ((60, 200),),
+    ),
+    "expert_rows": (
+        lambda x: expert_rows(x, expert_order(routed(x.device), 7)),
+        lambda x: x[routed(x.device).flatten().argsort(stable=True) // 2], ((40, 200),),
+    ),
+    "moe_combine": (
+        lambda x, w: moe_combine(x, torch.arange(60, device=x.device, dtype=torch.int32).view(15, 4), w.float()),
+        lambda x, w: (x.view(15, 4, 200) * w[..., None]).sum(1), ((60, 200), (15, 4)),
+    ),
+    "vocab_scores": (scores, exact_scores, ((50, 4096),)),
     "log_softmax": (
         lambda x: log_softmax(x, temperature=0.7), lambda x: torch.log_softmax(x / 0.7, -1), ((50, 4096),),
     ),
@@ -303,6 +349,24 @@ def test_captured_calls_replay_with_the_same_bits(gpu: torch.device) -> None:
         assert torch.equal(result, want[0])
         assert torch.equal(out, want[1])
     assert torch.equal(work(), want[0])
+
+
+def test_results_of_more_elements_than_32_bits_count(gpu: torch.device) -> None:
+    """The last rows alone: 65,536 rows of a product, 16,384 of a large vocabulary, and gradients of the vocabulary."""
+    x, weight = (torch.randn(n, 64, device=gpu).bfloat16() for n in (65_536, 40_960))
+    out = matmul(x, weight)
+    assert out.numel() > 2**31
+    assert torch.equal(out[-9:], matmul(x[-9:], weight))
+    del out
+    logits = torch.randn(16_384, 151_936, device=gpu, dtype=torch.bfloat16).requires_grad_()
+    targets = torch.arange(16_384, device=gpu)
+    few = logits.detach()[-9:].requires_grad_()
+    for run in (log_prob, lambda logits, targets: scores(logits, targets)[: len(logits)]):
+        whole, alone = run(logits, targets), run(few, targets[-9:])
+        assert torch.equal(whole[-9:], alone)
+        (gradient,) = torch.autograd.grad(whole.sum(), logits)
+        assert torch.equal(gradient[-9:], torch.autograd.grad(alone.sum(), few)[0])
+        del gradient
 
 
 def test_unaligned_inputs_give_the_same_bits(gpu: torch.device) -> None:
