@@ -227,18 +227,25 @@ def check_router(draw: Draw, dtype: torch.dtype) -> None:
     draw.compare(again.flip(1), weights, f"experts given in reverse, {tokens} tokens, {label}")
 
 
+def _norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The norm without a residual."""
+    y = rms_norm(x, weight, 1e-6)
+    assert isinstance(y, torch.Tensor)
+    return y
+
+
 def check_rms_norm(draw: Draw, dtype: torch.dtype) -> None:
     """Rows alone against the batch, with and without a residual."""
     width = draw.pick([64, 128, 1000, 2048, 4096, 80, 7168, 16_384])
     rows = draw.integer(1, 1500 if width > 128 else 6000)  # of so many narrow ones a program takes several
     x, residual, weight = (draw.values(*shape, dtype=dtype) for shape in ((rows, width), (rows, width), (width,)))
     y, total = rms_norm(x, weight, 1e-6, residual)
-    plain = rms_norm(x, weight, 1e-6)
+    plain = _norm(x, weight)
     for some in draw.spans(rows):
         alone = rms_norm(x[some], weight, 1e-6, residual[some])
         draw.compare(y[some], alone[0], f"{_rows(some, rows)}, width {width}")
         draw.compare(total[some], alone[1], f"x + residual, {_rows(some, rows)}, width {width}")
-        draw.compare(plain[some], rms_norm(x[some], weight, 1e-6), f"{_rows(some, rows)}, width {width}, no residual")
+        draw.compare(plain[some], _norm(x[some], weight), f"{_rows(some, rows)}, width {width}, no residual")
 
 
 def check_row_gradients(draw: Draw, dtype: torch.dtype) -> None:
@@ -248,11 +255,11 @@ def check_row_gradients(draw: Draw, dtype: torch.dtype) -> None:
     targets, places = draw.ints(0, width, rows), draw.ints(0, 512, rows)
     cos, sin = (draw.normal(512, width // 8, dtype=torch.float32) for _ in range(2))
     of_rows: dict[str, Callable[[torch.Tensor, slice], torch.Tensor]] = {
-        "rms_norm": lambda x, _: rms_norm(x, weight, 1e-6),
+        "rms_norm": lambda x, _: _norm(x, weight),
         "swiglu": lambda x, _: swiglu(x),
         "log_prob": lambda x, some: log_prob(x, targets[some], temperature=0.9),
         "log_softmax": lambda x, _: log_softmax(x, temperature=0.9),
-        "rope": lambda x, some: rope(x.unflatten(1, (4, -1)), x.unflatten(1, (4, -1)), cos, sin, places[some])[0],
+        "rope": lambda x, some: rope(x.view(len(x), 4, -1), x.view(len(x), 4, -1), cos, sin, places[some])[0],
     }
     for name, run in of_rows.items():
         leaf = x.detach().requires_grad_()
@@ -264,7 +271,7 @@ def check_row_gradients(draw: Draw, dtype: torch.dtype) -> None:
             (alone,) = torch.autograd.grad(run(mine, some), mine, grad[some])
             draw.compare(whole[some], alone, f"{name}, {_rows(some, rows)}, width {width}")
     grad = draw.normal(rows, width, dtype=dtype)
-    first, again = (torch.autograd.grad(rms_norm(x, weight, 1e-6), weight, grad)[0] for _ in range(2))
+    first, again = (torch.autograd.grad(_norm(x, weight), weight, grad)[0] for _ in range(2))
     draw.compare(first, again, f"rms_norm's weight twice, {rows} rows, width {width}")
 
 
