@@ -37,14 +37,14 @@ FAST_HEADS = (
 )  # fmt: skip
 OTHER_HEADS = (
     Heads(80, 80, 4, 2), Heads(576, 512, 16, 1), Heads(256, 256, 4, 2), Heads(96, 96, 4, 4), Heads(576, 512, 128, 1),
-    Heads(192, 192, 4, 2), Heads(32, 32, 6, 2), Heads(16, 16, 4, 1),
+    Heads(192, 192, 4, 2), Heads(32, 32, 6, 2), Heads(16, 16, 4, 1), Heads(512, 512, 4, 1),
 )  # fmt: skip
 FAST_PAGES = (16, 64, 256, 8, 128)
 OTHER_PAGES = (16, 64, 48)
 
 
 def check_attention(draw: Draw, dtype: torch.dtype) -> None:
-    """A sequence in a ragged batch against decode steps, chunks, prefix hits and pages of it alone."""
+    """A sequence in a ragged batch against decode steps, chunks, prefix hits and pages of it alone, and a batch of chunks."""
     _check_spans(draw, dtype, draw.pick(FAST_HEADS), draw.pick(FAST_PAGES), 2500)
 
 
@@ -54,27 +54,38 @@ def check_other_heads(draw: Draw, dtype: torch.dtype) -> None:
 
 
 def _check_spans(draw: Draw, dtype: torch.dtype, heads: Heads, page: int, longest: int) -> None:
-    lens = [draw.integer(1, longest) for _ in range(draw.integer(1, 4))]
+    lens = [draw.integer(1, longest)] + [draw.integer(0, longest) for _ in range(draw.integer(0, 3))]
     window = draw.pick([None, None, 300])
     causal = window is not None or draw.pick([True, True, False])
+    mask: dict[str, Any] = {"window": window, "causal": causal}
     q, k, v = _inputs(draw, dtype, heads, sum(lens), sum(lens))
-    starts = draw.table(0, *torch.tensor(lens).cumsum(0).tolist())
-    whole = attention(q, k, v, q_starts=starts, max_q_len=max(lens), window=window, causal=causal)
-    which = draw.integer(0, len(lens) - 1)
-    first, length = sum(lens[:which]), lens[which]
-    table = None
-    for rows in draw.spans(length, 3):
-        here = slice(first + rows.start, first + rows.stop)
-        seen = rows.stop if causal else length
+    whole = attention(q, k, v, q_starts=_starts(draw, lens), max_q_len=max(lens), **mask)
+    label = f"lengths {lens}, {heads}, window={window}, causal={causal}"
+    for rows in draw.spans(lens[0], 3):
+        seen = rows.stop if causal else lens[0]
         part: dict[str, Any] = {
-            "q_starts": draw.table(0, rows.stop - rows.start), "kv_lens": draw.table(seen), "window": window,
-            "max_q_len": rows.stop - rows.start, "max_kv_len": seen, "causal": causal,
+            "q_starts": draw.table(0, rows.stop - rows.start), "kv_lens": draw.table(seen),
+            "max_q_len": rows.stop - rows.start, "max_kv_len": seen, **mask,
         }  # fmt: skip
-        label = f"rows {rows.start}:{rows.stop} of {length}, lengths {lens}, {heads}, window={window}, causal={causal}"
-        draw.compare(attention(q[here], k[first:], v[first:], **part), whole[here], label)
-        keys, table = _paged(draw, k[first : first + seen], page)
-        values, _ = _paged(draw, v[first : first + seen], page, table)
-        draw.compare(attention(q[here], keys, values, page_table=table, **part), whole[here], f"{label}, pages of {page}")
+        draw.compare(attention(q[rows], k, v, **part), whole[rows], f"rows {rows.start}:{rows.stop}, {label}")
+        keys, table = _paged(draw, k[:seen], page)
+        values, _ = _paged(draw, v[:seen], page, table)
+        alone = attention(q[rows], keys, values, page_table=table, **part)
+        draw.compare(alone, whole[rows], f"rows {rows.start}:{rows.stop}, pages of {page}, {label}")
+    firsts = [sum(lens[:sequence]) for sequence in range(len(lens))]
+    chunks = [draw.span(length) if length else slice(0, 0) for length in lens]
+    picked = torch.cat(
+        [torch.arange(first + rows.start, first + rows.stop) for first, rows in zip(firsts, chunks, strict=True)]
+    )
+    counts = [rows.stop - rows.start for rows in chunks]
+    seen_lens = [rows.stop for rows in chunks] if causal else lens
+    batch: dict[str, Any] = {"q_starts": _starts(draw, counts), "max_q_len": max(counts), "max_kv_len": max(lens), **mask}
+    ragged = attention(q[picked], k, v, kv_starts=draw.table(*firsts), kv_lens=draw.table(*seen_lens), **batch)
+    draw.compare(ragged, whole[picked], f"chunks {[(rows.start, rows.stop) for rows in chunks]}, {label}")
+
+
+def _starts(draw: Draw, lens: Sequence[int]) -> torch.Tensor:
+    return draw.table(0, *torch.tensor(lens).cumsum(0).tolist())
 
 
 def _inputs(draw: Draw, dtype: torch.dtype, heads: Heads, queries: int, keys: int) -> tuple[torch.Tensor, ...]:

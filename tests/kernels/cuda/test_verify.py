@@ -7,8 +7,10 @@ import time
 import pytest
 import torch
 
+from miles_plan.kernels.cuda.attention import HEAD_SIZES, VALUE_SIZES
 from miles_plan.kernels.cuda.draw import Draw, differing
 from miles_plan.kernels.cuda.invariance_checks import CHECKS, Check
+from miles_plan.kernels.cuda.invariance_of_attention import FAST_HEADS, OTHER_HEADS
 from miles_plan.kernels.cuda.verify import OpReport, Report, run_pairs, shares_of, verify
 
 CPU = torch.device("cpu")
@@ -90,6 +92,11 @@ def test_every_check_runs_at_least_once_and_is_described() -> None:
     assert [report.draws for report in reports] == [6]
     assert all(check.run.__doc__ for check in CHECKS)
     assert len({check.name for check in CHECKS}) == len(CHECKS)
+
+
+def test_every_head_size_is_drawn() -> None:
+    assert {heads.d for heads in (*FAST_HEADS, *OTHER_HEADS)} == set(HEAD_SIZES)
+    assert {heads.dv for heads in (*FAST_HEADS, *OTHER_HEADS)} == set(VALUE_SIZES)
 
 
 def test_heavy_checks_are_spread_and_none_is_lost() -> None:
