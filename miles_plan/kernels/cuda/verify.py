@@ -156,7 +156,7 @@ def _run_in_processes(
 ) -> list[OpReport]:
     """Each process in a pool of its own, so that one that dies takes only its own checks along."""
     context = multiprocessing.get_context("spawn")
-    shares = shares_of([check.weight for check, _ in pairs], count)
+    shares = shares_of([check.weight_in(dtype) for check, dtype in pairs], count)
     pools = [ProcessPoolExecutor(1, mp_context=context) for _ in shares]
     futures: list[Future[list[OpReport]]] = [
         pool.submit(run_pairs, [pairs[i] for i in share], seed, device, deadline)
