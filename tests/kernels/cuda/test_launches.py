@@ -229,11 +229,8 @@ def test_a_decode_asks_for_no_more_shared_memory_than_is_counted(launched: Launc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launched", ["hopper"], indirect=True)
-@pytest.mark.parametrize(
-    ("d", "dv"),
-    [(16, 512), (80, 80), (128, 128), (192, 128), (192, 192), (256, 256), (256, 512), (512, 512), (576, 16), (576, 512)],
-)
-def test_every_head_size_fits_shared_memory(launched: Launched, d: int, dv: int) -> None:
+@pytest.mark.parametrize(("d", "dv"), [(80, 80), (192, 128), (192, 192), (256, 256), (256, 512), (576, 512)])
+def test_the_widest_heads_of_each_kind_fit_shared_memory(launched: Launched, d: int, dv: int) -> None:
     """Prefill, pages that no copy engine takes, a decode in chunks and their merge, gradients."""
     from miles_plan.kernels.cuda.attention import attention
 
