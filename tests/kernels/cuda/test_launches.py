@@ -215,7 +215,7 @@ def test_every_decode_fits_shared_memory(launched: Launched, d: int, dv: int) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launched", ["hopper"], indirect=True)
-@pytest.mark.parametrize(("d", "dv"), [(64, 64), (128, 128), (192, 128)])
+@pytest.mark.parametrize(("d", "dv"), [(128, 128), (192, 128)])
 def test_a_decode_asks_for_no_more_shared_memory_than_is_counted(launched: Launched, d: int, dv: int) -> None:
     largest: dict[tuple[int, ...], tuple[Any, tuple[object, ...], dict[str, Any]]] = {}
     for launch in decodes(launched, d, dv):
@@ -229,7 +229,7 @@ def test_a_decode_asks_for_no_more_shared_memory_than_is_counted(launched: Launc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launched", ["hopper"], indirect=True)
-@pytest.mark.parametrize(("d", "dv"), [(80, 80), (192, 128), (192, 192), (256, 256), (256, 512), (576, 512)])
+@pytest.mark.parametrize(("d", "dv"), [(80, 80), (192, 128), (192, 192), (256, 256), (576, 512)])
 def test_the_widest_heads_of_each_kind_fit_shared_memory(launched: Launched, d: int, dv: int) -> None:
     """Prefill, pages that no copy engine takes, a decode in chunks and their merge, gradients."""
     from miles_plan.kernels.cuda.attention import attention
