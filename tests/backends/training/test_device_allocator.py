@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -99,9 +101,28 @@ def test_what_is_lent_is_native_and_what_comes_after_grows_again(left_mib: int) 
     with native_segments("cuda"):
         lent = torch.empty(size, dtype=torch.uint8, device="cuda")
     assert new_segments(before) == [False]
-    _, arguments = pickle.loads(base64.b64decode(lend(lent)))
-    handles = [each for each in arguments if isinstance(each, bytes) and len(each) > 60]
-    assert handles, "cudaIpcMemHandle_t has 64 bytes"
     assert not segment_of(lent)["is_expandable"]
     after = torch.empty(more_than_is_free(), dtype=torch.uint8, device="cuda")
     assert segment_of(after)["is_expandable"]
+
+
+BORROWER = """
+import base64, pickle, sys, torch
+function, arguments = pickle.loads(base64.b64decode(sys.argv[1]))
+borrowed = function(*arguments[:6], 0, *arguments[7:])
+print(int(borrowed.sum(dtype=torch.int64)))
+"""
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.usefixtures("_native_again")
+def test_another_process_maps_what_is_lent() -> None:
+    use_expandable_segments("cuda")
+    with native_segments("cuda"):
+        lent = torch.full((64 * MIB,), 3, dtype=torch.uint8, device="cuda")
+    handle = lend(lent)
+    _, arguments = pickle.loads(base64.b64decode(handle))
+    assert any(isinstance(each, bytes) and len(each) > 60 for each in arguments), "cudaIpcMemHandle_t has 64 bytes"
+    borrower = subprocess.run([sys.executable, "-c", BORROWER, handle], capture_output=True, text=True, check=False)
+    assert borrower.stdout.strip() == str(3 * lent.numel()), borrower.stderr
