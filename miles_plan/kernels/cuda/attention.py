@@ -36,7 +36,8 @@ CHUNK_KEYS = 1024  # keys after which the running state restarts; what a split d
 LOG2_E = 1.4426950408889634
 DTYPES = (torch.bfloat16, torch.float16)
 NO_WINDOW = 2**30
-HEAD_SIZES = (16, 32, 64, 80, 96, 128, 192, 256, 576)
+VALUE_SIZES = (16, 32, 64, 80, 96, 128, 192, 256, 512)
+HEAD_SIZES = (*VALUE_SIZES, 576)
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: tor
         arguments.require_contiguous_rows(name, tensor)
         if tensor.dtype != q.dtype:
             raise ValueError(f"{name} has dtype {tensor.dtype}; allowed: q's, {q.dtype}")
-        arguments.require_size(f"the head size of {name}", tensor.shape[-1], (*HEAD_SIZES, 512))
+        arguments.require_size(f"the head size of {name}", tensor.shape[-1], VALUE_SIZES if name == "v" else HEAD_SIZES)
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"k has head size {k.shape[-1]}; allowed: q's, {q.shape[-1]}")
     if v.shape[:-1] != k.shape[:-1]:
@@ -283,11 +284,12 @@ def _keys_of(call: _Call) -> tuple[Any, ...]:
     return call.q_starts, call.kv_starts, call.kv_lens, table, 0 if call.table is None else call.table.stride(0)
 
 
-def _stages(fixed_bytes: int, options: dict[str, Any], ring_bytes: int | None = None) -> int:
-    """Blocks of keys and values that fit beside what else is in shared memory, or that `ring_bytes` hold if those are fewer."""
-    block_bytes: int = (options["D"] + options["D_TAIL"] + options["DV"]) * 2 * BLOCK_KEYS
-    room = SHARED_MEMORY_BYTES - BARRIER_BYTES - fixed_bytes
-    return max(2, min(6, min(room, ring_bytes or room) // block_bytes))
+def _stages(fixed_bytes: int, d: int, dv: int, ring_bytes: int | None = None) -> int:
+    """Blocks of keys and values that fit beside what else is in shared memory, or that `ring_bytes` hold if those are fewer; two at
+    least, where so many fit."""
+    block_bytes = (d + dv) * 2 * BLOCK_KEYS
+    fit = (SHARED_MEMORY_BYTES - BARRIER_BYTES - fixed_bytes) // block_bytes
+    return min(6, fit, max(2, (ring_bytes or SHARED_MEMORY_BYTES) // block_bytes))
 
 
 def _launch_prefill(
@@ -301,7 +303,7 @@ def _launch_prefill(
     query_bytes, total_bytes = rows * d * 2, rows * dv * 4
     shared = query_bytes + total_bytes + 2 * (d + dv) * 2 * BLOCK_KEYS <= SHARED_MEMORY_BYTES - BARRIER_BYTES
     kept = lse if shared else torch.empty(programs, rows, dv, device=call.q.device, dtype=torch.float32)
-    stages = _stages(query_bytes + total_bytes if shared else query_bytes, options)
+    stages = _stages(query_bytes + total_bytes if shared else query_bytes, d, dv)
     l2_keys = L2_BYTES * call.head_tiles // ((d + dv) * call.k.element_size())
     attention_kernel[(programs,)](
         *_queries_of(call, options), call.q, *descs, out, lse, kept, zeroed_ints(call.q.device, 1), *_keys_of(call), call.seqs, heads, items,
@@ -333,7 +335,12 @@ def _launch_decode(
     # Splitting pays while whole rows would leave multiprocessors idle, and never changes a bit.
     split = call.chunks > 1 and call.seqs * heads < SPLIT_BELOW * sms
     chunks = call.chunks if split else 1
-    parts = 2 if split and options["DV"] == 128 and call.seqs * heads * chunks <= HALVE_VALUES_UP_TO * sms else 1
+    kept = _rows_kept(call, options["TOKENS"])
+    rows = max(8, kept)
+    d, dv = call.q.shape[-1], options["DV"]
+    fixed_bytes = rows * (d + 3 * BLOCK_KEYS) * 2  # beside the ring: queries, weights, and weights to be added
+    few = split and dv == 128 and call.seqs * heads * chunks <= HALVE_VALUES_UP_TO * sms
+    parts = 2 if few or _stages(fixed_bytes, d, dv) < 2 else 1
     if parts > 1:
         heads, options = heads * parts, {**options, "DV": options["DV"] // parts}
         v_rows = _rows_view(call.v)
@@ -341,11 +348,9 @@ def _launch_decode(
         descs = (*descs[:2], descriptor(v_rows, (options["BOX"], options["DV"])))
     items = call.seqs * heads
     merge_inside = split and items * chunks <= MERGE_INSIDE_UP_TO * sms
-    kept = _rows_kept(call, options["TOKENS"])
-    rows = max(8, kept)
     warps = 4 if split and items * chunks <= BLOCK_BY_BLOCK_UP_TO * sms else 8
-    # Beside the ring: queries, weights, and weights to be added.
-    stages = _stages(rows * (call.q.shape[-1] + 3 * BLOCK_KEYS) * 2, options, None if split else WHOLE_ROWS_RING_BYTES)
+    stages = _stages(fixed_bytes, d, dv // parts, None if split else WHOLE_ROWS_RING_BYTES)
+    assert stages >= 2, "scores of a block are under way during the block before"
     states = _partials(call, items * chunks, kept, split, options["DV"])
     attention_decode_kernel[(min(items * chunks, sms),)](
         call.q, *descs, out, lse, *states, zeroed_ints(call.q.device, items) if merge_inside else call.kv_lens, *_keys_of(call),
@@ -354,7 +359,7 @@ def _launch_decode(
         AT_ONCE=min(16, 1 << (chunks - 1).bit_length()) if merge_inside else 1, num_warps=warps, **options,
     )  # fmt: skip
     if split and not merge_inside:
-        _merge(call, out, lse, states, items, 1, chunks, options["TOKENS"], kept, want_lse=options["LSE"])
+        _merge(call, out, lse, states, items, 1, chunks, options["TOKENS"], kept, want_lse=options["LSE"], parts=parts)
 
 
 def _rows_kept(call: _Call, tokens: int) -> int:
@@ -369,17 +374,18 @@ def _partials(call: _Call, slots: int, kept: int, split: bool, dv: int) -> tuple
 
 
 def _merge(
-    call: _Call, out: torch.Tensor, lse: torch.Tensor, parts: tuple[torch.Tensor, ...], items: int, tiles: int, chunks: int,
-    tokens: int, kept: int, want_lse: bool,
+    call: _Call, out: torch.Tensor, lse: torch.Tensor, states: tuple[torch.Tensor, ...], items: int, tiles: int, chunks: int,
+    tokens: int, kept: int, want_lse: bool, parts: int = 1,
 ) -> None:  # fmt: skip
     rows = min(call.max_q_len, tokens) * call.group
-    dv = call.v.shape[-1]
+    dv = call.v.shape[-1] // parts
+    padded = 1 << (dv - 1).bit_length()
     unroll = min(32, max(8, 1 << (chunks - 1).bit_length()))  # chunks on their way at a time: maxnreg has the room
     attention_merge_kernel[(items, rows)](
-        out, lse, *parts, call.q_starts, call.kv_lens, call.kv_heads * call.head_tiles, tiles, chunks, out.stride(0), out.stride(1),
-        lse.stride(0), call.window, CAUSAL=call.causal, GROUP=call.group, TOKENS=tokens, CHUNK=CHUNK_KEYS, BN=BLOCK_KEYS, DV=dv,
-        DV_PAD=1 << (dv - 1).bit_length(), ROWS_KEPT=kept, LSE=want_lse, UNROLL=unroll, ALL=chunks <= unroll,
-        num_warps=max(1, min(4, dv // 64)), maxnreg=224, **overlap(out.device),
+        out, lse, *states, call.q_starts, call.kv_lens, call.kv_heads * call.head_tiles * parts, tiles, chunks, out.stride(0),
+        out.stride(1), lse.stride(0), call.window, CAUSAL=call.causal, GROUP=call.group, TOKENS=tokens, CHUNK=CHUNK_KEYS,
+        BN=BLOCK_KEYS, DV=dv, DV_PAD=padded, PARTS=parts, ROWS_KEPT=kept, LSE=want_lse, UNROLL=unroll, ALL=chunks <= unroll,
+        num_warps=max(1, min(4, padded // 64)), maxnreg=224, **overlap(out.device),
     )  # fmt: skip
 
 

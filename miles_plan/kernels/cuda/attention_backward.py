@@ -1,8 +1,8 @@
 """Gradients of attention, deterministic: no atomics, every sum in a stated order.
 
 FlashAttention-2 (arXiv 2307.08691, section 3.1.1), as two kernels. dQ of a row sums over key blocks of 64 in ascending order;
-dK and dV of a key sum over the heads of its group in order and, within a head, over query blocks of 64 in ascending order.
-Both recompute the weights from the log-sum-exp (in units of log2) that the forward kernel left, so a sequence's gradients
+dK and dV of a key sum over the heads of its group in order and, within a head, over query blocks of 64 in ascending order. (Of 32
+where a head size is above 256: four tiles of 64 such rows would not fit shared memory.) Both recompute the weights from the log-sum-exp (in units of log2) that the forward kernel left, so a sequence's gradients
 depend on nothing but the sequence.
 """
 
@@ -13,6 +13,8 @@ import torch
 from .toolchain import jit, tl
 
 BLOCK = 64
+BLOCK_OF_WIDE_HEADS = 32
+WIDE_HEAD = 256
 DELTA_ROWS = 32
 
 
@@ -178,9 +180,10 @@ def attention_gradients(
     )  # fmt: skip
     warps = 4 if pads["D_PAD"] <= 128 else 8
     scale_log2 = scale * 1.4426950408889634
-    shared = {"CAUSAL": causal, "GROUP": heads // kv_heads, "B": BLOCK, "num_warps": warps, "num_stages": 2, **pads}
+    block = BLOCK if max(d, dv_size) <= WIDE_HEAD else BLOCK_OF_WIDE_HEADS
+    shared = {"CAUSAL": causal, "GROUP": heads // kv_heads, "B": block, "num_warps": warps, "num_stages": 2, **pads}
     seqs = kv_lens.numel()
-    q_tiles, kv_tiles = -(-max_q_len // BLOCK), -(-max_kv_len // BLOCK)
+    q_tiles, kv_tiles = -(-max_q_len // block), -(-max_kv_len // block)
     places = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *grad.stride()[:2])
     query_gradient_kernel[(seqs * q_tiles, heads)](
         q, k, v, grad, lse_log2, delta, dq, q_starts, kv_starts, kv_lens, heads, q_tiles, *places, *dq.stride()[:2],

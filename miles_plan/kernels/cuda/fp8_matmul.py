@@ -111,7 +111,7 @@ def _scales_of(largest: torch.Tensor) -> torch.Tensor:
 
 
 def _quantize_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    blocks = x.float().view(x.shape[0], -1, SCALE_BLOCK)
+    blocks = x.float().view(x.shape[0], x.shape[1] // SCALE_BLOCK, SCALE_BLOCK)
     scales = _scales_of(blocks.abs().amax(-1))
     return (blocks / scales[..., None]).view(x.shape).to(torch.float8_e4m3fn), scales
 

@@ -143,6 +143,7 @@ def _launch_hopper(
 
 
 def _launch_pieces(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, problem: GemmProblem, tile: GemmTile) -> None:
+    assert tile.leaves_in_time(problem), (tile, problem)
     programs = min(multiprocessors(out.device), triton.cdiv(problem.m, tile.height) * triton.cdiv(problem.n, tile.width))
     a_box, b_box = (tile.depth, 64) if problem.a_km else (64, tile.depth), (tile.cols, tile.depth)
     descs = (descriptor(a, a_box), descriptor(b, b_box[::-1] if problem.b_kn else b_box), descriptor(out, (64, tile.cols)))

@@ -6,15 +6,12 @@ names are the ops' in the order of a forward pass. `verify` runs them on a GPU.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from . import attention as attention_module
-from .attention import attention
 from .device import multiprocessors
 from .draw import Draw
 from .embedding import embedding
@@ -22,6 +19,8 @@ from .expert_rows import expert_order, expert_rows
 from .fp8_matmul import fp8_grouped_matmul, fp8_matmul, quantize_rows, quantize_weight
 from .gemm import TREE_LEAVES, gemm
 from .grouped_matmul import grouped_matmul
+from .invariance_of_attention import check_attention, check_decode, check_gradients, check_other_heads
+from .linear_log_prob import linear_log_prob
 from .log_prob import combine_log_prob, log_prob, log_prob_partials, log_softmax
 from .matmul import Order, input_gradient, matmul, tree_partial, weight_gradient
 from .moe_combine import moe_combine
@@ -33,6 +32,7 @@ from .sample import sample
 from .swiglu import swiglu
 from .tensor_core import add_tree
 from .tuning import GemmProblem, candidates
+from .vocab_scores import row_statistics, scores_gradient
 
 HALF = (torch.bfloat16, torch.float16)
 ALL = (*HALF, torch.float32)
@@ -49,8 +49,13 @@ def _rows(rows: slice, of: int) -> str:
 
 def check_matmul_rows(draw: Draw, dtype: torch.dtype) -> None:
     """Rows alone against the same rows in a batch, by whatever tiles the tuner takes for each."""
-    n, k = draw.pick([(256, 512), (1024, 1024), (768, 2048), (512, 4096), (256, 8192), (128, 16_384), (200, 1000)])
-    tokens = draw.integer(1, 700)
+    n, k, most = draw.pick(
+        [
+            (256, 512, 65_536), (1024, 1024, 700), (768, 2048, 9000), (512, 4096, 700), (256, 8192, 700), (128, 16_384, 700),
+            (200, 1000, 3000), (384, 1408, 3000), (328, 40, 3000), (50, 999, 700),
+        ]
+    )  # fmt: skip
+    tokens = draw.integer(1, most)
     x, weight = draw.values(tokens, k, dtype=dtype), _weight(draw, n, k, dtype)
     order: Order = draw.pick(("chain", "tree")) if k % 128 == 0 else "chain"
     whole = matmul(x, weight, order=order)
@@ -84,7 +89,7 @@ def check_matmul_tiles(draw: Draw, dtype: torch.dtype) -> None:
 
 def check_matmul_ranks(draw: Draw, dtype: torch.dtype) -> None:
     """The tree product, and the gradient of a column-parallel layer's input, on 2, 4 and 8 simulated ranks against one."""
-    n, k = draw.pick([(256, 1024), (512, 4096), (2048, 768)])
+    n, k = draw.pick([(256, 1024), (512, 4096), (2048, 768), (1408, 1408)])
     tokens = draw.integer(1, 300)
     x, weight, grad = draw.values(tokens, k, dtype=dtype), _weight(draw, n, k, dtype), draw.values(tokens, n, dtype=dtype)
     whole, whole_gradient = matmul(x, weight, order="tree"), input_gradient(grad, weight, "tree")
@@ -101,10 +106,10 @@ def check_matmul_ranks(draw: Draw, dtype: torch.dtype) -> None:
 
 def check_matmul_gradients(draw: Draw, dtype: torch.dtype) -> None:
     """dx of rows alone against the batch; dweight twice."""
-    n, k = draw.pick([(256, 512), (1024, 1024)])
+    n, k = draw.pick([(256, 512), (1024, 1024), (1408, 328), (200, 999)])
     tokens = draw.integer(1, 500)
     x, weight, grad = draw.normal(tokens, k, dtype=dtype), _weight(draw, n, k, dtype), draw.normal(tokens, n, dtype=dtype)
-    order: Order = draw.pick(("chain", "tree"))
+    order: Order = draw.pick(("chain", "tree")) if n % 128 == 0 else "chain"
     whole = input_gradient(grad, weight, order)
     for rows in draw.spans(tokens, 4):
         draw.compare(
@@ -128,7 +133,7 @@ def _routed(draw: Draw, tokens: int, experts: int) -> torch.Tensor:
 
 def check_grouped_rows(draw: Draw, dtype: torch.dtype) -> None:
     """Tokens alone against the batch, and experts split over 2 and 4 simulated ranks against one."""
-    experts, n, k = draw.pick([(8, 256, 512), (32, 384, 256)])
+    experts, n, k = draw.pick([(8, 256, 512), (32, 384, 256), (4, 200, 328), (128, 128, 256)])
     tokens = draw.integer(1, 600)
     x = draw.values(tokens, k, dtype=dtype)
     weight = draw.values(experts, n, k, dtype=dtype, scale=k**-0.5)
@@ -148,7 +153,7 @@ def check_grouped_rows(draw: Draw, dtype: torch.dtype) -> None:
 
 def check_grouped_gradients(draw: Draw, dtype: torch.dtype) -> None:
     """Gradients of one expert's rows and weight with and without the other experts' rows."""
-    experts, n, k = 8, 256, 512
+    experts, n, k = draw.pick([(8, 256, 512), (4, 384, 328)])
     counts = draw.ints(0, 90, experts, dtype=torch.int32)
     rows = int(counts.sum())
     x = draw.normal(rows, k, dtype=dtype).requires_grad_()
@@ -168,136 +173,115 @@ def check_grouped_gradients(draw: Draw, dtype: torch.dtype) -> None:
 
 
 def check_combine(draw: Draw, dtype: torch.dtype) -> None:
-    """Tokens alone against the batch, and the gradient of the rows handed to experts."""
+    """Tokens alone against the batch, and the gradients of what experts made and of weights."""
     tokens, slots, width = draw.integer(1, 400), draw.pick([1, 2, 8]), draw.pick([256, 1000, 2048])
-    rows = draw.normal(tokens * slots, width, dtype=dtype)
+    rows = draw.normal(tokens * slots, width, dtype=dtype).requires_grad_()
     index = draw.permutation(tokens * slots).to(torch.int32).view(tokens, slots)
-    weights = draw.normal(tokens, slots, dtype=torch.float32)
+    weights = draw.normal(tokens, slots, dtype=torch.float32).requires_grad_()
+    grad = draw.normal(tokens, width, dtype=dtype)
     whole = moe_combine(rows, index, weights)
-    for some in draw.spans(tokens):
-        alone = moe_combine(rows, index[some].contiguous(), weights[some].contiguous())
-        draw.compare(whole[some], alone, f"{_rows(some, tokens)}, {slots} slots, width {width}")
+    d_rows, d_weights = torch.autograd.grad(whole, (rows, weights), grad)
+    for some in draw.spans(tokens, 4):
+        alone = moe_combine(rows, index[some].contiguous(), weights[some])
+        some_rows, some_weights = torch.autograd.grad(alone, (rows, weights), grad[some])
+        mine, label = index[some].flatten().long(), f"{_rows(some, tokens)}, {slots} slots, width {width}"
+        draw.compare(whole[some].detach(), alone.detach(), label)
+        draw.compare(d_rows[mine], some_rows[mine], f"gradient of rows, {label}")
+        draw.compare(d_weights[some], some_weights[some], f"gradient of weights, {label}")
+
+
+def check_expert_rows(draw: Draw, dtype: torch.dtype) -> None:
+    """The gradient of tokens, alone and in the batch, whose experts' rows it comes from."""
+    tokens, experts, width = draw.integer(1, 400), draw.pick([8, 60]), draw.pick([256, 1000])
+    ids, slots = _routed(draw, tokens, experts), 2
+    x, grad = draw.normal(tokens, width, dtype=dtype), draw.normal(tokens, slots, width, dtype=dtype)
+
+    def gradient(rows: slice) -> torch.Tensor:
+        order, mine = expert_order(ids[rows], experts), x[rows].requires_grad_()
+        there = torch.empty(order.token.numel(), width, device=draw.device, dtype=dtype)
+        there[order.place.flatten().long()] = grad[rows].flatten(0, 1)
+        return torch.autograd.grad(expert_rows(mine, order), mine, there)[0]
+
+    whole = gradient(slice(0, tokens))
+    for some in draw.spans(tokens, 4):
+        draw.compare(whole[some], gradient(some), f"{_rows(some, tokens)}, {experts} experts, width {width}")
 
 
 def check_router(draw: Draw, dtype: torch.dtype) -> None:
     """Tokens alone against the batch with ties on purpose; given experts in another order against chosen ones."""
-    tokens, experts = draw.integer(1, 400), draw.pick([8, 128, 256])
+    tokens = draw.integer(1, 400)
+    experts, chosen, groups, kept = draw.pick(
+        [(8, 2, 1, 1), (128, 8, 1, 1), (256, 8, 8, 4), (60, 4, 1, 1), (512, 10, 1, 1), (384, 8, 1, 1), (64, 1, 1, 1)]
+    )
     logits = (draw.normal(tokens, experts, dtype=dtype) * 4).round() / 4
     scoring: Scoring = draw.pick(("softmax", "sigmoid"))
-    weights, ids = router(logits, 4, scoring=scoring)
-    label = f"{experts} experts, {scoring}"
+    bias = draw.pick([None, draw.normal(experts, dtype=torch.float32)])
+    rule: dict[str, Any] = {"scoring": scoring, "groups": groups, "groups_kept": kept, "bias": bias}
+    weights, ids = router(logits, chosen, **rule)
+    label = f"{chosen} of {experts} experts, {kept} of {groups} groups, {scoring}"
     for rows in draw.spans(tokens):
-        alone = router(logits[rows].contiguous(), 4, scoring=scoring)
+        alone = router(logits[rows].contiguous(), chosen, **rule)
         draw.compare(weights[rows], alone[0], f"weights, {_rows(rows, tokens)}, {label}")
         draw.compare(ids[rows], alone[1], f"ids, {_rows(rows, tokens)}, {label}")
-    again, _ = router(logits, 4, scoring=scoring, ids=ids.flip(1).contiguous())
+    again, _ = router(logits, chosen, scoring=scoring, ids=ids.flip(1).contiguous())
     draw.compare(again.flip(1), weights, f"experts given in reverse, {tokens} tokens, {label}")
 
 
-def check_attention(draw: Draw, dtype: torch.dtype) -> None:
-    """A sequence in a ragged batch against decode steps, chunks, prefix hits and pages of it alone."""
-    shapes = [(128, 128, 8, 2), (64, 64, 14, 2), (128, 128, 4, 4), (192, 128, 4, 4), (80, 80, 4, 2), (576, 512, 16, 1)]
-    d, dv, heads, kv_heads = draw.pick(shapes)
-    lens = [draw.integer(1, 2500) for _ in range(draw.integer(1, 4))]
-    window = draw.pick([None, None, 300])
-    total = sum(lens)
-    q, k = draw.values(total, heads, d, dtype=dtype), draw.values(total, kv_heads, d, dtype=dtype)
-    v = draw.values(total, kv_heads, dv, dtype=dtype)
-    starts = draw.table(0, *torch.tensor(lens).cumsum(0).tolist())
-    whole = attention(q, k, v, q_starts=starts, max_q_len=max(lens), window=window)
-    which = draw.integer(0, len(lens) - 1)
-    first, length = sum(lens[:which]), lens[which]
-    for rows in draw.spans(length, 3):
-        here = slice(first + rows.start, first + rows.stop)
-        part: dict[str, Any] = {
-            "q_starts": draw.table(0, rows.stop - rows.start), "kv_lens": draw.table(rows.stop), "window": window,
-            "max_q_len": rows.stop - rows.start, "max_kv_len": rows.stop,
-        }  # fmt: skip
-        label = f"{_rows(rows, length)}, lengths {lens}, heads {heads}/{kv_heads}, D={d}/{dv}, window={window}"
-        draw.compare(attention(q[here], k[first:], v[first:], **part), whole[here], label)
-        page = draw.pick([16, 64, 256])
-        keys, table = _paged(draw, k[first : first + rows.stop], page)
-        values, _ = _paged(draw, v[first : first + rows.stop], page, table)
-        draw.compare(attention(q[here], keys, values, page_table=table, **part), whole[here], f"{label}, pages of {page}")
-
-
-def _paged(draw: Draw, x: torch.Tensor, page: int, table: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys or values scattered over pages, what no key fills being NaN."""
-    pages = -(-x.shape[0] // page)
-    if table is None:
-        table = draw.permutation(pages + 3)[None, :pages].to(torch.int32)
-    out = torch.full((pages + 3, page, *x.shape[1:]), float("nan"), device=x.device, dtype=x.dtype)
-    padded = torch.full((pages * page, *x.shape[1:]), float("nan"), device=x.device, dtype=x.dtype)
-    padded[: x.shape[0]] = x
-    out[table[0].long()] = padded.view(pages, page, *x.shape[1:])
-    return out, table
-
-
-def check_decode(draw: Draw, dtype: torch.dtype) -> None:
-    """A ragged batch of decode steps against each alone, split and whole."""
-    lens = [draw.integer(1, 6000) for _ in range(draw.integer(2, 40))]
-    heads, kv_heads, d = draw.pick([(8, 2, 128), (16, 2, 128), (8, 8, 64)])
-    total = sum(lens)
-    q, k, v = (draw.values(n, h, d, dtype=dtype) for n, h in ((len(lens), heads), (total, kv_heads), (total, kv_heads)))
-    starts = torch.arange(len(lens) + 1, device=draw.device, dtype=torch.int32)
-    whole = attention(q, k, v, q_starts=starts, kv_lens=draw.table(*lens), max_q_len=1, max_kv_len=max(lens))
-    for _ in range(3):
-        which = draw.integer(0, len(lens) - 1)
-        first = sum(lens[:which])
-        shared: dict[str, Any] = {
-            "q_starts": draw.table(0, 1), "kv_lens": draw.table(lens[which]), "max_q_len": 1, "max_kv_len": lens[which],
-        }  # fmt: skip
-        for below in (0, 10**9):
-            with _split_below(below):
-                alone = attention(q[which : which + 1], k[first:], v[first:], **shared)
-            label = f"sequence {which} of {len(lens)}, {lens[which]} keys, heads {heads}/{kv_heads}, D={d}"
-            draw.compare(alone, whole[which : which + 1], label)
-
-
-@contextlib.contextmanager
-def _split_below(items: int) -> Iterator[None]:
-    """Decode tiles are computed whole (0) or in chunks (many) whatever the load, which otherwise decides."""
-    keep, attention_module.SPLIT_BELOW = attention_module.SPLIT_BELOW, items
-    try:
-        yield
-    finally:
-        attention_module.SPLIT_BELOW = keep
-
-
-def check_attention_gradients(draw: Draw, dtype: torch.dtype) -> None:
-    """Gradients of a sequence in a batch against the sequence alone."""
-    heads, kv_heads, d = draw.pick([(4, 2, 64), (4, 1, 128)])
-    lens = [draw.integer(1, 500) for _ in range(3)]
-    q, k, v = (draw.normal(sum(lens), h, d, dtype=dtype).requires_grad_() for h in (heads, kv_heads, kv_heads))
-    starts = draw.table(0, lens[0], lens[0] + lens[1], sum(lens))
-    grad = draw.normal(sum(lens), heads, d, dtype=dtype)
-    whole = torch.autograd.grad(attention(q, k, v, q_starts=starts, max_q_len=max(lens)), (q, k, v), grad)
-    here = slice(lens[0], lens[0] + lens[1])
-    mine = [x.detach()[here].requires_grad_() for x in (q, k, v)]
-    alone = torch.autograd.grad(attention(*mine), mine, grad[here])
-    for name, a, b in zip(("dq", "dk", "dv"), alone, whole, strict=True):
-        draw.compare(a, b[here], f"{name}, the second of lengths {lens}, heads {heads}/{kv_heads}, D={d}")
+def _norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The norm without a residual."""
+    y = rms_norm(x, weight, 1e-6)
+    assert isinstance(y, torch.Tensor)
+    return y
 
 
 def check_rms_norm(draw: Draw, dtype: torch.dtype) -> None:
-    """Rows alone against the batch, with a residual."""
-    width = draw.pick([64, 128, 1000, 2048, 4096])
+    """Rows alone against the batch, with and without a residual."""
+    width = draw.pick([64, 128, 1000, 2048, 4096, 80, 7168, 16_384])
     rows = draw.integer(1, 1500 if width > 128 else 6000)  # of so many narrow ones a program takes several
     x, residual, weight = (draw.values(*shape, dtype=dtype) for shape in ((rows, width), (rows, width), (width,)))
     y, total = rms_norm(x, weight, 1e-6, residual)
+    plain = _norm(x, weight)
     for some in draw.spans(rows):
         alone = rms_norm(x[some], weight, 1e-6, residual[some])
         draw.compare(y[some], alone[0], f"{_rows(some, rows)}, width {width}")
         draw.compare(total[some], alone[1], f"x + residual, {_rows(some, rows)}, width {width}")
+        draw.compare(plain[some], _norm(x[some], weight), f"{_rows(some, rows)}, width {width}, no residual")
+
+
+def check_row_gradients(draw: Draw, dtype: torch.dtype) -> None:
+    """Gradients of rows alone against the batch: norm, activation, log-probabilities, rotation; of a norm's weight twice."""
+    rows, width = draw.integer(1, 300), draw.pick([128, 1000, 4096])
+    x, weight = draw.values(rows, width, dtype=dtype), draw.values(width, dtype=dtype).requires_grad_()
+    targets, places = draw.ints(0, width, rows), draw.ints(0, 512, rows)
+    cos, sin = (draw.normal(512, width // 8, dtype=torch.float32) for _ in range(2))
+    of_rows: dict[str, Callable[[torch.Tensor, slice], torch.Tensor]] = {
+        "rms_norm": lambda x, _: _norm(x, weight),
+        "swiglu": lambda x, _: swiglu(x),
+        "log_prob": lambda x, some: log_prob(x, targets[some], temperature=0.9),
+        "log_softmax": lambda x, _: log_softmax(x, temperature=0.9),
+        "rope": lambda x, some: rope(x.view(len(x), 4, -1), x.view(len(x), 4, -1), cos, sin, places[some])[0],
+    }
+    for name, run in of_rows.items():
+        leaf = x.detach().requires_grad_()
+        out = run(leaf, slice(0, rows))
+        grad = draw.normal(*out.shape, dtype=out.dtype)
+        (whole,) = torch.autograd.grad(out, leaf, grad)
+        for some in draw.spans(rows, 2):
+            mine = x.detach()[some].requires_grad_()
+            (alone,) = torch.autograd.grad(run(mine, some), mine, grad[some])
+            draw.compare(whole[some], alone, f"{name}, {_rows(some, rows)}, width {width}")
+    grad = draw.normal(rows, width, dtype=dtype)
+    first, again = (torch.autograd.grad(_norm(x, weight), weight, grad)[0] for _ in range(2))
+    draw.compare(first, again, f"rms_norm's weight twice, {rows} rows, width {width}")
 
 
 def check_rope(draw: Draw, dtype: torch.dtype) -> None:
-    """Tokens and heads alone against the batch, with the per-head norm."""
-    tokens, heads, d = draw.integer(1, 300), draw.pick([8, 32]), draw.pick([64, 128])
+    """Tokens and heads alone against the batch, with and without the per-head norm."""
+    tokens, heads, d = draw.integer(1, 300), draw.pick([8, 32]), draw.pick([64, 128, 80, 256])
     q, k = draw.values(tokens, heads, d, dtype=dtype), draw.values(tokens, 4, d, dtype=dtype)
     cos, sin = (draw.normal(4096, d // 2, dtype=torch.float32) for _ in range(2))
     positions = draw.ints(0, 4096, tokens)
-    norms: dict[str, Any] = {"q_norm": draw.normal(d, dtype=dtype), "k_norm": draw.normal(d, dtype=dtype)}
+    norms: dict[str, Any] = draw.pick([{"q_norm": draw.normal(d, dtype=dtype), "k_norm": draw.normal(d, dtype=dtype)}, {}])
     whole = rope(q, k, cos, sin, positions, **norms)
     for some in draw.spans(tokens, 3):
         alone = rope(q[some], k[some], cos, sin, positions[some], **norms)
@@ -313,7 +297,7 @@ def check_rope(draw: Draw, dtype: torch.dtype) -> None:
 
 def check_swiglu(draw: Draw, dtype: torch.dtype) -> None:
     """Rows alone against the batch."""
-    rows, width = draw.integer(1, 300), draw.pick([96, 768, 3072])
+    rows, width = draw.integer(1, 300), draw.pick([96, 768, 3072, 14_336, 50])
     x = draw.values(rows, 2 * width, dtype=dtype)
     whole = swiglu(x)
     for some in draw.spans(rows):
@@ -359,9 +343,42 @@ def check_log_prob(draw: Draw, dtype: torch.dtype) -> None:
     draw.compare(combine_log_prob(m, s, chosen, 0.9)[0], whole, f"{rows} rows, V={vocab}, {ranks} ranks")
 
 
+def check_linear_log_prob(draw: Draw, dtype: torch.dtype) -> None:
+    """Rows alone against the batch, more and fewer of them at a time, and the head's product and `log_prob` one after the other."""
+    rows, vocab, k = draw.integer(1, 200), draw.pick([1024, 50_257, 32_000]), draw.pick([256, 1000])
+    hidden, weight = draw.values(rows, k, dtype=dtype), _weight(draw, vocab, k, dtype)
+    targets = draw.ints(0, vocab, rows)
+    whole = linear_log_prob(hidden, weight, targets, temperature=0.9)
+    label = f"V={vocab}, K={k}"
+    draw.compare(log_prob(matmul(hidden, weight), targets, temperature=0.9), whole, f"in two steps, {rows} rows, {label}")
+    for some in draw.spans(rows, 3):
+        at_once = draw.integer(1, rows)
+        alone = linear_log_prob(hidden[some], weight, targets[some], temperature=0.9, rows_at_once=at_once)
+        draw.compare(whole[some], alone, f"{_rows(some, rows)}, {at_once} at once, {label}")
+
+
+def check_vocab_scores(draw: Draw, dtype: torch.dtype) -> None:
+    """What trainers' losses take of a row, and its gradient: rows alone against the batch."""
+    rows, vocab = draw.integer(1, 100), draw.pick([1000, 32_000, 151_936, 50_257])
+    logits, targets = draw.values(rows, vocab, dtype=dtype, scale=4.0), draw.ints(0, vocab, rows)
+    given: dict[str, Any] = {"first": 0, "columns": vocab - draw.integer(0, 3), "temperature": 0.9}
+    grads = [draw.normal(rows, dtype=torch.float32) for _ in range(2)]
+
+    def found(some: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        top, sums = row_statistics(logits[some], targets[some], **given)
+        log_sum = sums[0].log()
+        of_row = (top + log_sum, log_sum - sums[1] / sums[0], *(grad[some] for grad in grads))
+        return top, sums.T, scores_gradient(logits[some], targets[some], *of_row, **given)
+
+    whole = found(slice(0, rows))
+    for some in draw.spans(rows, 3):
+        for name, a, b in zip(("maximum", "sums", "gradient"), whole, found(some), strict=True):
+            draw.compare(a[some], b, f"{name}, {_rows(some, rows)}, V={vocab}, {given}")
+
+
 def check_sample(draw: Draw, dtype: torch.dtype) -> None:
     """Rows alone against the batch."""
-    rows, vocab = draw.integer(1, 60), draw.pick([1000, 32_000])
+    rows, vocab = draw.integer(1, 60), draw.pick([1000, 32_000, 151_936])
     logits, seeds = draw.normal(rows, vocab, dtype=dtype, scale=2.0), draw.ints(0, 2**62, rows)
     positions = draw.ints(0, 2**33, rows)
     options: dict[str, Any] = draw.pick([{}, {"temperature": 0.0}, {"top_k": 20, "top_p": 0.9, "temperature": 0.7}])
@@ -377,7 +394,7 @@ def check_sample(draw: Draw, dtype: torch.dtype) -> None:
 
 def check_fp8(draw: Draw, dtype: torch.dtype) -> None:
     """Rows alone against the batch, plain and grouped."""
-    n, k, experts = draw.pick([(512, 1024, 8), (1024, 512, 16)])
+    n, k, experts = draw.pick([(512, 1024, 8), (1024, 512, 16), (272, 384, 4)])
     tokens = draw.integer(1, 600)
     x, weight = draw.normal(tokens, k, dtype=dtype), draw.normal(experts, n, k, dtype=dtype, scale=k**-0.5)
     (values, scales), (w, w_scale) = quantize_rows(x), quantize_weight(weight)
@@ -406,6 +423,10 @@ class Check:
     dtypes: tuple[torch.dtype, ...] = HALF
     weight: int = 1
 
+    def weight_in(self, dtype: torch.dtype) -> int:
+        """Its weight in one of its dtypes: float32 takes portable kernels, of which there are few."""
+        return self.weight if dtype in HALF else max(1, self.weight // 4)
+
 
 CHECKS = (
     Check("embedding", check_embedding, ALL),
@@ -416,14 +437,19 @@ CHECKS = (
     Check("matmul gradients", check_matmul_gradients, weight=3),
     Check("rope", check_rope, ALL),
     Check("attention", check_attention, weight=8),
-    Check("attention decode", check_decode, weight=6),
-    Check("attention gradients", check_attention_gradients, weight=3),
+    Check("attention, other heads", check_other_heads, weight=8),
+    Check("attention decode", check_decode, weight=8),
+    Check("attention gradients", check_gradients, weight=8),
     Check("swiglu", check_swiglu, ALL),
     Check("router", check_router, (torch.float32,)),
     Check("grouped_matmul", check_grouped_rows, ALL, weight=4),
-    Check("grouped_matmul gradients", check_grouped_gradients, weight=3),
+    Check("grouped_matmul gradients", check_grouped_gradients, weight=4),
+    Check("expert_rows", check_expert_rows, ALL),
     Check("moe_combine", check_combine, ALL),
     Check("fp8", check_fp8, (torch.bfloat16,), weight=3),
     Check("log_prob", check_log_prob, ALL, weight=2),
+    Check("linear_log_prob", check_linear_log_prob, ALL, weight=3),
+    Check("vocab_scores", check_vocab_scores, ALL),
+    Check("row gradients", check_row_gradients, ALL, weight=2),
     Check("sample", check_sample, ALL),
 )

@@ -143,7 +143,7 @@ def weight_gradient(grad: torch.Tensor, x: torch.Tensor, out_dtype: torch.dtype 
     """grad [rows, N]^T @ x [rows, K]: one chain over the rows in ascending order, [N, K]."""
     out_dtype = x.dtype if out_dtype is None else out_dtype
     if not runs_triton(grad.device):
-        return matmul_reference(grad.T.contiguous(), x.T.contiguous()).to(out_dtype)
+        return mma_chain(grad.T.contiguous(), x.T.contiguous()).to(out_dtype)
     out = torch.empty(grad.shape[1], x.shape[1], device=grad.device, dtype=out_dtype)
     if grad.shape[0] == 0:
         return out.zero_()

@@ -140,8 +140,9 @@ def _column_input_gradient(
     """The tree over the weight's rows of all ranks; one rank's kernel rounds it where it adds it up."""
     ranks = ranks_of(group)
     if ranks == 1:
-        return input_gradient(grad, weight, "tree").view(*leading, -1)
-    return _sum(partial_input_gradient(grad, weight, ranks).view(*leading, -1), weight.dtype, group, sequence_parallel)
+        return input_gradient(grad, weight, "tree").view(*leading, weight.shape[1])
+    partial = partial_input_gradient(grad, weight, ranks).view(*leading, weight.shape[1])
+    return _sum(partial, weight.dtype, group, sequence_parallel)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

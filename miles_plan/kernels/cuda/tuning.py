@@ -105,6 +105,12 @@ class GemmTile:
         registers = self.rows * self.width // 128 * levels
         return registers <= 192 and self.shared_bytes(itemsize, out_itemsize, leaves) <= SHARED_MEMORY_BYTES
 
+    def leaves_in_time(self, problem: GemmProblem) -> bool:
+        """Whether a chain's tile that leaves piece by piece, one at each of the next tile's steps, has as many steps and one more:
+        with fewer its kernel would wait for loads that never come."""
+        drips = self.engine == PIECES and self.store == 3 and not problem.leaves
+        return not drips or -(-problem.k // self.depth) > self.width // self.cols
+
     def per_multiprocessor(self, itemsize: int, out_itemsize: int, leaves: int) -> int:
         """Thread blocks that run beside each other on one multiprocessor; a ring kernel takes it whole."""
         if self.engine in (RING, PIECES):
@@ -376,7 +382,10 @@ def choose(problem: GemmProblem, gpu: str, multiprocessors: int) -> GemmTile:
     A trainer's micro-batches hold another number of tokens each. Predicting for each would take the host a millisecond a product,
     and every tile that only some of them get is a kernel more to compile.
     """
-    if (tile := table_for(gpu).get(problem)) is not None:
+    tile = table_for(gpu).get(problem)
+    if tile is not None and tile.leaves_in_time(
+        problem
+    ):  # a bucket's fewest tokens may be too few, where a gradient sums over them
         return tile
     return _predicted(_for_about_as_many_tokens(problem), multiprocessors)
 

@@ -22,6 +22,7 @@ from .invariance_checks import CHECKS, Check
 
 MOST_WORKERS = 16
 MOST_CHARGED_S = 0.05
+MOST_LATE_S = 120.0  # of a process: its last draw may compile a dozen kernels
 
 
 @dataclass
@@ -107,7 +108,7 @@ def verify(
 def run_pairs(pairs: Sequence[tuple[Check, torch.dtype]], seed: int, device: str, deadline: float) -> list[OpReport]:
     """Draw for the pairs until `deadline` (of time.time()), each at least once and for as long as the others."""
     where = torch.device(device)
-    reports = [OpReport(check.name, str(dtype).removeprefix("torch.")) for check, dtype in pairs]
+    reports = [OpReport(check.name, _name(dtype)) for check, dtype in pairs]
     spent_s = [0.0] * len(pairs)
     turns = [0] * len(pairs)
     for each in range(len(pairs)):
@@ -154,22 +155,38 @@ def shares_of(weights: Sequence[int], workers: int) -> list[list[int]]:
 def _run_in_processes(
     pairs: Sequence[tuple[Check, torch.dtype]], seed: int, device: str, deadline: float, count: int
 ) -> list[OpReport]:
-    """Each process in a pool of its own, so that one that dies takes only its own checks along."""
+    """Each process in a pool of its own, so that one that dies or never ends takes only its own checks along."""
     context = multiprocessing.get_context("spawn")
-    shares = shares_of([check.weight for check, _ in pairs], count)
+    others = set(multiprocessing.active_children())
+    shares = shares_of([check.weight_in(dtype) for check, dtype in pairs], count)
     pools = [ProcessPoolExecutor(1, mp_context=context) for _ in shares]
     futures: list[Future[list[OpReport]]] = [
         pool.submit(run_pairs, [pairs[i] for i in share], seed, device, deadline)
         for pool, share in zip(pools, shares, strict=True)
     ]
     found: dict[int, OpReport] = {}
-    for share, future in zip(shares, futures, strict=True):
+    for pool, share, future in zip(pools, shares, futures, strict=True):
         try:
-            found |= dict(zip(share, future.result(), strict=True))
+            reports = future.result(timeout=max(0.0, deadline + MOST_LATE_S - time.time()))
+        except TimeoutError:
+            failed = f"its process did not end within {MOST_LATE_S:g} s of its time; a kernel may wait for ever"
+            reports = _failed([pairs[i] for i in share], failed)
+            pool.shutdown(wait=False, cancel_futures=True)
         except RuntimeError as error:  # BrokenProcessPool is one
-            for i in share:
-                check, dtype = pairs[i]
-                found[i] = OpReport(check.name, str(dtype).removeprefix("torch."), error=f"its process died: {error}")
-    for pool in pools:
-        pool.shutdown()
+            reports = _failed([pairs[i] for i in share], f"its process died: {error}")
+        found |= dict(zip(share, reports, strict=True))
+    for pool, future in zip(pools, futures, strict=True):
+        pool.shutdown(wait=future.done())
+    for process in set(multiprocessing.active_children()) - others:
+        process.kill()
     return [found[i] for i in range(len(pairs))]
+
+
+def _failed(pairs: Sequence[tuple[Check, torch.dtype]], error: str) -> list[OpReport]:
+    """All checks of a process: which of them it was in is not known."""
+    names = ", ".join(f"{check.name} ({_name(dtype)})" for check, dtype in pairs)
+    return [OpReport(check.name, _name(dtype), error=f"{error} (with {names})") for check, dtype in pairs]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -101,6 +101,7 @@ CASES: list[tuple[Callable[[], object], str]] = [
     (lambda: row_parallel_linear(half(2, 96), half(4, 96)), r"^x has K = 96 with order 'tree'; allowed: a multiple of 128"),
     (lambda: RmsNorm(Odd(), 8), r"^config\.layernorm_zero_centered_gamma is set; allowed: weights that multiply"),
     (lambda: attention(half(2, 4, 40), half(2, 2, 40), half(2, 2, 40)), r"^the head size of q is 40; allowed: 16, 32, 64, 80"),
+    (lambda: attention(half(2, 2, 16), half(2, 2, 16), half(2, 2, 576)), r"^the head size of v is 576; allowed: 16, .*, 512$"),
     (lambda: attention(half(2, 3, 64), half(2, 2, 64), half(2, 2, 64)), r"^q has 3 heads; allowed: a multiple of k's, 2"),
     (lambda: attention(half(2, 2, 64), half(2, 2, 128), half(2, 2, 64)), r"^k has head size 128; allowed: q's, 64"),
     (lambda: attention(half(2, 2, 64), half(2, 2, 64).half(), half(2, 2, 64)), r"^k has dtype torch.float16; allowed: q's"),

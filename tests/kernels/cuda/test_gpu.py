@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from miles_plan.backends.training.scores import VocabParallelScores
+from miles_plan.kernels.cuda import attention as attention_module
 from miles_plan.kernels.cuda.attention import attention, attention_with_lse
 from miles_plan.kernels.cuda.draw import Draw
 from miles_plan.kernels.cuda.embedding import embedding, embedding_reference
@@ -35,7 +37,7 @@ from miles_plan.kernels.cuda.verify import verify
 
 pytestmark = pytest.mark.gpu
 DRAW_SECONDS = 40.0
-LEAST_DRAWS = 10  # of the slowest op and dtype where every kernel is compiled first; with a warm cache most reach thousands
+LEAST_DRAWS = 4  # of the slowest op and dtype where every kernel is compiled first; with a warm cache most reach thousands
 Error = Callable[[torch.Tensor, torch.Tensor], float]
 
 
@@ -63,25 +65,37 @@ def test_verify_names_the_op_that_differs_first(gpu: torch.device) -> None:
     assert report.first.first_shape == "cuBLAS, row by row"
 
 
+TILED = {
+    "one row": GemmProblem(1, 512, 1024), "chain": GemmProblem(700, 6144, 512),
+    "tree": GemmProblem(700, 512, 1408, leaves=8),  # leaves of 176 = 2 x 64 + 48
+    "tree of dx": GemmProblem(700, 512, 1408, leaves=8, b_kn=True),
+    "dW": GemmProblem(6144, 512, 700, a_km=True, b_kn=True),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_tile_gives_the_portable_kernels_bits(gpu: torch.device, dtype: torch.dtype) -> None:
-    for problem in (
-        GemmProblem(1, 512, 1024, dtype, dtype), GemmProblem(700, 6144, 512, dtype, dtype),
-        GemmProblem(700, 512, 1408, dtype, dtype, leaves=8),  # leaves of 176 = 2 x 64 + 48
-        GemmProblem(700, 512, 1408, dtype, dtype, leaves=8, b_kn=True),
-        GemmProblem(6144, 512, 700, dtype, dtype, a_km=True, b_kn=True),
-    ):  # fmt: skip
-        lying: dict[str, Any] = {"leaves": problem.leaves, "a_km": problem.a_km, "b_kn": problem.b_kn}
-        a = torch.randn((problem.k, problem.m) if problem.a_km else (problem.m, problem.k), device=gpu).to(dtype)
-        b = (torch.randn((problem.k, problem.n) if problem.b_kn else (problem.n, problem.k), device=gpu) / 30).to(dtype)
-        want = torch.empty(problem.m, problem.n, device=gpu, dtype=dtype)
-        gemm(a, b, want, portable=True, **lying)
-        tiles = candidates(problem, torch.cuda.get_device_properties(gpu).multi_processor_count)
-        for tile in tiles[:: 1 if problem.m == 700 and not problem.leaves else 3]:
-            out = torch.full_like(want, float("nan"))
-            for overlap in overlaps_of(tile):
-                gemm(a, b, out, tile=replace(tile, overlap=overlap), **lying)
-                assert torch.equal(out, want), (tile, overlap)
+@pytest.mark.parametrize("overlap", [None, 0, 1, 2])
+@pytest.mark.parametrize("product", TILED)
+def test_every_tile_gives_the_portable_kernels_bits(
+    gpu: torch.device, product: str, overlap: int | None, dtype: torch.dtype
+) -> None:
+    """Each launched as it usually is (None), and every fourth in every way. What takes the time is compiling them, which as
+    several tests several processes share: as one it took minutes."""
+    problem = replace(TILED[product], dtype=dtype, out_dtype=dtype)
+    lying: dict[str, Any] = {"leaves": problem.leaves, "a_km": problem.a_km, "b_kn": problem.b_kn}
+    a = torch.randn((problem.k, problem.m) if problem.a_km else (problem.m, problem.k), device=gpu).to(dtype)
+    b = (torch.randn((problem.k, problem.n) if problem.b_kn else (problem.n, problem.k), device=gpu) / 30).to(dtype)
+    want = torch.empty(problem.m, problem.n, device=gpu, dtype=dtype)
+    gemm(a, b, want, portable=True, **lying)
+    tiles = candidates(problem, torch.cuda.get_device_properties(gpu).multi_processor_count)
+    tiles = tiles[:: 1 if product == "chain" else 3]
+    if overlap is not None:
+        tiles = [replace(tile, overlap=overlap) for tile in tiles[::4] if overlap in overlaps_of(tile)]
+    assert tiles
+    for tile in tiles:
+        out = torch.full_like(want, float("nan"))
+        gemm(a, b, out, tile=tile, **lying)
+        assert torch.equal(out, want), tile
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(64, 512, 4096), (700, 1024, 2048)])
@@ -106,6 +120,35 @@ def exact_swiglu(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
+def exact_rotation(x: torch.Tensor) -> torch.Tensor:
+    cos, sin = (table.double()[:, None] for table in angles(x.device))
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def angles(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of 50 positions and heads of 64."""
+    turns = torch.outer(torch.arange(50.0), 10_000 ** -torch.linspace(0, 1, 32)).to(device)
+    return turns.cos(), turns.sin()
+
+
+def routed(device: torch.device) -> torch.Tensor:
+    """Two of seven experts for each of 40 tokens."""
+    return torch.rand(40, 7, generator=torch.Generator().manual_seed(0)).topk(2).indices.to(device)
+
+
+def scores(x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+    targets = torch.arange(len(x), device=x.device) if targets is None else targets
+    apply: Any = VocabParallelScores.apply
+    log_probs, entropies = apply(x, targets, 0, x.shape[1], 0.7, None)
+    return torch.cat([log_probs, entropies])
+
+
+def exact_scores(x: torch.Tensor) -> torch.Tensor:
+    log_q = torch.log_softmax(x / 0.7, -1)
+    return torch.cat([log_q.gather(1, torch.arange(50, device=x.device)[:, None])[:, 0], -(log_q.exp() * log_q).sum(-1)])
+
+
 SHARES = [70, 0, 33, 97]
 Operation = Callable[..., torch.Tensor]
 DIFFERENTIABLE: dict[str, tuple[Operation, Operation, tuple[tuple[int, ...], ...]]] = {
@@ -121,6 +164,22 @@ DIFFERENTIABLE: dict[str, tuple[Operation, Operation, tuple[tuple[int, ...], ...
     ),
     "rms_norm": (lambda x, w: rms_norm(x, w, 1e-6), exact_norm, ((200, 1000), (1000,))),
     "swiglu": (swiglu, exact_swiglu, ((200, 700),)),
+    "rope": (
+        lambda x: rope(x, x, *angles(x.device), torch.arange(50, device=x.device))[0], exact_rotation, ((50, 3, 64),),
+    ),
+    "embedding": (
+        lambda w: embedding(torch.arange(90, device=w.device) % 40, w),
+        lambda w: w[torch.arange(90, device=w.device) % 40], ((60, 200),),
+    ),
+    "expert_rows": (
+        lambda x: expert_rows(x, expert_order(routed(x.device), 7)),
+        lambda x: x[routed(x.device).flatten().argsort(stable=True) // 2], ((40, 200),),
+    ),
+    "moe_combine": (
+        lambda x, w: moe_combine(x, torch.arange(60, device=x.device, dtype=torch.int32).view(15, 4), w.float()),
+        lambda x, w: (x.view(15, 4, 200) * w[..., None]).sum(1), ((60, 200), (15, 4)),
+    ),
+    "vocab_scores": (scores, exact_scores, ((50, 4096),)),
     "log_softmax": (
         lambda x: log_softmax(x, temperature=0.7), lambda x: torch.log_softmax(x / 0.7, -1), ((50, 4096),),
     ),
@@ -222,16 +281,45 @@ def test_steep_prefill_gives_the_bits_of_decode(gpu: torch.device, heads: tuple[
             assert torch.equal(alone_lse, lse[row])
 
 
-def test_attention_gradients_against_float64(gpu: torch.device, error: Error) -> None:
-    n, heads, kv_heads, d = 600, 8, 2, 128
-    q, k, v = (torch.randn(n, h, d, device=gpu).bfloat16().requires_grad_() for h in (heads, kv_heads, kv_heads))
-    grad = torch.randn(n, heads, d, device=gpu).bfloat16()
-    attention(q, k, v).backward(grad)
+@pytest.mark.parametrize("length", [130, 900, 5000, 20_000, 40_000])
+@pytest.mark.parametrize("split", [False, True])
+def test_the_most_rows_that_a_decode_takes_have_prefills_bits(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch, split: bool, length: int
+) -> None:
+    """64 rows of the widest heads, beside which two blocks fit with half the values only: in one piece and in chunks, which are
+    merged inside or by a kernel of their own."""
+    heads, d, dv = 8, 192, 128
+    q = torch.randn(100, heads, d, device=gpu).bfloat16()
+    k, v = (torch.randn(length, heads, size, device=gpu).bfloat16() for size in (d, dv))
+    lens = torch.tensor([length], device=gpu, dtype=torch.int32)
+    want, want_lse = attention_with_lse(q, k, v, kv_lens=lens)
+    monkeypatch.setattr(attention_module, "SPLIT_BELOW", 10**9 if split else 0)
+    for rows in (1, 33, 64):
+        out, lse = attention_with_lse(q[-rows:], k, v, kv_lens=lens)
+        assert torch.equal(out, want[-rows:])
+        assert torch.equal(lse, want_lse[-rows:])
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "d", "dv"), [(8, 2, 128, 128), (4, 4, 192, 128), (4, 2, 256, 256), (2, 1, 80, 80), (4, 1, 576, 512)]
+)
+def test_attention_gradients_against_float64(
+    gpu: torch.device, error: Error, heads: int, kv_heads: int, d: int, dv: int
+) -> None:
+    n = 600
+    q, k, v = (
+        torch.randn(n, *size, device=gpu).bfloat16().requires_grad_() for size in ((heads, d), (kv_heads, d), (kv_heads, dv))
+    )
+    grad = torch.randn(n, heads, dv, device=gpu).bfloat16()
+    out = attention(q, k, v)
+    out.backward(grad)  # type: ignore[no-untyped-call]  # torch's backward is untyped
     q64, k64, v64 = (x.detach().double().requires_grad_() for x in (q, k, v))
     keys, values = (x.repeat_interleave(heads // kv_heads, 1) for x in (k64, v64))
     scores = torch.einsum("qhd,khd->hqk", q64, keys) * d**-0.5
     seen = torch.ones(n, n, device=gpu, dtype=torch.bool).tril()
-    torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -1e300).softmax(-1), values).backward(grad.double())
+    exact_out = torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -1e300).softmax(-1), values)
+    exact_out.backward(grad.double())
+    assert error(out, exact_out) < 6e-3
     for ours, exact in ((q, q64), (k, k64), (v, v64)):
         assert ours.grad is not None
         assert exact.grad is not None
@@ -266,6 +354,24 @@ def test_captured_calls_replay_with_the_same_bits(gpu: torch.device) -> None:
         assert torch.equal(result, want[0])
         assert torch.equal(out, want[1])
     assert torch.equal(work(), want[0])
+
+
+def test_results_of_more_elements_than_32_bits_count(gpu: torch.device) -> None:
+    """The last rows alone: 65,536 rows of a product, 16,384 of a large vocabulary, and gradients of the vocabulary."""
+    x, weight = (torch.randn(n, 64, device=gpu).bfloat16() for n in (65_536, 40_960))
+    out = matmul(x, weight)
+    assert out.numel() > 2**31
+    assert torch.equal(out[-9:], matmul(x[-9:], weight))
+    del out
+    logits = torch.randn(16_384, 151_936, device=gpu, dtype=torch.bfloat16).requires_grad_()
+    targets = torch.arange(16_384, device=gpu)
+    few = logits.detach()[-9:].requires_grad_()
+    for run in (log_prob, lambda logits, targets: scores(logits, targets)[: len(logits)]):
+        whole, alone = run(logits, targets), run(few, targets[-9:])
+        assert torch.equal(whole[-9:], alone)
+        (gradient,) = torch.autograd.grad(whole.sum(), logits)
+        assert torch.equal(gradient[-9:], torch.autograd.grad(alone.sum(), few)[0])
+        del gradient
 
 
 def test_unaligned_inputs_give_the_same_bits(gpu: torch.device) -> None:

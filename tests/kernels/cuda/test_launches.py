@@ -6,11 +6,12 @@ A slip here costs a run on a GPU.
 from __future__ import annotations
 
 import importlib
+import itertools
 import pkgutil
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import miles_plan.kernels.cuda as package
 from miles_plan.kernels.cuda.gemm import gemm
 from miles_plan.kernels.cuda.shared_addresses import SMALL_BYTES, TENSOR_ALIGNMENT
 from miles_plan.kernels.cuda.toolchain import HAVE_GLUON
-from miles_plan.kernels.cuda.tuning import DIRECT, SHARED_MEMORY_BYTES, GemmTile
+from miles_plan.kernels.cuda.tuning import BARRIER_BYTES, DIRECT, SHARED_MEMORY_BYTES, GemmTile
 
 OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl", "launch_cooperative_grid", "enable_fp_fusion"}
 HOPPER_ATTENTION = {"attention_kernel", "attention_decode_kernel"}
@@ -174,6 +175,76 @@ def test_how_decode_work_is_cut(
     assert shared_bytes(*launch) <= SHARED_MEMORY_BYTES
 
 
+ROWS_AND_HEADS = [(1, heads, 1) for heads in (8, 16, 32, 64, 128)] + [(rows, 8, 8) for rows in (1, 8, 16, 32, 33, 64)]
+BATCHES = [(1, 500), (1, 2000), (1, 5000), (1, 20_000), (1, 40_000), (8, 2000), (8, 20_000), (64, 500), (64, 3000), (256, 1500)]
+
+
+def decode_bytes(launch: dict[str, Any]) -> int:
+    """What a decode's launch must hold: queries, a block's weights and the same to be added, its ring, barriers."""
+    head = launch["D"] + launch["D_TAIL"]
+    return (
+        launch["ROWS"] * (head + 3 * launch["BN"]) * 2
+        + launch["STAGES"] * launch["BN"] * (head + launch["DV"]) * 2
+        + BARRIER_BYTES
+    )
+
+
+def decodes(launched: Launched, d: int, dv: int) -> Iterator[tuple[Any, tuple[object, ...], dict[str, Any]]]:
+    """Decode launches for a head size: all numbers of rows, in one piece, in chunks and in halves of the values."""
+    from miles_plan.kernels.cuda.attention import attention
+
+    for (rows, heads, kv_heads), (batch, length) in itertools.product(ROWS_AND_HEADS, BATCHES):
+        launched.first.clear()
+        starts, lens = torch.arange(batch + 1, dtype=torch.int32) * rows, torch.full((batch,), length, dtype=torch.int32)
+        keys, values = (torch.empty(length, kv_heads, size, dtype=torch.bfloat16) for size in (d, dv))
+        q = torch.empty(batch * rows, heads, d, dtype=torch.bfloat16)
+        attention(q, keys, values, q_starts=starts, kv_lens=lens, max_q_len=rows, max_kv_len=length)
+        yield launched.first["attention_decode_kernel"]
+
+
+@pytest.mark.parametrize("launched", ["hopper"], indirect=True)
+@pytest.mark.parametrize(("d", "dv"), [(64, 64), (128, 128), (192, 128)])
+def test_every_decode_fits_shared_memory(launched: Launched, d: int, dv: int) -> None:
+    """A block's scores are under way during the one before, so a ring has two stages: 64 rows leave wide heads less room."""
+    for _, _, launch in decodes(launched, d, dv):
+        asked = {name: launch[name] for name in ("SPLIT", "PARTS", "ROWS", "STAGES", "WARPS", "DV")}
+        assert launch["STAGES"] >= 2, asked
+        assert decode_bytes(launch) <= SHARED_MEMORY_BYTES, asked
+        assert launch["DV"] * launch["PARTS"] == dv
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launched", ["hopper"], indirect=True)
+@pytest.mark.parametrize(("d", "dv"), [(128, 128), (192, 128)])
+def test_a_decode_asks_for_no_more_shared_memory_than_is_counted(launched: Launched, d: int, dv: int) -> None:
+    largest: dict[tuple[int, ...], tuple[Any, tuple[object, ...], dict[str, Any]]] = {}
+    for launch in decodes(launched, d, dv):
+        kind = tuple(launch[2][name] for name in ("SPLIT", "PARTS", "WARPS"))
+        if kind not in largest or decode_bytes(launch[2]) > decode_bytes(largest[kind][2]):
+            largest[kind] = launch
+    assert {kind[0] for kind in largest} == {0, 1, 2}
+    for kernel, given, keywords in largest.values():
+        assert shared_bytes(kernel, given, keywords) <= decode_bytes(keywords)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launched", ["hopper"], indirect=True)
+@pytest.mark.parametrize(("d", "dv"), [(80, 80), (192, 128), (192, 192), (256, 256), (576, 512)])
+def test_the_widest_heads_of_each_kind_fit_shared_memory(launched: Launched, d: int, dv: int) -> None:
+    """Prefill, pages that no copy engine takes, a decode in chunks and their merge, gradients."""
+    from miles_plan.kernels.cuda.attention import attention
+
+    q, k, v = half(300, 4, d, grad=True), half(300, 2, d, grad=True), half(300, 2, dv, grad=True)
+    backward(attention(q, k, v))
+    launches = list(launched.first.items())
+    launched.first.clear()
+    lens, table = torch.full((1,), 3000, dtype=torch.int32), torch.zeros(1, 63, dtype=torch.int32)
+    attention(half(1, 4, d), half(63, 48, 2, d), half(63, 48, 2, dv), kv_lens=lens, page_table=table)
+    attention(half(1, 4, d), half(3000, 2, d), half(3000, 2, dv), kv_lens=lens)
+    for name, launch in [*launches, *launched.first.items()]:
+        assert shared_bytes(*launch) <= SHARED_MEMORY_BYTES, name
+
+
 @pytest.mark.parametrize("launched", ["hopper"], indirect=True)
 def test_pages_cost_a_decode_neither_launches_nor_sums(launched: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where keys begin is added up for packed ones alone, and a box's page number is one shuffle, not a sum over lanes."""
@@ -257,6 +328,28 @@ def test_a_launch_of_each_kernel_compiles_for_hopper(launched: Launched) -> None
     test_scores_of_a_vocabulary(launched)
     for kernel, given, keywords in launched.first.values():
         assert shared_bytes(kernel, given, keywords) <= SHARED_MEMORY_BYTES, kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launched", ["hopper"], indirect=True)
+@pytest.mark.parametrize("leaves", [0, 8])
+def test_a_tile_asks_for_no_more_shared_memory_than_is_counted(launched: Launched, leaves: int) -> None:
+    """Of each kernel and way of storing, the tiles that are said to need most."""
+    from miles_plan.kernels.cuda.tuning import GemmProblem, candidates
+
+    largest: dict[tuple[object, ...], tuple[int, GemmProblem, GemmTile]] = {}
+    for m, out_dtype, b_kn in itertools.product((16, 700), (torch.bfloat16, torch.float32), (False, True)):
+        problem = GemmProblem(m, 6144, 2048, out_dtype=out_dtype, leaves=leaves, b_kn=b_kn)
+        for tile in candidates(problem):
+            counted = tile.shared_bytes(2, out_dtype.itemsize, leaves)
+            kind = (tile.engine, tile.store, tile.extra > 0, tile.stashes(leaves))
+            largest[kind] = max(largest.get(kind, (0, problem, tile)), (counted, problem, tile), key=lambda one: one[0])
+    for counted, problem, tile in largest.values():
+        launched.first.clear()
+        b = half(2048, 6144) if problem.b_kn else half(6144, 2048)
+        gemm(half(problem.m, 2048), b, half(problem.m, 6144).to(problem.out_dtype), leaves=leaves, b_kn=problem.b_kn, tile=tile)
+        (launch,) = launched.first.values()
+        assert shared_bytes(*launch) <= counted <= SHARED_MEMORY_BYTES, tile
 
 
 @pytest.mark.parametrize("launched", ["hopper"], indirect=True)

@@ -50,6 +50,7 @@ def test_every_candidate_fits_and_is_priced(problem: GemmProblem) -> None:
         assert (
             tile.shared_bytes(problem.dtype.itemsize, problem.out_dtype.itemsize, problem.leaves) <= tuning.SHARED_MEMORY_BYTES
         )
+        assert tile.leaves_in_time(problem)
         assert predict_s(tile, problem, SMS) > 0
         if problem.leaves:
             leaf = problem.k // problem.leaves
@@ -159,6 +160,27 @@ def test_the_shipped_table_names_only_candidates() -> None:
             assert problem.key == key
             launches = {replace(one, overlap=way) for one in candidates(problem, SMS) for way in overlaps_of(one)}
             assert tile in launches, (key, m, tile)
+            assert tile.leaves_in_time(problem.of_tokens(m // 2 + 1)), "the fewest tokens for which it is looked up"
+
+
+def test_a_tile_that_would_wait_for_loads_that_never_come_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient sums over tokens: one of five pieces that leave at a step each, tuned for 512, has no six steps at 257."""
+    many, few = (GemmProblem(4096, 2048, tokens, a_km=True, b_kn=True) for tokens in (512, 257))
+    tile = GemmTile(PIECES, False, 64, 2, 64, 64 * 4, 64, 3, 8, 3)
+    assert tile.leaves_in_time(many)
+    assert not tile.leaves_in_time(few)
+    table = Table("NVIDIA X")
+    table.put(many, tile)
+    table.save(tmp_path / "table.json")
+    monkeypatch.setenv(tuning.TABLE_VARIABLE, str(tmp_path / "table.json"))
+    table_for.cache_clear()
+    choose.cache_clear()
+    try:
+        assert choose(many, "NVIDIA X", SMS) == tile
+        assert choose(few, "NVIDIA X", SMS) in candidates(few, SMS)
+    finally:
+        table_for.cache_clear()
+        choose.cache_clear()
 
 
 def problem_of(key: str, m: int) -> GemmProblem:

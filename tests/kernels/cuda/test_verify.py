@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 
 import pytest
 import torch
 
+from miles_plan.kernels.cuda import verify as verify_module
+from miles_plan.kernels.cuda.attention import HEAD_SIZES, VALUE_SIZES
 from miles_plan.kernels.cuda.draw import Draw, differing
 from miles_plan.kernels.cuda.invariance_checks import CHECKS, Check
+from miles_plan.kernels.cuda.invariance_of_attention import FAST_HEADS, OTHER_HEADS
 from miles_plan.kernels.cuda.verify import OpReport, Report, run_pairs, shares_of, verify
 
 CPU = torch.device("cpu")
@@ -92,12 +96,32 @@ def test_every_check_runs_at_least_once_and_is_described() -> None:
     assert len({check.name for check in CHECKS}) == len(CHECKS)
 
 
+def test_every_head_size_is_drawn() -> None:
+    assert {heads.d for heads in (*FAST_HEADS, *OTHER_HEADS)} == set(HEAD_SIZES)
+    assert {heads.dv for heads in (*FAST_HEADS, *OTHER_HEADS)} == set(VALUE_SIZES)
+
+
 def test_heavy_checks_are_spread_and_none_is_lost() -> None:
     shares = shares_of([1, 8, 1, 8, 4, 1, 1], 3)
     assert sorted(index for share in shares for index in share) == list(range(7))
     assert [1] in shares
     assert [3] in shares
     assert shares_of([1, 1], 16) == [[0], [1]]
+
+
+def test_a_process_that_never_ends_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that waits for ever must not make the report wait too."""
+    monkeypatch.setattr(verify_module, "MOST_LATE_S", 0.5)
+    slow = next(check for check in CHECKS if check.name == "linear_log_prob")  # minutes on a CPU
+    before = set(multiprocessing.active_children())
+    (report,) = verify_module._run_in_processes([(slow, torch.bfloat16)], 1, "cpu", time.time(), 2)
+    assert not report.ok
+    assert report.error is not None
+    assert report.error.startswith("its process did not end within 0.5 s of its time; a kernel may wait")
+    assert report.error.endswith("(with linear_log_prob (bfloat16))")
+    for process in set(multiprocessing.active_children()) - before:
+        process.join(timeout=10)
+        assert not process.is_alive()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
