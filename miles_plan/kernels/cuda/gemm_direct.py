@@ -6,7 +6,7 @@ One output tile a program. The warps that multiply also start the loads: as soon
 
 from __future__ import annotations
 
-from .gemm_kernel import tile_position
+from .gemm_kernel import inside, tile_position
 from .gemm_store import store_tile
 from .toolchain import (
     fence_async_shared,
@@ -87,8 +87,9 @@ def gemm_direct_kernel(
     descs = (a_desc, b_desc)
     rings = (a_ring, b_ring)
     tile_m, tile_n = tile_position(gl.program_id(0), gl.cdiv(M, ROWS), gl.cdiv(N, COLS), GROUP)
-    row = tile_m * ROWS
-    col = tile_n * COLS
+    row = inside(tile_m * ROWS, M, ROWS)
+    columns = N if COALESCE else n_end  # whole rows need what the compiler knows of N
+    col = inside(tile_n * COLS, columns, COLS)
     if RELEASE:
         grid_release()
     grid_wait()
@@ -113,8 +114,6 @@ def gemm_direct_kernel(
             total = level1 + total
         if LEAVES >= 8:
             total = level2 + total
-    limit = n_end
     if COALESCE:
-        limit = N
         gl.thread_barrier()  # the tile is laid out anew in the ring's memory, from which another warp may still multiply
-    store_tile(out, stride_m, stride_n, total, row, col, M, limit, COALESCE, WARPS)
+    store_tile(out, stride_m, stride_n, total, row, col, M, columns, COALESCE, WARPS)

@@ -22,7 +22,7 @@ import miles_plan.kernels.cuda as package
 from miles_plan.kernels.cuda.gemm import gemm
 from miles_plan.kernels.cuda.shared_addresses import SMALL_BYTES, TENSOR_ALIGNMENT
 from miles_plan.kernels.cuda.toolchain import HAVE_GLUON
-from miles_plan.kernels.cuda.tuning import BARRIER_BYTES, DIRECT, SHARED_MEMORY_BYTES, GemmTile
+from miles_plan.kernels.cuda.tuning import BARRIER_BYTES, DIRECT, RING, SHARED_MEMORY_BYTES, GemmTile
 
 OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl", "launch_cooperative_grid", "enable_fp_fusion"}
 HOPPER_ATTENTION = {"attention_kernel", "attention_decode_kernel"}
@@ -394,6 +394,22 @@ def test_the_direct_kernel_waits_for_every_warp_before_it_lays_a_tile_out_anew(l
     ptx: str = compiled(*launched.first["gemm_direct_kernel"]).asm["ptx"]
     end = ptx[ptx.rindex("wgmma.wait_group.sync.aligned") :]
     assert end.index("bar.sync") < end.index("st.shared")
+
+
+@pytest.mark.parametrize("launched", ["hopper"], indirect=True)
+@pytest.mark.parametrize(
+    ("kernel", "tile"),
+    [
+        ("gemm_kernel", GemmTile(RING, False, 64, 2, 128, 0, 64, 5, 8, 2)),
+        ("gemm_direct_kernel", GemmTile(DIRECT, False, 64, 2, 128, 0, 64, 6, 8, 2)),
+    ],
+)
+def test_whole_rows_are_stored_sixteen_bytes_at_a_time(launched: Launched, kernel: str, tile: GemmTile) -> None:
+    """Also where the last tile begins further left, to end inside the matrix."""
+    gemm(half(300, 2048), half(720, 2048), half(300, 720), tile=tile)
+    ptx: str = compiled(*launched.first[kernel]).asm["ptx"]
+    assert "st.global.v4" in ptx
+    assert "st.global.b16" not in ptx
 
 
 @pytest.mark.parametrize("launched", ["hopper"], indirect=True)
