@@ -111,6 +111,7 @@ import base64, pickle, sys, torch
 function, arguments = pickle.loads(base64.b64decode(sys.argv[1]))
 borrowed = function(*arguments[:6], 0, *arguments[7:])
 print(int(borrowed.sum(dtype=torch.int64)))
+del borrowed  # which the lender is told
 """
 
 
