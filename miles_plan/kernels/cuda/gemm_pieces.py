@@ -8,13 +8,21 @@ but a tree's stash is the ring's.
 
 from __future__ import annotations
 
-from .gemm_kernel import tile_position
+from .gemm_kernel import inside, tile_position
 from .gemm_pieces_ring import proceed, start
 from .gemm_pieces_tree import eight_leaves, in_half, own_places
 from .gemm_ring import release
 from .toolchain import fence_async_shared, gl, gluon_jit, grid_release, grid_wait, mbarrier, tma
 from .wgmma import fetch_descriptors, known, shared_base, wait
 from .whole_rows import write_rows
+
+
+@gluon_jit
+def _first_of(
+    tile_m: gl.tensor, tile_n: gl.tensor, M: gl.tensor, N: gl.tensor, CONSUMERS: gl.constexpr, WIDTH: gl.constexpr, ME: gl.constexpr
+) -> gl.tensor:
+    """The first of the 64 rows of a tile that are warp group ME's, and the tile's first column. Each 64 rows are `inside` by themselves."""
+    return inside(tile_m * (64 * CONSUMERS) + ME * 64, M, 64), inside(tile_n * WIDTH, N, WIDTH)
 
 
 @gluon_jit
@@ -35,8 +43,8 @@ def _produce(
     known(tile_m, tile_n)  # its divisions take as long as a load from L2
     grid_wait()
     for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
-        row = tile_m * (64 * CONSUMERS)
-        col = tile_n * (PIECE * COUNT)
+        row, col = _first_of(tile_m, tile_n, M, N, CONSUMERS, PIECE * COUNT, 0)
+        second, _ = _first_of(tile_m, tile_n, M, N, CONSUMERS, PIECE * COUNT, 1)
         for first in range(0, K, leaf):
             for k in range(first, first + leaf, 64):
                 stage = step % STAGES
@@ -46,7 +54,8 @@ def _produce(
                 unit = stage * (A_UNITS + COUNT)
                 for c in gl.static_range(CONSUMERS):
                     rows = ring.index(unit + c * (64 // PIECE))._reinterpret(a_desc.dtype, [64, 64], a_desc.layout)
-                    a_at = [k, row + c * 64] if A_KM else [row + c * 64, k]
+                    line = second if c else row
+                    a_at = [k, line] if A_KM else [line, k]
                     tma.async_copy_global_to_shared(a_desc, a_at, bar, rows)
                 for i in gl.static_range(COUNT):
                     b_at = [k, col + i * PIECE] if B_KN else [col + i * PIECE, k]
@@ -81,8 +90,7 @@ def _consume(
         if tile >= gl.num_programs(0):
             write_rows(done, out, stride, row, col, M, N)
         tile_m, tile_n = tile_position(tile, num_m, num_n, GROUP)
-        row = tile_m * (64 * CONSUMERS) + ME * 64
-        col = tile_n * (PIECE * COUNT)
+        row, col = _first_of(tile_m, tile_n, M, N, CONSUMERS, PIECE * COUNT, ME)
         if LEAVES:
             done, step = eight_leaves(
                 sums, zero, bars, place, step, K // (LEAVES * 64), STASHED, PAIRS, TAIL, TYPE, CONSUMERS, STAGES, PIECE, COUNT,
