@@ -15,7 +15,7 @@ from .gemm_pieces import gemm_pieces_kernel
 from .gemm_portable import gemm_portable_kernel
 from .gemm_skinny import gemm_skinny_kernel
 from .toolchain import gl, gluon_descriptor, triton
-from .tuning import DIRECT, DRIP_BUFFERS, PIECES, RING, SKINNY, GemmProblem, GemmTile, choose
+from .tuning import DIRECT, PIECES, RING, SKINNY, GemmProblem, GemmTile, choose
 
 TREE_LEAVES = 8  # slices of K in the tree family: what tensor-parallel sizes 1, 2, 4 and 8 share
 HALF = (torch.bfloat16, torch.float16)
@@ -98,7 +98,7 @@ def _launch_hopper(
     if tile.engine == SKINNY:
         _launch_skinny(a, b, out, problem, tile)
         return
-    if tile.store in (1, 3) and not addressable(out):
+    if (tile.store == 1 or tile.engine == PIECES) and not addressable(out):
         tile = replace(fit_height(tile, tile.height), store=0)
         if problem.leaves and problem.k // problem.leaves % tile.depth:  # its leaves end inside a stage
             _launch_portable(a, b, out, problem, plan, 0)
@@ -143,17 +143,16 @@ def _launch_hopper(
 
 
 def _launch_pieces(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, problem: GemmProblem, tile: GemmTile) -> None:
-    assert tile.leaves_in_time(problem), (tile, problem)
-    programs = min(multiprocessors(out.device), triton.cdiv(problem.m, tile.height) * triton.cdiv(problem.n, tile.width))
+    tiles = triton.cdiv(problem.m, tile.height) * triton.cdiv(problem.n, tile.width)
+    programs = min(multiprocessors(out.device), tiles)
     a_box, b_box = (tile.depth, 64) if problem.a_km else (64, tile.depth), (tile.cols, tile.depth)
-    descs = (descriptor(a, a_box), descriptor(b, b_box[::-1] if problem.b_kn else b_box), descriptor(out, (64, tile.cols)))
-    count, leaf = tile.width // tile.cols, problem.k // max(problem.leaves, 1)
-    sizes = (problem.m, problem.n, problem.k)
-    tail = leaf % tile.depth // 16 if problem.leaves else 0
-    each = -(-count // max(1, min(count, leaf // tile.depth - 1)))  # pieces that move while a step of a leaf runs
+    descs = (descriptor(a, a_box), descriptor(b, b_box[::-1] if problem.b_kn else b_box))
+    tail = problem.k // problem.leaves % tile.depth // 16 if problem.leaves else 0
+    of_sums = (problem.dtype.itemsize, problem.leaves)
     gemm_pieces_kernel[(programs,)](
-        *descs, *sizes, GROUP=tile.group, CONSUMERS=tile.consumers, STAGES=tile.stages, PIECE=tile.cols, COUNT=count,
-        LEAVES=problem.leaves, TAIL=tail, EACH=each, DRIP=DRIP_BUFFERS if tile.store == 3 else 0, A_KM=problem.a_km,
+        *descs, out, problem.m, problem.n, problem.k, out.stride(0), GROUP=tile.group, CONSUMERS=tile.consumers, STAGES=tile.stages,
+        PIECE=tile.cols, COUNT=tile.pieces, LEAVES=problem.leaves, TAIL=tail, STASHED=tile.stashed(*of_sums),
+        PAIRS=tile.pairs_stashed(*of_sums), A_KM=problem.a_km,
         B_KN=problem.b_kn, RELEASE=tile.overlap == 2, num_warps=4, maxnreg=168, launch_pdl=tile.overlap > 0,
     )  # fmt: skip
 

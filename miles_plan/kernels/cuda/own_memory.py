@@ -33,7 +33,8 @@ def own_place(address: Any, bytes_each: Any, _semantic: Any = None) -> Any:
 def put_at(x: Any, address: Any, warps: Any, _semantic: Any = None) -> None:
     """Store each thread's elements of a float32 tensor where `taken_from` finds them: four by four, a warp's lanes side by side.
 
-    address: the thread's `own_place`, in shared memory if of 32 bits, in memory if of 64.
+    address: the thread's `own_place`, in shared memory if of 32 bits, in memory if of 64; or a tensor like x, of which the first of
+    a thread's elements is that place.
     """
     each = x.type.numel // (WARP * plain(warps))
     lines = []
@@ -104,7 +105,7 @@ def _space(address: Any) -> str:
 def _on_all(asm: str, x: Any, address: Any, each: int, semantic: Any) -> Any:
     """`asm` once on all of a thread's elements of x and on an address."""
     shape = [int(size) for size in x.type.shape]
-    place = gl.full(shape, address, address.dtype, x.type.layout, _semantic=semantic)
+    place = address if address.type.is_block() else gl.full(shape, address, address.dtype, x.type.layout, _semantic=semantic)
     constraints = ",".join(["=f"] * each + ["f"] * each + ["l" if _in_memory(address) else "r"] * each)
     return tl.inline_asm_elementwise(
         asm, constraints, [x, place], dtype=tl.float32, is_pure=False, pack=each, _semantic=semantic

@@ -26,14 +26,15 @@ BARRIER_BYTES = 1_024  # barriers and alignment, rounded up
 LARGEST_BUCKET = 65_536
 EXACT_TOKENS = 1024  # up to here a tile is predicted for the very number of tokens
 MOST_STAGES = 12
-LEAST_LEAF = 128  # of K, for a tile in pieces: its sums move while a second stage is multiplied
+LEAST_LEAF = 128  # of K, for a tile in pieces: the left half ends while a second stage is multiplied
 FEW_ROWS = 32  # for so few a tile in pieces was never the fastest
 LAUNCHED_IN_EVERY_WAY = 3  # of the tiles that come first
 HOPELESS = 1.35  # a tile predicted to take so many times the fastest's seconds is not timed
 LONG_S = 2e-4  # of products that take this long the launch does not matter
 
 RING, DIRECT, SKINNY, PIECES = 0, 1, 2, 3  # `gemm_kernel`, `gemm_direct_kernel`, `gemm_skinny_kernel`, `gemm_pieces_kernel`
-DRIP_BUFFERS = 2  # pieces of a finished tile on their way out at once
+SUM_REGISTERS = 224  # in which a thread may hold the sums of a tree in pieces
+FOUR_SUMS_REGISTERS = 200  # the same where its left half ends, and four are under way
 
 # For `predict_s` only: an H200's rates, and what fits 4,500 measured times of 270 products on one. Over them the tile predicted
 # fastest took 1.6 % more than the fastest (geometric mean; 1.27 times at worst), and 2.5 % over shapes that the fit did not see.
@@ -62,7 +63,7 @@ class GemmTile:
     depth: int  # K elements a stage
     stages: int
     group: int  # row tiles walked down before the next column tile
-    store: int  # 0 from registers, 1 by TMA, 2 from registers as whole rows, 3 by TMA piece by piece during the next tile
+    store: int  # 0 from registers, 1 by TMA, 2 from registers as whole rows
     overlap: int = (
         0  # see `overlap`: 0 starts after the kernel before has ended, 1 and 2 while it ends; 2 lets the next do so early
     )
@@ -81,8 +82,7 @@ class GemmTile:
         """Shared memory the kernel will ask for."""
         ring = self.stages * (self.height + self.width) * self.depth * itemsize
         if self.engine == PIECES:
-            leaving = self.cols * DRIP_BUFFERS if self.store == 3 and not leaves else self.width
-            return ring + self.height * leaving * (4 if leaves else out_itemsize) + BARRIER_BYTES
+            return ring + self.stashed(itemsize, leaves) * self.height * self.cols * 4 + BARRIER_BYTES
         staged = self.cols if self.extra == self.cols else self.width  # equal halves leave one after the other
         staging = self.height * staged * out_itemsize if self.store else 0
         stash = self.height * self.cols * 4 if self.stashes(leaves) else 0
@@ -91,7 +91,22 @@ class GemmTile:
 
     def stashes(self, leaves: int) -> bool:
         """A full tree over a tile this wide keeps its uppermost level in shared memory."""
-        return leaves == 8 and (self.engine == PIECES or (self.engine == RING and self.rows * self.cols >= 64 * 128))
+        return leaves == 8 and self.engine == RING and self.rows * self.cols >= 64 * 128
+
+    def stashed(self, itemsize: int, leaves: int) -> int:
+        """Of a tree in pieces, how many of the left half's wait in shared memory: as many as the ring leaves room for."""
+        room = SHARED_MEMORY_BYTES - BARRIER_BYTES - self.stages * (self.height + self.width) * self.depth * itemsize
+        return max(0, min(self.pieces, room // (self.height * self.cols * 4))) if leaves else 0
+
+    @property
+    def pieces(self) -> int:
+        """Pieces side by side in a tile of PIECES."""
+        return self.width // self.cols
+
+    def pairs_stashed(self, itemsize: int, leaves: int) -> int:
+        """Of a tree in pieces, how many of the left pair's wait there until the left half has ended."""
+        most = self.stashed(itemsize, leaves)
+        return max(0, min(most, -(-(4 * self.width - 2 * FOUR_SUMS_REGISTERS) // self.cols)))
 
     @property
     def defers(self) -> bool:
@@ -101,15 +116,13 @@ class GemmTile:
 
     def fits(self, itemsize: int, out_itemsize: int, leaves: int) -> bool:
         """Whether registers and shared memory suffice."""
-        levels = 1 if leaves == 0 else 3 if self.stashes(leaves) else min(leaves.bit_length(), 4)
-        registers = self.rows * self.width // 128 * levels
-        return registers <= 192 and self.shared_bytes(itemsize, out_itemsize, leaves) <= SHARED_MEMORY_BYTES
-
-    def leaves_in_time(self, problem: GemmProblem) -> bool:
-        """Whether a chain's tile that leaves piece by piece, one at each of the next tile's steps, has as many steps and one more:
-        with fewer its kernel would wait for loads that never come."""
-        drips = self.engine == PIECES and self.store == 3 and not problem.leaves
-        return not drips or -(-problem.k // self.depth) > self.width // self.cols
+        pieced = self.engine == PIECES
+        levels = 1 if leaves == 0 else 3 if pieced or self.stashes(leaves) else min(leaves.bit_length(), 4)
+        in_registers = self.rows * self.width // 128 * levels <= 192
+        if pieced and leaves:
+            sums = 4 * self.width - self.stashed(itemsize, leaves) * self.cols  # columns of 64 rows
+            in_registers &= sums // 2 <= SUM_REGISTERS
+        return in_registers and self.shared_bytes(itemsize, out_itemsize, leaves) <= SHARED_MEMORY_BYTES
 
     def per_multiprocessor(self, itemsize: int, out_itemsize: int, leaves: int) -> int:
         """Thread blocks that run beside each other on one multiprocessor; a ring kernel takes it whole."""
@@ -241,9 +254,9 @@ def _wide_tiles(store: int, whole: int, m: int) -> Iterable[GemmTile]:
     yield GemmTile(RING, True, 64, 2, 64, 0, 64, MOST_STAGES, 8, 0)
 
 
-def _pieced_tiles(problem: GemmProblem, multiprocessors: int) -> Iterable[GemmTile]:
+def _pieced_tiles(problem: GemmProblem) -> Iterable[GemmTile]:
     """Tiles whose width is no power of two, multiplied at once: with the right one a product fills its last wave. Also those of 128 and
-    256 columns, for they can leave while the next one's products run."""
+    256 columns, which no staging of the result keeps from another stage."""
     shapes: tuple[tuple[int, int, int], ...] = (
         (1, 16, 5), (1, 32, 3), (1, 16, 7), (1, 32, 5), (1, 64, 3),
         (2, 16, 5), (2, 32, 3), (2, 16, 7), (2, 32, 4), (2, 16, 9), (2, 32, 5), (2, 16, 11), (2, 64, 3), (2, 16, 13), (2, 32, 7),
@@ -252,13 +265,10 @@ def _pieced_tiles(problem: GemmProblem, multiprocessors: int) -> Iterable[GemmTi
     if problem.b_kn:  # columns come by 64, the width of a swizzled row
         shapes = ((1, 64, 2), (1, 64, 3), (2, 64, 2), (2, 64, 3), (2, 64, 4))
     for consumers, piece, count in shapes:
-        tile = GemmTile(PIECES, False, 64, consumers, piece, piece * (count - 1), 64, MOST_STAGES, 8, 3)
-        # A tile that no other follows leaves at once, and so does one with fewer steps than pieces.
-        followed = tile_count(tile, problem) > multiprocessors and (problem.leaves > 0 or problem.k > 64 * (count + 1))
-        for store in ((3,) if not problem.leaves else (1, 3)) if followed else (1,):
-            yield replace(tile, store=store)
-            if consumers == 2 and problem.m > 1024:
-                yield replace(tile, store=store, group=16)
+        tile = GemmTile(PIECES, False, 64, consumers, piece, piece * (count - 1), 64, MOST_STAGES, 8, 2)
+        yield tile
+        if consumers == 2 and problem.m > 1024:
+            yield replace(tile, group=16)
 
 
 def candidates(problem: GemmProblem, multiprocessors: int = 132) -> list[GemmTile]:
@@ -273,7 +283,7 @@ def candidates(problem: GemmProblem, multiprocessors: int = 132) -> list[GemmTil
     pieces &= problem.leaves == 0 or (problem.leaves == 8 and leaf >= LEAST_LEAF)
     if problem.b_kn and problem.leaves:  # a gradient's tree: the ring was faster wherever its stages end with the leaves
         pieces &= leaf % 64 > 0
-    tiles += _pieced_tiles(problem, multiprocessors) if pieces else []
+    tiles += _pieced_tiles(problem) if pieces else []
     itemsizes = (problem.dtype.itemsize, problem.out_dtype.itemsize)
     kept = [tile for tile in _skinny_tiles(problem) if plain and tile.fits(*itemsizes, problem.leaves)]
     for shape in tiles:
@@ -382,10 +392,7 @@ def choose(problem: GemmProblem, gpu: str, multiprocessors: int) -> GemmTile:
     A trainer's micro-batches hold another number of tokens each. Predicting for each would take the host a millisecond a product,
     and every tile that only some of them get is a kernel more to compile.
     """
-    tile = table_for(gpu).get(problem)
-    if tile is not None and tile.leaves_in_time(
-        problem
-    ):  # a bucket's fewest tokens may be too few, where a gradient sums over them
+    if (tile := table_for(gpu).get(problem)) is not None:
         return tile
     return _predicted(_for_about_as_many_tokens(problem), multiprocessors)
 

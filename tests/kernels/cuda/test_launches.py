@@ -22,7 +22,16 @@ import miles_plan.kernels.cuda as package
 from miles_plan.kernels.cuda.gemm import gemm
 from miles_plan.kernels.cuda.shared_addresses import SMALL_BYTES, TENSOR_ALIGNMENT
 from miles_plan.kernels.cuda.toolchain import HAVE_GLUON
-from miles_plan.kernels.cuda.tuning import BARRIER_BYTES, DIRECT, RING, SHARED_MEMORY_BYTES, GemmTile
+from miles_plan.kernels.cuda.tuning import (
+    BARRIER_BYTES,
+    DIRECT,
+    PIECES,
+    RING,
+    SHARED_MEMORY_BYTES,
+    GemmProblem,
+    GemmTile,
+    candidates,
+)
 
 OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl", "launch_cooperative_grid", "enable_fp_fusion"}
 HOPPER_ATTENTION = {"attention_kernel", "attention_decode_kernel"}
@@ -355,9 +364,6 @@ def test_a_tile_asks_for_no_more_shared_memory_than_is_counted(launched: Launche
 @pytest.mark.parametrize("launched", ["hopper"], indirect=True)
 @pytest.mark.parametrize("leaves", [0, 8])
 def test_the_ring_of_pieces_lies_first_in_shared_memory(launched: Launched, leaves: int) -> None:
-    from miles_plan.kernels.cuda.gemm import gemm
-    from miles_plan.kernels.cuda.tuning import PIECES, GemmProblem, candidates
-
     problem = GemmProblem(512, 7168, 2048, leaves=leaves)
     tile = next(tile for tile in candidates(problem) if tile.engine == PIECES and tile.width == 112)
     gemm(half(512, 2048), half(7168, 2048), half(512, 7168), leaves=leaves, tile=tile)
@@ -369,20 +375,26 @@ def test_the_ring_of_pieces_lies_first_in_shared_memory(launched: Launched, leav
 
 
 @pytest.mark.parametrize("launched", ["hopper"], indirect=True)
-@pytest.mark.parametrize(("leaves", "k", "width"), [(0, 4096, 256), (8, 1408, 128)])
-def test_the_sums_of_a_gradients_tile_stay_in_registers(launched: Launched, leaves: int, k: int, width: int) -> None:
-    from miles_plan.kernels.cuda.tuning import PIECES, GemmProblem, candidates
-
-    tiles = candidates(GemmProblem(4096, 6144, k, leaves=leaves, b_kn=True))
-    tile = next(
-        tile for tile in tiles if tile.engine == PIECES and tile.consumers == 2 and (tile.width, tile.store) == (width, 3)
-    )
-    gemm(half(4096, k), half(k, 6144), half(4096, 6144), leaves=leaves, b_kn=True, tile=tile)
-    code = machine_code(compiled(*launched.first["gemm_pieces_kernel"]))
+@pytest.mark.parametrize(
+    ("problem", "width"),
+    [
+        (GemmProblem(4096, 6144, 4096, b_kn=True), 256), (GemmProblem(4096, 6144, 1408, leaves=8, b_kn=True), 128),
+        (GemmProblem(4096, 7168, 2048, leaves=8), 112), (GemmProblem(256, 7168, 2048, leaves=8), 112),
+        (GemmProblem(512, 4096, 4096, leaves=8), 128), (GemmProblem(256, 5120, 2048), 80),
+    ],
+)  # fmt: skip
+def test_the_sums_of_a_tile_in_pieces_stay_in_registers(launched: Launched, problem: GemmProblem, width: int) -> None:
+    """And the matrix unit runs dry at a tile's end alone, not where the left half of a tree ends."""
+    tile = next(tile for tile in candidates(problem) if tile.engine == PIECES and (tile.consumers, tile.width) == (2, width))
+    operand = half(problem.k, problem.n) if problem.b_kn else half(problem.n, problem.k)
+    out = half(problem.m, problem.n)
+    gemm(half(problem.m, problem.k), operand, out, leaves=problem.leaves, b_kn=problem.b_kn, tile=tile)
+    launch = launched.first["gemm_pieces_kernel"]
+    assert shared_bytes(*launch) <= tile.shared_bytes(2, 2, problem.leaves) <= SHARED_MEMORY_BYTES
+    code = machine_code(compiled(*launch))
     assert "STL" not in code
-    finished = code.count("WARPGROUP.DEPBAR.LE gsb0, 0x0")
-    assert finished == (4 if leaves else 2), "each warp group empties the matrix unit once a chain, twice a tree"
-    assert code.count("WARPGROUP.DEPBAR.LE gsb0, 0x1") > 4 * finished
+    assert code.count("WARPGROUP.DEPBAR.LE gsb0, 0x0") == 2, "each warp group empties the matrix unit once a tile"
+    assert code.count("WARPGROUP.DEPBAR.LE gsb0, 0x1") >= (30 if problem.leaves else 4)
 
 
 def test_the_direct_kernel_waits_for_every_warp_before_it_lays_a_tile_out_anew(launched: Launched) -> None:

@@ -50,14 +50,13 @@ def test_every_candidate_fits_and_is_priced(problem: GemmProblem) -> None:
         assert (
             tile.shared_bytes(problem.dtype.itemsize, problem.out_dtype.itemsize, problem.leaves) <= tuning.SHARED_MEMORY_BYTES
         )
-        assert tile.leaves_in_time(problem)
         assert predict_s(tile, problem, SMS) > 0
         if problem.leaves:
             leaf = problem.k // problem.leaves
             assert leaf % tile.depth == 0 or tile.engine == PIECES, "a stage must not cross a leaf"
             assert tile.extra == 0 or tile.engine == PIECES
             assert tile.engine != PIECES or leaf >= 2 * tile.depth, (
-                "a half moves while the next leaf's second stage is multiplied"
+                "the left half ends while the next leaf's second stage is multiplied"
             )
 
 
@@ -81,20 +80,21 @@ def test_gradients_are_cut_into_pieces_of_64_columns() -> None:
     assert choose(GemmProblem(4096, 2048, 151_936, leaves=8, b_kn=True), "NVIDIA X", SMS).depth == 64
 
 
-def test_a_tile_that_another_follows_leaves_piece_by_piece() -> None:
-    def pieces(problem: GemmProblem) -> dict[int, GemmTile]:
-        return {tile.height * 1000 + tile.width: tile for tile in candidates(problem, SMS) if tile.engine == PIECES}
+def test_shared_memory_is_the_rings_but_for_what_of_a_tree_registers_do_not_hold() -> None:
+    def pieces(leaves: int) -> dict[int, GemmTile]:
+        tiles = candidates(GemmProblem(256, 7168, 2048, leaves=leaves), SMS)
+        return {tile.width: tile for tile in tiles if tile.engine == PIECES and tile.height == 128}
 
-    many, one_wave, few_steps = (pieces(GemmProblem(m, 6144, k)) for m, k in ((4096, 4096), (256, 4096), (4096, 512)))
-    assert {tile.store for tile in many.values()} == {3}
-    assert one_wave[128_096].store == 1, "one tile a program: nothing to wait for"
-    assert (few_steps[128_256].store, few_steps[128_208].store) == (3, 1), "thirteen pieces need fourteen steps"
-    tree, one_wave_of_trees = (candidates(GemmProblem(m, 4096, 4096, leaves=8), SMS) for m in (4096, 256))
-    assert {tile.store for tile in tree if tile.engine == PIECES} == {1, 3}, "which is faster, the tuner finds"
-    assert {tile.store for tile in one_wave_of_trees if tile.engine == PIECES and tile.height == 128 and tile.width > 80} == {1}
-    for problem in (GemmProblem(4096, 6144, 4096), GemmProblem(64, 24_576, 320)):
-        for tile in pieces(problem).values():
-            assert tile.store == 1 or problem.k // 64 > tile.width // tile.cols + 1
+    chain, tree = pieces(0), pieces(8)
+    assert (chain[112].stages, chain[256].stages) == (7, 4)
+    assert {tile.stashed(2, 0) for tile in chain.values()} == {0}
+    assert (tree[80].stages, tree[112].stages, tree[128].stages) == (8, 7, 6)
+    assert max(tree) == 128
+    for tile in tree.values():
+        stashed, pairs = tile.stashed(2, 8), tile.pairs_stashed(2, 8)
+        assert 64 * (4 * tile.width - stashed * tile.cols) // 128 <= tuning.SUM_REGISTERS
+        assert 64 * (4 * tile.width - pairs * tile.cols) // 128 <= tuning.SUM_REGISTERS
+        assert pairs <= stashed <= tile.pieces
 
 
 @settings(max_examples=40, deadline=None)
@@ -160,27 +160,6 @@ def test_the_shipped_table_names_only_candidates() -> None:
             assert problem.key == key
             launches = {replace(one, overlap=way) for one in candidates(problem, SMS) for way in overlaps_of(one)}
             assert tile in launches, (key, m, tile)
-            assert tile.leaves_in_time(problem.of_tokens(m // 2 + 1)), "the fewest tokens for which it is looked up"
-
-
-def test_a_tile_that_would_wait_for_loads_that_never_come_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gradient sums over tokens: one of five pieces that leave at a step each, tuned for 512, has no six steps at 257."""
-    many, few = (GemmProblem(4096, 2048, tokens, a_km=True, b_kn=True) for tokens in (512, 257))
-    tile = GemmTile(PIECES, False, 64, 2, 64, 64 * 4, 64, 3, 8, 3)
-    assert tile.leaves_in_time(many)
-    assert not tile.leaves_in_time(few)
-    table = Table("NVIDIA X")
-    table.put(many, tile)
-    table.save(tmp_path / "table.json")
-    monkeypatch.setenv(tuning.TABLE_VARIABLE, str(tmp_path / "table.json"))
-    table_for.cache_clear()
-    choose.cache_clear()
-    try:
-        assert choose(many, "NVIDIA X", SMS) == tile
-        assert choose(few, "NVIDIA X", SMS) in candidates(few, SMS)
-    finally:
-        table_for.cache_clear()
-        choose.cache_clear()
 
 
 def problem_of(key: str, m: int) -> GemmProblem:
