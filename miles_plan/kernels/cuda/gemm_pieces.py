@@ -19,9 +19,14 @@ from .whole_rows import write_rows
 
 @gluon_jit
 def _first_of(
-    tile_m: gl.tensor, tile_n: gl.tensor, M: gl.tensor, N: gl.tensor, CONSUMERS: gl.constexpr, WIDTH: gl.constexpr,
+    tile_m: gl.tensor,
+    tile_n: gl.tensor,
+    M: gl.tensor,
+    N: gl.tensor,
+    CONSUMERS: gl.constexpr,
+    WIDTH: gl.constexpr,
     ME: gl.constexpr,
-) -> gl.tensor:  # fmt: skip
+) -> gl.tensor:
     """The first of the 64 rows of a tile that are warp group ME's, and the tile's first column. Each 64 rows are `inside` by themselves."""
     return inside(tile_m * (64 * CONSUMERS) + ME * 64, M, 64), inside(tile_n * WIDTH, N, WIDTH)
 

@@ -32,21 +32,13 @@ def _write(pieces: Any, out: Any, stride: Any, rows: Any, cols: Any, col: Any, M
     values = list(pieces)
     shape, layout = [int(size) for size in values[0].type.shape], values[0].type.layout
     each = values[0].type.numel // THREADS
+    results, count = (
+        each // 2,
+        each // 2 * len(values),
+    )  # registers of two columns: rows r and r + 8 of eight, then of the next eight
     scalars = [_semantic.to_tensor(x) for x in (out, stride, col, M, N)]
     places = [gl.full(shape, x, x.dtype, layout, _semantic=_semantic) for x in scalars] + [rows, cols]
-    constraints = ["=&r"] * (each // 2) + ["r"] * (each // 2 * len(values)) + ["l"] * each + ["r"] * (each * (len(places) - 1))
-    tl.inline_asm_elementwise(
-        writing(each, len(values)), ",".join(constraints), values + places, dtype=values[0].dtype, is_pure=False, pack=each,
-        _semantic=_semantic,
-    )  # fmt: skip
-
-
-def writing(each: int, pieces: int) -> str:
-    """The instructions, of a thread's `each` elements of each piece: results that mean nothing in each / 2 registers, then the pieces,
-    two columns in a register (rows r and r + 8 of eight columns, then of the next eight), then, `each` times each, the matrix's
-    address, its stride, the first column, M, N, and this thread's row and column."""
-    results, count = each // 2, each // 2 * pieces
-    at_out, at_stride, at_col, at_m, at_n, at_row, at_lane = (f"${results + count + each * i}" for i in range(7))
+    at_out, at_stride, at_col, at_m, at_n, at_row, at_lane = (f"${results + count + each * i}" for i in range(len(places)))
     lines = [
         "{ .reg .b32 lane, c, x, y, a0, a1, a2, a3, b0, b1, b2, b3; .reg .b64 line, eight, to;",
         ".reg .pred odd, upper, low, high, ok; ",
@@ -67,7 +59,12 @@ def writing(each: int, pieces: int) -> str:
         lines += [f"shr.u32 c, lane, 1; add.u32 c, c, {groups - 2};", _address(at_col), "@odd add.s64 to, to, eight;"]
         lines.append("selp.b32 x, 1, 0, high; @!odd selp.b32 x, 1, 0, low; setp.ne.u32 ok, x, 0;")
         lines.append(f"setp.lt.and.s32 ok, c, {at_n}, ok; @ok st.global.v4.b32 [to], {{a0, a1, a2, a3}};")
-    return " ".join(lines + [f"mov.b32 ${i}, 0;" for i in range(results)] + ["}"])
+    lines += [f"mov.b32 ${i}, 0;" for i in range(results)] + ["}"]
+    constraints = ["=&r"] * results + ["r"] * count + ["l"] * each + ["r"] * (each * (len(places) - 1))
+    tl.inline_asm_elementwise(
+        " ".join(lines), ",".join(constraints), values + places, dtype=values[0].dtype, is_pure=False, pack=each,
+        _semantic=_semantic,
+    )  # fmt: skip
 
 
 def _address(at_col: str) -> str:
