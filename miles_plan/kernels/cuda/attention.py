@@ -15,23 +15,25 @@ import torch
 
 from . import arguments
 from .attention_backward import attention_gradients
-from .attention_decode import attention_decode_kernel, layout_of_sums
+from .attention_decode import attention_decode_kernel
 from .attention_kernel import BLOCK_KEYS, EMPTY, TILE_ROWS, attention_kernel
+from .attention_pass import HALF_KEYS, PASS_BYTES, PASS_ROWS, layout_of_scores
 from .attention_portable import attention_merge_kernel, attention_portable_kernel
+from .attention_work import MOST_STAGES
 from .device import multiprocessors, runs_gluon, runs_triton
 from .gemm import descriptor
-from .named_barrier import MOST_STAGES
+from .named_barrier import MOST_STAGES as MOST_NAMED_STAGES
 from .overlap import overlap, overlaps
 from .toolchain import gl, gluon_descriptor
 from .tuning import BARRIER_BYTES, SHARED_MEMORY_BYTES
 from .workspace import zeroed_ints
 
 SPLIT_BELOW = 0.75  # rows of decode tiles a multiprocessor; with more, each is computed whole and not in chunks
-MERGE_INSIDE_UP_TO = 1  # split work items a multiprocessor; with more, the chunks are merged by a kernel of their own
-BLOCK_BY_BLOCK_UP_TO = 4  # split work items a multiprocessor; with more, a block's scores are under way during the one before
+DECODE_WARPS = 4  # that compute, of a thread block
+RING_BYTES = 60 * 1024  # a multiprocessor, of keys and values on their way while all stream; rounded up to whole blocks
+RING_MORE_BYTES = 32 * 1024  # for pages, and again for chunks
 HALVE_VALUES_UP_TO = 0.25  # split work items a multiprocessor; with so few, two thread blocks take half the values each
 L2_BYTES = 32 * 2**20  # of keys and values that prefill works on at a time
-WHOLE_ROWS_RING_BYTES = 128 * 1024  # of each thread block when all stream at once; more in flight is up to 1 % slower
 CHUNK_KEYS = 1024  # keys after which the running state restarts; what a split decode computes alone
 LOG2_E = 1.4426950408889634
 DTYPES = (torch.bfloat16, torch.float16)
@@ -262,20 +264,25 @@ def _launch_hopper(call: _Call, out: torch.Tensor, lse: torch.Tensor, want_lse: 
     d, tail = split_head(q.shape[-1])
     dv, page = call.v.shape[-1], call.page
     tokens = TILE_ROWS // call.group
-    k_rows, v_rows = _rows_view(call.k), _rows_view(call.v)
-    assert k_rows is not None
-    assert v_rows is not None
-    box = BLOCK_KEYS if page == 0 else min(page, BLOCK_KEYS)
-    k_desc = descriptor(k_rows, (box, d))
-    descs = (k_desc, descriptor(k_rows, (box, tail)) if tail else k_desc, descriptor(v_rows, (box, dv)))
     places = (*q.stride()[:2], *out.stride()[:2], lse.stride(0))
     options = {
         "CAUSAL": call.causal, "GROUP": call.group, "HEAD_TILES": call.head_tiles, "TOKENS": tokens, "CHUNK": CHUNK_KEYS,
-        "BN": BLOCK_KEYS, "PAGE": page, "BOX": box, "D": d, "D_TAIL": tail, "DV": dv, "LSE": want_lse, "maxnreg": 168,
+        "PAGE": page, "D": d, "D_TAIL": tail, "DV": dv, "LSE": want_lse, "maxnreg": 168,
         "launch_pdl": overlaps(q.device),
     }  # fmt: skip
     launch = _launch_decode if call.max_q_len <= tokens else _launch_prefill
-    launch(call, out, lse, descs, places, options)
+    launch(call, out, lse, places, options)
+
+
+def _boxes(call: _Call, keys: int, dv: int) -> tuple[int, tuple[Any, Any, Any]]:
+    """Keys a box that TMA copies, of at most `keys` and one page, and the descriptors of keys, their tail, and values `dv` wide."""
+    k_rows, v_rows = _rows_view(call.k), _rows_view(call.v)
+    assert k_rows is not None
+    assert v_rows is not None
+    d, tail = split_head(call.q.shape[-1])
+    box = min(call.page or keys, keys)
+    k_desc = descriptor(k_rows, (box, d))
+    return box, (k_desc, descriptor(k_rows, (box, tail)) if tail else k_desc, descriptor(v_rows, (box, dv)))
 
 
 def _keys_of(call: _Call) -> tuple[Any, ...]:
@@ -284,20 +291,19 @@ def _keys_of(call: _Call) -> tuple[Any, ...]:
     return call.q_starts, call.kv_starts, call.kv_lens, table, 0 if call.table is None else call.table.stride(0)
 
 
-def _stages(fixed_bytes: int, d: int, dv: int, ring_bytes: int | None = None) -> int:
-    """Blocks of keys and values that fit beside what else is in shared memory, or that `ring_bytes` hold if those are fewer; two at
-    least, where so many fit."""
-    block_bytes = (d + dv) * 2 * BLOCK_KEYS
-    fit = (SHARED_MEMORY_BYTES - BARRIER_BYTES - fixed_bytes) // block_bytes
-    return min(6, fit, max(2, (ring_bytes or SHARED_MEMORY_BYTES) // block_bytes))
+def _stages(fixed_bytes: int, d: int, dv: int) -> int:
+    """Blocks of keys and values that fit beside what else is in shared memory."""
+    return min(6, (SHARED_MEMORY_BYTES - BARRIER_BYTES - fixed_bytes) // ((d + dv) * 2 * BLOCK_KEYS))
 
 
 def _launch_prefill(
-    call: _Call, out: torch.Tensor, lse: torch.Tensor, descs: tuple[Any, ...], places: tuple[int, ...], options: dict[str, Any]
+    call: _Call, out: torch.Tensor, lse: torch.Tensor, places: tuple[int, ...], options: dict[str, Any]
 ) -> None:
     heads = call.kv_heads * call.head_tiles
     items = (call.q.shape[0] // (2 * options["TOKENS"]) + call.seqs) * heads
     programs = min(items, multiprocessors(call.q.device))
+    box, descs = _boxes(call, BLOCK_KEYS, options["DV"])
+    options = {**options, "BN": BLOCK_KEYS, "BOX": box}
     # Totals wait for the end of a chunk in shared memory, or in memory where two stages would no longer fit (D = 192).
     rows, d, dv = 2 * TILE_ROWS, call.q.shape[-1], options["DV"]
     query_bytes, total_bytes = rows * d * 2, rows * dv * 4
@@ -307,7 +313,7 @@ def _launch_prefill(
     l2_keys = L2_BYTES * call.head_tiles // ((d + dv) * call.k.element_size())
     attention_kernel[(programs,)](
         *_queries_of(call, options), call.q, *descs, out, lse, kept, zeroed_ints(call.q.device, 1), *_keys_of(call), call.seqs, heads, items,
-        l2_keys, *places, call.scale * LOG2_E, call.window, STAGES=min(stages, MOST_STAGES), SHARED=shared,
+        l2_keys, *places, call.scale * LOG2_E, call.window, STAGES=min(stages, MOST_NAMED_STAGES), SHARED=shared,
         Q_BOXES=_in_boxes(call), num_warps=8, **options,
     )  # fmt: skip
 
@@ -327,39 +333,59 @@ def _queries_of(call: _Call, options: dict[str, Any]) -> tuple[Any, Any]:
     return body, tail
 
 
-def _launch_decode(
-    call: _Call, out: torch.Tensor, lse: torch.Tensor, descs: tuple[Any, ...], places: tuple[int, ...], options: dict[str, Any]
-) -> None:
+def _launch_decode(call: _Call, out: torch.Tensor, lse: torch.Tensor, places: tuple[int, ...], options: dict[str, Any]) -> None:
     sms = multiprocessors(call.q.device)
     heads = call.kv_heads * call.head_tiles
     # Splitting pays while whole rows would leave multiprocessors idle, and never changes a bit.
     split = call.chunks > 1 and call.seqs * heads < SPLIT_BELOW * sms
     chunks = call.chunks if split else 1
+    parts = 2 if split and options["DV"] == 128 and call.seqs * heads * chunks <= HALVE_VALUES_UP_TO * sms else 1
+    heads, options = heads * parts, {**options, "DV": options["DV"] // parts}
+    tiles = call.seqs * heads
+    items = tiles * chunks
+    programs = _programs(items, sms)
+    claim = items > programs
+    # Of items that are taken, or of a row's chunks that are done; neither where each thread block has one whole row.
+    counters = zeroed_ints(call.q.device, 1 if claim else tiles) if claim or split else call.kv_lens
+    ring_bytes = SHARED_MEMORY_BYTES if split and not claim else _ring_bytes(call.page > 0, split, programs / sms)
     kept = _rows_kept(call, options["TOKENS"])
     rows = max(8, kept)
-    d, dv = call.q.shape[-1], options["DV"]
-    fixed_bytes = rows * (d + 3 * BLOCK_KEYS) * 2  # beside the ring: queries, weights, and weights to be added
-    few = split and dv == 128 and call.seqs * heads * chunks <= HALVE_VALUES_UP_TO * sms
-    parts = 2 if few or _stages(fixed_bytes, d, dv) < 2 else 1
-    if parts > 1:
-        heads, options = heads * parts, {**options, "DV": options["DV"] // parts}
-        v_rows = _rows_view(call.v)
-        assert v_rows is not None
-        descs = (*descs[:2], descriptor(v_rows, (options["BOX"], options["DV"])))
-    items = call.seqs * heads
-    merge_inside = split and items * chunks <= MERGE_INSIDE_UP_TO * sms
-    warps = 4 if split and items * chunks <= BLOCK_BY_BLOCK_UP_TO * sms else 8
-    stages = _stages(fixed_bytes, d, dv // parts, None if split else WHOLE_ROWS_RING_BYTES)
-    assert stages >= 2, "scores of a block are under way during the block before"
-    states = _partials(call, items * chunks, kept, split, options["DV"])
-    attention_decode_kernel[(min(items * chunks, sms),)](
-        call.q, *descs, out, lse, *states, zeroed_ints(call.q.device, items) if merge_inside else call.kv_lens, *_keys_of(call),
-        call.seqs, heads, chunks, *places, call.scale * LOG2_E, call.window, SPLIT=int(split) + int(split and not merge_inside),
-        STAGES=stages, ROWS=rows, ROWS_KEPT=kept, SUMS=layout_of_sums(rows, warps), WARPS=warps, PARTS=parts,
-        AT_ONCE=min(16, 1 << (chunks - 1).bit_length()) if merge_inside else 1, num_warps=warps, **options,
+    box, descs = _boxes(call, HALF_KEYS, options["DV"])
+    states = _partials(call, items, kept, split, options["DV"])
+    attention_decode_kernel[(programs,)](
+        call.q, *descs, out, lse, *states, counters, *_keys_of(call), call.seqs, heads, chunks, *places, call.scale * LOG2_E,
+        call.window, SPLIT=split, CLAIM=claim,
+        HALF=HALF_KEYS, BOX=box, STAGES=_ring_stages(rows, call.q.shape[-1], ring_bytes), ROWS=rows, ROWS_KEPT=kept,
+        LANES=layout_of_scores(rows, DECODE_WARPS), WARPS=DECODE_WARPS, PARTS=parts, PASS=PASS_ROWS // rows,
+        AT_ONCE=1 if claim else min(16, 1 << (chunks - 1).bit_length()), num_warps=DECODE_WARPS, **options,
     )  # fmt: skip
-    if split and not merge_inside:
-        _merge(call, out, lse, states, items, 1, chunks, options["TOKENS"], kept, want_lse=options["LSE"], parts=parts)
+    if split and claim:
+        _merge(call, out, lse, states, tiles, 1, chunks, options["TOKENS"], kept, want_lse=options["LSE"])
+
+
+def _programs(items: int, sms: int) -> int:
+    """Thread blocks for so many items: as few as need no more turns, which then read side by side to the end.
+
+    With one for every multiprocessor 24 sequences of 8k took 6 % longer and 40 of 4k 5 %; 64 of 32k took 0.5 % less, eight of mixed
+    lengths 4 % (H200).
+    """
+    return -(-items // -(-items // sms))
+
+
+def _ring_bytes(paged: bool, split: bool, programs_share: float) -> float:
+    """Keys and values that a thread block has on their way while all stream, where the blocks are that share of the multiprocessors.
+
+    Memory is faster with fewer requests: 64 KiB of whole rows of packed keys each were 0.5 to 1 % faster than 96, and up to 2 % than 128.
+    Who reads page numbers first, or pauses between chunks, takes 32 more (H200).
+    """
+    return (RING_BYTES + RING_MORE_BYTES * (paged + split)) / programs_share
+
+
+def _ring_stages(rows: int, d: int, most_bytes: float) -> int:
+    """Half blocks of keys or values: whole blocks until they are `most_bytes`, or what fits beside a decode's queries and a pass."""
+    stage_bytes = HALF_KEYS * d * 2
+    room = (SHARED_MEMORY_BYTES - BARRIER_BYTES - rows * d * 2 - PASS_BYTES) // stage_bytes
+    return min(MOST_STAGES, room, 2 * max(2, math.ceil(most_bytes / (2 * stage_bytes))))
 
 
 def _rows_kept(call: _Call, tokens: int) -> int:
@@ -375,17 +401,17 @@ def _partials(call: _Call, slots: int, kept: int, split: bool, dv: int) -> tuple
 
 def _merge(
     call: _Call, out: torch.Tensor, lse: torch.Tensor, states: tuple[torch.Tensor, ...], items: int, tiles: int, chunks: int,
-    tokens: int, kept: int, want_lse: bool, parts: int = 1,
+    tokens: int, kept: int, want_lse: bool,
 ) -> None:  # fmt: skip
     rows = min(call.max_q_len, tokens) * call.group
-    dv = call.v.shape[-1] // parts
+    dv = call.v.shape[-1]
     padded = 1 << (dv - 1).bit_length()
     unroll = min(32, max(8, 1 << (chunks - 1).bit_length()))  # chunks on their way at a time: maxnreg has the room
     attention_merge_kernel[(items, rows)](
-        out, lse, *states, call.q_starts, call.kv_lens, call.kv_heads * call.head_tiles * parts, tiles, chunks, out.stride(0),
-        out.stride(1), lse.stride(0), call.window, CAUSAL=call.causal, GROUP=call.group, TOKENS=tokens, CHUNK=CHUNK_KEYS,
-        BN=BLOCK_KEYS, DV=dv, DV_PAD=padded, PARTS=parts, ROWS_KEPT=kept, LSE=want_lse, UNROLL=unroll, ALL=chunks <= unroll,
-        num_warps=max(1, min(4, padded // 64)), maxnreg=224, **overlap(out.device),
+        out, lse, *states, call.q_starts, call.kv_lens, call.kv_heads * call.head_tiles, tiles, chunks, out.stride(0), out.stride(1),
+        lse.stride(0), call.window, CAUSAL=call.causal, GROUP=call.group, TOKENS=tokens, CHUNK=CHUNK_KEYS, BN=BLOCK_KEYS, DV=dv,
+        DV_PAD=padded, ROWS_KEPT=kept, LSE=want_lse, UNROLL=unroll, ALL=chunks <= unroll, num_warps=max(1, min(4, padded // 64)),
+        maxnreg=224, **overlap(out.device),
     )  # fmt: skip
 
 

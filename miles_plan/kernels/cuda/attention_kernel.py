@@ -429,7 +429,7 @@ def attention_kernel(
         [
             (_consume, (q, outs, queries, rings, addresses, kept, strides, scale, window, CAUSAL, GROUP, TOKENS, CHUNK, BN,
                         STAGES, D, D_TAIL, DV, LSE, SHARED, Q_BOXES, TURNS)),
-            (produce_tiles, (descs, rings, bars + bars, board, counter, lengths, sizes, table, table_stride, window, q,
+            (produce_tiles, (descs, rings, bars, board, counter, lengths, sizes, table, table_stride, window, q,
                              q_rows, strides, queries + (q_ready,), CAUSAL, 2 * TOKENS, BN, PAGE, BOX, STAGES, D, D_TAIL, DV, HEAD_TILES, GROUP,
                              Q_BOXES)),
         ],

@@ -1,7 +1,6 @@
-"""The Hopper attention kernels' streams of keys and values, the loads of their queries, and decode's work items.
+"""The Hopper attention kernels' loads of keys, values and queries.
 
-A decode's item is a sequence and a head, of which a split decode takes one chunk of keys; prefill's are in `attention_tiles`.
-`attention_kernel` says what is computed with them.
+`attention_kernel` says what is computed with them; `attention_tiles` and `attention_work` which are loaded for what.
 """
 
 from __future__ import annotations
@@ -12,50 +11,7 @@ from .warp_lanes import from_lane, lane
 
 
 @gluon_jit
-def item_of(turn: gl.tensor) -> gl.tensor:
-    """The work item of this program's `turn`: back and forth, because items are sorted from long to short."""
-    programs = gl.num_programs(0)
-    place = gl.program_id(0)
-    return turn * programs + gl.where((turn & 1) == 1, programs - 1 - place, place)
-
-
-@gluon_jit
-def span(
-    lengths: gl.tensor, sizes: gl.tensor, item: gl.tensor, window: gl.tensor, CAUSAL: gl.constexpr, SPLIT: gl.constexpr,
-    TOKENS: gl.constexpr, CHUNK: gl.constexpr, BN: gl.constexpr,
-) -> gl.tensor:  # fmt: skip
-    """What work item `item` covers: its sequence, head, first token, chunk, and the range of key blocks [lo, hi).
-
-    Neighbouring programs take the heads of one sequence's keys, which lie side by side in memory.
-    """
-    q_starts, kv_starts, kv_lens = lengths
-    SEQS, HEADS, TILES, CHUNKS = sizes
-    items = SEQS * HEADS * TILES * CHUNKS
-    rest = gl.minimum(item, items - 1)
-    head = rest % HEADS
-    rest = rest // HEADS
-    chunk = rest % CHUNKS
-    rest = rest // CHUNKS
-    seq = rest % SEQS
-    first_token = (TILES - 1 - rest // SEQS) * TOKENS  # long rows first
-    q_start = gl.load(q_starts + seq)
-    q_len = gl.load(q_starts + seq + 1) - q_start
-    kv_len = gl.load(kv_lens + seq)
-    kv_start = gl.load(kv_starts + seq)
-    position = kv_len - q_len + first_token
-    hi = kv_len
-    if CAUSAL:
-        hi = gl.minimum(kv_len, position + TOKENS)
-    lo = gl.maximum(position - window + 1, 0)
-    if SPLIT:
-        lo = gl.maximum(lo, chunk * CHUNK)
-        hi = gl.minimum(hi, (chunk + 1) * CHUNK)
-    hi_block = gl.where((first_token < q_len) & (item < items), gl.cdiv(hi, BN), 0)
-    return seq, head, first_token, chunk, q_start, q_len, kv_start, kv_len, position, lo // BN, hi_block
-
-
-@gluon_jit
-def _pages_from(
+def pages_from(
     pages: gl.tensor, block: gl.tensor, kv_len: gl.tensor, PAGE: gl.constexpr, BN: gl.constexpr, BOX: gl.constexpr
 ) -> gl.tensor:
     """The pages of 32 boxes from a block on, one a lane; past the sequence's end page 0, whose keys will be masked."""
@@ -64,7 +20,7 @@ def _pages_from(
 
 
 @gluon_jit
-def _fetch(
+def fetch_block(
     desc: gl.tensor, ring: gl.tensor, bar: gl.tensor, stage: gl.tensor, place: gl.tensor, first_box: gl.tensor, block: gl.tensor,
     col: gl.tensor, PAGE: gl.constexpr, BN: gl.constexpr, BOX: gl.constexpr,
 ) -> None:  # fmt: skip
@@ -81,16 +37,10 @@ def _fetch(
 
 
 @gluon_jit
-def _until_free(
-    kind: gl.constexpr, empty: gl.tensor, step: gl.tensor, STAGES: gl.constexpr, NAMED: gl.constexpr
-) -> None:  # fmt: skip
+def _until_free(kind: gl.constexpr, step: gl.tensor, STAGES: gl.constexpr) -> None:
     """Wait until the consumers have given the stage of `step` back."""
-    stage = step % STAGES
-    if NAMED:
-        if step >= STAGES:
-            meet(kind, stage)
-    else:
-        mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+    if step >= STAGES:
+        meet(kind, step % STAGES)
 
 
 @gluon_jit
@@ -124,20 +74,19 @@ def stream_blocks(
     descs: gl.tensor, rings: gl.tensor, bars: gl.tensor, step: gl.tensor, lo: gl.tensor, hi: gl.tensor, kv_start: gl.tensor,
     kv_len: gl.tensor, pages: gl.tensor, kv_head: gl.tensor, v_col: gl.tensor,
     BN: gl.constexpr, PAGE: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr,
-    DV: gl.constexpr, NAMED: gl.constexpr, q: gl.tensor = None, queries: gl.tensor = None, q_place: gl.tensor = None,
-    TOKENS: gl.constexpr = 0, GROUP: gl.constexpr = 0, Q_BOXES: gl.constexpr = False,
+    DV: gl.constexpr, q: gl.tensor, queries: gl.tensor, q_place: gl.tensor, TOKENS: gl.constexpr, GROUP: gl.constexpr,
+    Q_BOXES: gl.constexpr,
 ) -> gl.tensor:  # fmt: skip
-    """One sequence's key blocks [lo, hi) and their values into the ring from `step` on; returns the step after them.
+    """For prefill: one sequence's key blocks [lo, hi) and their values into the ring from `step` on; returns the step after them.
 
     With Q_BOXES its queries come after the first block's keys, whose stage is given back before the last item's queries are.
 
-    The consumers give a stage back at its mbarrier of k_empty or v_empty or, with NAMED, at its named barrier. The page table is
-    read 32 boxes at a time, and those ahead of their turn: block by block, its latency would be paid for each until the ring
-    is full.
+    The consumers give a stage back at its named barrier. The page table is read 32 boxes at a time, and those ahead of their turn:
+    block by block, its latency would be paid for each until the ring is full.
     """
     k_desc, t_desc, v_desc = descs
     k_ring, t_ring, v_ring = rings
-    k_ready, v_ready, k_empty, v_empty = bars
+    k_ready, v_ready = bars
     K_BYTES: gl.constexpr = BN * (D + D_TAIL) * k_desc.dtype.primitive_bitwidth // 8
     V_BYTES: gl.constexpr = BN * DV * v_desc.dtype.primitive_bitwidth // 8
     BOXES: gl.constexpr = BN // BOX
@@ -145,57 +94,30 @@ def stream_blocks(
     k_col = kv_head * (D + D_TAIL)
     place = kv_start
     if PAGE:
-        place = _pages_from(pages, lo, kv_len, PAGE, BN, BOX)
+        place = pages_from(pages, lo, kv_len, PAGE, BN, BOX)
     ahead = place
     if PAGE:
-        ahead = _pages_from(pages, lo + AT_ONCE, kv_len, PAGE, BN, BOX)
+        ahead = pages_from(pages, lo + AT_ONCE, kv_len, PAGE, BN, BOX)
     for block in range(lo, hi):
         stage = step % STAGES
         first_box = (block - lo) % AT_ONCE * BOXES
         if PAGE:
             if (first_box == 0) & (block > lo):
                 place = ahead
-                ahead = _pages_from(pages, block + AT_ONCE, kv_len, PAGE, BN, BOX)
-        _until_free("keys", k_empty, step, STAGES, NAMED)
+                ahead = pages_from(pages, block + AT_ONCE, kv_len, PAGE, BN, BOX)
+        _until_free("keys", step, STAGES)
         mbarrier.expect(k_ready.index(stage), K_BYTES)
-        _fetch(k_desc, k_ring, k_ready.index(stage), stage, place, first_box, block, k_col, PAGE, BN, BOX)
+        fetch_block(k_desc, k_ring, k_ready.index(stage), stage, place, first_box, block, k_col, PAGE, BN, BOX)
         if D_TAIL:
-            _fetch(t_desc, t_ring, k_ready.index(stage), stage, place, first_box, block, k_col + D, PAGE, BN, BOX)
+            fetch_block(t_desc, t_ring, k_ready.index(stage), stage, place, first_box, block, k_col + D, PAGE, BN, BOX)
         if Q_BOXES:
             if block == lo:
                 _copy_queries(q, queries, q_place, TOKENS, GROUP, D, D_TAIL)
-        _until_free("values", v_empty, step, STAGES, NAMED)
+        _until_free("values", step, STAGES)
         mbarrier.expect(v_ready.index(stage), V_BYTES)
-        _fetch(v_desc, v_ring, v_ready.index(stage), stage, place, first_box, block, v_col, PAGE, BN, BOX)
+        fetch_block(v_desc, v_ring, v_ready.index(stage), stage, place, first_box, block, v_col, PAGE, BN, BOX)
         step += 1
     return step
-
-
-@gluon_jit
-def produce(
-    descs: gl.tensor, rings: gl.tensor, bars: gl.tensor, lengths: gl.tensor, sizes: gl.tensor, table: gl.tensor,
-    table_stride: gl.tensor, window: gl.tensor,
-    CAUSAL: gl.constexpr, SPLIT: gl.constexpr, TOKENS: gl.constexpr, CHUNK: gl.constexpr, BN: gl.constexpr,
-    PAGE: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, D_TAIL: gl.constexpr,
-    DV: gl.constexpr, HEAD_TILES: gl.constexpr, PARTS: gl.constexpr,
-) -> None:  # fmt: skip
-    """The producer warp of a decode: keys and values of every work item of this program, as far ahead as the ring allows.
-
-    With PARTS > 1 a head's values are cut into parts of DV columns, each an item of its own.
-    """
-    SEQS, HEADS, TILES, CHUNKS = sizes
-    step = 0
-    for turn in range(gl.cdiv(SEQS * HEADS * TILES * CHUNKS, gl.num_programs(0))):
-        seq, head, _, _, _, _, kv_start, kv_len, _, lo, hi = span(
-            lengths, sizes, item_of(turn), window, CAUSAL, SPLIT, TOKENS, CHUNK, BN
-        )
-        kv_head = head // (HEAD_TILES * PARTS)
-        v_col = (kv_head * PARTS + head % PARTS) * DV
-        pages = table + seq.to(gl.int64) * table_stride
-        step = stream_blocks(
-            descs, rings, bars, step, lo, hi, kv_start, kv_len, pages, kv_head, v_col, BN, PAGE, BOX, STAGES, D, D_TAIL, DV,
-            False,
-        )  # fmt: skip
 
 
 @gluon_jit

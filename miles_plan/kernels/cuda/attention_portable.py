@@ -182,11 +182,10 @@ def attention_merge_kernel(
     kv_lens: tl.tensor, HEADS: tl.tensor, TILES: tl.tensor, CHUNKS: tl.tensor, o_stride_token: tl.tensor,
     o_stride_head: tl.tensor, lse_stride: tl.tensor, window: tl.tensor,
     CAUSAL: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr,
-    CHUNK: tl.constexpr, BN: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, PARTS: tl.constexpr, ROWS_KEPT: tl.constexpr,
+    CHUNK: tl.constexpr, BN: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, ROWS_KEPT: tl.constexpr,
     LSE: tl.constexpr, UNROLL: tl.constexpr, ALL: tl.constexpr, OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program (sequence x head x part of the values x token tile, row): fold the row's chunks in ascending order, as the unsplit
-    kernels do. HEADS: heads times PARTS; DV: columns of a part.
+    """Program (sequence x head x token tile, row): fold the row's chunks in ascending order, as the unsplit kernels do.
 
     UNROLL chunks are loaded before the first of them is folded. With ALL these are all there can be, and they are on their way
     before the sequence's length is known; what memory holds for a chunk that it does not have is not looked at.
@@ -220,9 +219,9 @@ def attention_merge_kernel(
             total = _folded(total, states, base, first_chunk, last_chunk)
     m, l, acc = total
     inverse = tl.where(l > 0, 1.0 / l, 0.0)
-    head_of_row = head // PARTS * GROUP + row % GROUP
+    head_of_row = head * GROUP + row % GROUP
     d = tl.arange(0, DV_PAD)
-    o_at = (q_start + token).to(tl.int64) * o_stride_token + head_of_row * o_stride_head + head % PARTS * DV
+    o_at = (q_start + token).to(tl.int64) * o_stride_token + head_of_row * o_stride_head
     values = (acc * inverse[:, None]).to(out.dtype.element_ty)
     tl.store(out + o_at + d[None, :], values, mask=(token < q_len) & (d < DV)[None, :])
     if LSE:

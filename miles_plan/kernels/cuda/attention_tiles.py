@@ -179,6 +179,6 @@ def produce_tiles(
         pages = table + seq.to(gl.int64) * table_stride
         step = stream_blocks(
             descs, rings, bars, step, lo, hi, kv_start, kv_len, pages, kv_head, kv_head * DV, BN, PAGE, BOX, STAGES, D, D_TAIL, DV,
-            True, q, queries, (q_start + first_token, head * GROUP, turn), TOKENS // 2, GROUP, Q_BOXES,
+            q, queries, (q_start + first_token, head * GROUP, turn), TOKENS // 2, GROUP, Q_BOXES,
         )  # fmt: skip
         where = after

@@ -121,13 +121,18 @@ def _pages_of(lens: Sequence[int], page: int, order: torch.Tensor) -> tuple[torc
 
 
 def check_decode(draw: Draw, dtype: torch.dtype) -> None:
-    """A ragged batch of decode steps, of one token or of a few, against each alone, split and whole, packed and paged."""
+    """A ragged batch of decode steps, of one token or of a few, against each alone, split and whole, packed and paged.
+
+    Few long sequences, or many short ones; with their longest as the bound, or one for which a CUDA graph might be captured.
+    """
     heads = draw.pick([Heads(128, 128, 8, 2), Heads(128, 128, 16, 2), Heads(64, 64, 8, 8), Heads(192, 128, 16, 4)])
     each, page = draw.pick([1, 1, 2, 5, 16]), draw.pick([0, 64, 16])
-    lens = [draw.integer(each, 6000) for _ in range(draw.integer(2, 40))]
+    most_keys, sequences = draw.pick([(6000, draw.integer(2, 40)), (700, draw.integer(100, 400))])
+    lens = [draw.integer(each, most_keys) for _ in range(sequences)]
     q, k, v = _inputs(draw, dtype, heads, len(lens) * each, sum(lens))
     starts = torch.arange(len(lens) + 1, device=draw.device, dtype=torch.int32) * each
-    batch: dict[str, Any] = {"q_starts": starts, "kv_lens": draw.table(*lens), "max_q_len": each, "max_kv_len": max(lens)}
+    bound = draw.pick([max(lens), 40_960])
+    batch: dict[str, Any] = {"q_starts": starts, "kv_lens": draw.table(*lens), "max_q_len": each, "max_kv_len": bound}
     keys, values = k, v
     if page:
         pages = sum(-(-length // page) for length in lens) + 3

@@ -326,14 +326,16 @@ def test_attention_gradients_against_float64(
         assert error(ours.grad, exact.grad) < 8e-3
 
 
-def test_captured_calls_replay_with_the_same_bits(gpu: torch.device) -> None:
-    """Ops that count in memory (split decode) leave their counters as they found them, also where launches overlap."""
+@pytest.mark.parametrize("lengths", [(3000, 5000), (*range(40, 240),)])
+def test_captured_calls_replay_with_the_same_bits(gpu: torch.device, lengths: tuple[int, ...]) -> None:
+    """Ops that count in memory leave their counters as they found them, also where launches overlap: of a row's chunks that
+    are done, or of rows that are taken where there are more than thread blocks."""
     x, weight = torch.randn(640, 2048, device=gpu).bfloat16(), torch.randn(6144, 2048, device=gpu).bfloat16()
     tile = replace(candidates(GemmProblem(640, 6144, 2048))[-1], overlap=2)
-    q = torch.randn(2, 8, 128, device=gpu).bfloat16()
-    k, v = (torch.randn(8000, 2, 128, device=gpu).bfloat16() for _ in range(2))
-    starts = torch.tensor([0, 1, 2], device=gpu, dtype=torch.int32)
-    lens = torch.tensor([3000, 5000], device=gpu, dtype=torch.int32)
+    q = torch.randn(len(lengths), 8, 128, device=gpu).bfloat16()
+    k, v = (torch.randn(sum(lengths), 2, 128, device=gpu).bfloat16() for _ in range(2))
+    starts = torch.arange(len(lengths) + 1, device=gpu, dtype=torch.int32)
+    lens = torch.tensor(lengths, device=gpu, dtype=torch.int32)
     out = torch.empty(640, 6144, device=gpu, dtype=torch.bfloat16)
 
     def work() -> torch.Tensor:

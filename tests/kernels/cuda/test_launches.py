@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import miles_plan.kernels.cuda as package
+from miles_plan.kernels.cuda.attention_pass import PASS_BYTES
 from miles_plan.kernels.cuda.gemm import gemm
 from miles_plan.kernels.cuda.shared_addresses import SMALL_BYTES, TENSOR_ALIGNMENT
 from miles_plan.kernels.cuda.toolchain import HAVE_GLUON
@@ -159,13 +160,21 @@ def test_attention(launched: Launched) -> None:
 
 @pytest.mark.parametrize("launched", ["hopper"], indirect=True)
 @pytest.mark.parametrize(
-    ("batch", "length", "split", "parts", "stages", "warps"),
-    [(1, 4096, 1, 2, 4, 4), (1, 16_384, 1, 1, 3, 4), (1, 32_768, 2, 1, 3, 4), (4, 32_768, 2, 1, 3, 8), (16, 4096, 0, 1, 2, 8)],
+    ("batch", "length", "split", "parts", "claim", "stages"),
+    [
+        (1, 4096, True, 2, False, 11),
+        (1, 16_384, True, 1, False, 11),
+        (1, 32_768, True, 1, True, 6),
+        (16, 4096, False, 1, False, 4),
+        (24, 4096, False, 1, True, 6),
+        (64, 4096, False, 1, True, 4),
+    ],
 )
 def test_how_decode_work_is_cut(
-    launched: Launched, batch: int, length: int, split: int, parts: int, stages: int, warps: int
+    launched: Launched, batch: int, length: int, split: bool, parts: int, claim: bool, stages: int
 ) -> None:
-    """Few chunks halve the values, many chunks are merged by a kernel of their own, many rows are not cut."""
+    """Few chunks halve the values, many rows are not cut. Of more items than thread blocks one is claimed after the other;
+    chunks are then merged by a kernel of their own."""
     from miles_plan.kernels.cuda.attention import attention
 
     starts = torch.arange(batch + 1, dtype=torch.int32)
@@ -173,15 +182,16 @@ def test_how_decode_work_is_cut(
     keys = torch.empty(batch * length, 8, 128, dtype=torch.bfloat16)
     attention(half(batch, 32, 128), keys, keys, q_starts=starts, kv_lens=lens, max_q_len=1, max_kv_len=length)
     launch = launched.first["attention_decode_kernel"]
-    assert [launch[2][name] for name in ("SPLIT", "PARTS", "DV", "STAGES", "WARPS")] == [
-        split,
-        parts,
-        128 // parts,
-        stages,
-        warps,
-    ]
-    assert ("attention_merge_kernel" in launched) == (split == 2)
-    assert shared_bytes(*launch) <= SHARED_MEMORY_BYTES
+    named = {name: launch[2][name] for name in ("SPLIT", "PARTS", "DV", "CLAIM", "STAGES")}
+    assert named == {"SPLIT": split, "PARTS": parts, "DV": 128 // parts, "CLAIM": claim, "STAGES": stages}
+    assert ("attention_merge_kernel" in launched) == (split and claim)
+    program = compiled(*launch)
+    assert program.metadata.shared <= SHARED_MEMORY_BYTES
+    ptx: str = program.asm["ptx"]
+    conditions = re.findall(r"@(%p\d+) atom\.", ptx)
+    assert len(conditions) == (2 if claim else split), "to claim (in two places) or to say that a chunk is done"
+    if claim:  # else lanes that do not claim would take a way of their own
+        assert all(re.search(rf"mov\.pred\s+{condition}, -1;", ptx) for condition in conditions)
 
 
 ROWS_AND_HEADS = [(1, heads, 1) for heads in (8, 16, 32, 64, 128)] + [(rows, 8, 8) for rows in (1, 8, 16, 32, 33, 64)]
@@ -189,13 +199,9 @@ BATCHES = [(1, 500), (1, 2000), (1, 5000), (1, 20_000), (1, 40_000), (8, 2000), 
 
 
 def decode_bytes(launch: dict[str, Any]) -> int:
-    """What a decode's launch must hold: queries, a block's weights and the same to be added, its ring, barriers."""
+    """What a decode's launch must hold: queries, a pass, its ring, barriers."""
     head = launch["D"] + launch["D_TAIL"]
-    return (
-        launch["ROWS"] * (head + 3 * launch["BN"]) * 2
-        + launch["STAGES"] * launch["BN"] * (head + launch["DV"]) * 2
-        + BARRIER_BYTES
-    )
+    return (launch["ROWS"] + launch["STAGES"] * launch["HALF"]) * head * 2 + PASS_BYTES + BARRIER_BYTES
 
 
 def decodes(launched: Launched, d: int, dv: int) -> Iterator[tuple[Any, tuple[object, ...], dict[str, Any]]]:
@@ -214,10 +220,10 @@ def decodes(launched: Launched, d: int, dv: int) -> Iterator[tuple[Any, tuple[ob
 @pytest.mark.parametrize("launched", ["hopper"], indirect=True)
 @pytest.mark.parametrize(("d", "dv"), [(64, 64), (128, 128), (192, 128)])
 def test_every_decode_fits_shared_memory(launched: Launched, d: int, dv: int) -> None:
-    """A block's scores are under way during the one before, so a ring has two stages: 64 rows leave wide heads less room."""
+    """With a ring for a block's keys and values, which are halved: 64 rows leave wide heads less room."""
     for _, _, launch in decodes(launched, d, dv):
-        asked = {name: launch[name] for name in ("SPLIT", "PARTS", "ROWS", "STAGES", "WARPS", "DV")}
-        assert launch["STAGES"] >= 2, asked
+        asked = {name: launch[name] for name in ("SPLIT", "CLAIM", "PARTS", "ROWS", "STAGES", "DV")}
+        assert launch["STAGES"] >= 4, asked
         assert decode_bytes(launch) <= SHARED_MEMORY_BYTES, asked
         assert launch["DV"] * launch["PARTS"] == dv
 
@@ -228,10 +234,10 @@ def test_every_decode_fits_shared_memory(launched: Launched, d: int, dv: int) ->
 def test_a_decode_asks_for_no_more_shared_memory_than_is_counted(launched: Launched, d: int, dv: int) -> None:
     largest: dict[tuple[int, ...], tuple[Any, tuple[object, ...], dict[str, Any]]] = {}
     for launch in decodes(launched, d, dv):
-        kind = tuple(launch[2][name] for name in ("SPLIT", "PARTS", "WARPS"))
+        kind = tuple(launch[2][name] for name in ("SPLIT", "CLAIM", "PARTS"))
         if kind not in largest or decode_bytes(launch[2]) > decode_bytes(largest[kind][2]):
             largest[kind] = launch
-    assert {kind[0] for kind in largest} == {0, 1, 2}
+    assert {kind[:2] for kind in largest} == set(itertools.product((False, True), (False, True)))
     for kernel, given, keywords in largest.values():
         assert shared_bytes(kernel, given, keywords) <= decode_bytes(keywords)
 
@@ -269,10 +275,11 @@ def test_pages_cost_a_decode_neither_launches_nor_sums(launched: Launched, monke
         launched.first.clear()
         attention(half(2, 32, 128), keys, keys, page_table=table, **given)
         ptx: str = compiled(*launched.first["attention_decode_kernel"]).asm["ptx"]
-        shuffles.append((ptx.count("shfl.sync.bfly"), ptx.count("shfl.sync.idx") > 4))
+        shuffles.append((ptx.count("shfl.sync.bfly"), ptx.count("shfl.sync.idx")))
         assert len(sums) == 1
-    assert shuffles[0][0] == shuffles[1][0]
-    assert shuffles[1][1]
+    (sums_of_packed, picks_of_packed), (sums_of_paged, picks_of_paged) = shuffles
+    assert sums_of_paged == sums_of_packed
+    assert picks_of_paged == picks_of_packed + 2, "one of keys, one of values"
 
 
 def test_rows(launched: Launched) -> None:
