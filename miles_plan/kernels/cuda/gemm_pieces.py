@@ -13,7 +13,7 @@ from .gemm_pieces_ring import proceed, start
 from .gemm_pieces_tree import eight_leaves, in_half, own_places
 from .gemm_ring import release
 from .toolchain import fence_async_shared, gl, gluon_jit, grid_release, grid_wait, mbarrier, tma
-from .wgmma import fetch_descriptors, known, shared_base, wait
+from .wgmma import shared_base, wait
 from .whole_rows import write_rows
 
 
@@ -33,6 +33,7 @@ def _produce(
     LEAVES: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr,
 ) -> None:  # fmt: skip
     """The producer warp: a stage is the rows of A of each consumer, then the columns' rows of B, all of them 128 bytes long."""
+    grid_wait()
     ready, empty = bars
     A_UNITS: gl.constexpr = CONSUMERS * 64 // PIECE
     STAGE_BYTES: gl.constexpr = a_desc.block_type.nbytes * CONSUMERS + b_desc.block_type.nbytes * COUNT
@@ -40,10 +41,8 @@ def _produce(
     num_n = gl.cdiv(N, PIECE * COUNT)
     leaf = K // LEAVES if LEAVES else K
     step = 0
-    tile_m, tile_n = tile_position(gl.program_id(0), num_m, num_n, GROUP)
-    known(tile_m, tile_n)  # its divisions take as long as a load from L2
-    grid_wait()
     for tile in range(gl.program_id(0), num_m * num_n, gl.num_programs(0)):
+        tile_m, tile_n = tile_position(tile, num_m, num_n, GROUP)
         row, col = _first_of(tile_m, tile_n, M, N, CONSUMERS, PIECE * COUNT, 0)
         second, _ = _first_of(tile_m, tile_n, M, N, CONSUMERS, PIECE * COUNT, 1)
         for first in range(0, K, leaf):
@@ -62,7 +61,6 @@ def _produce(
                     b_at = [k, col + i * PIECE] if B_KN else [col + i * PIECE, k]
                     tma.async_copy_global_to_shared(b_desc, b_at, bar, ring.index(unit + A_UNITS + i))
                 step += 1
-        tile_m, tile_n = tile_position(tile + gl.num_programs(0), num_m, num_n, GROUP)
 
 
 @gluon_jit
@@ -144,7 +142,6 @@ def gemm_pieces_kernel(
     A_KM, A lies as [K, M]; with B_KN, B as [K, N], PIECE is 64 and the boxes are [64, 64]. LEAVES: 0 or 8. TAIL: k16 steps of a leaf
     beyond its last whole stage. STASHED, PAIRS: see `gemm_pieces_tree`."""
     TYPE: gl.constexpr = b_desc.dtype
-    fetch_descriptors("gemm_pieces_kernel", (0, 5))
     UNITS: gl.constexpr = CONSUMERS * 64 // PIECE + COUNT  # of [PIECE, 64] in a stage; a float32 piece takes two
     ring = gl.allocate_shared_memory(TYPE, [STAGES * UNITS + 2 * CONSUMERS * STASHED, PIECE, 64], b_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

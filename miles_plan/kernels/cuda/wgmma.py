@@ -35,18 +35,13 @@ def plain(value: Any) -> Any:
 
 def _in_place(asm: str, pieces: list[Any], more: list[Any], constraints: list[str], semantic: Any) -> Any:
     """Emit `asm` once on all registers of the pieces ($0 upwards, read and written) and on what else it reads."""
-    each, dtype, count = pieces[0].type.numel // THREADS, pieces[0].dtype, _registers(pieces)
-    result = "=f" if dtype == tl.float32 else "=r"
+    each = pieces[0].type.numel // THREADS
+    count = each * len(pieces)
     found = tl.inline_asm_elementwise(
-        asm, ",".join([result] * count + [str(i) for i in range(count)] + constraints), pieces + more,
-        dtype=(dtype,) * len(pieces), is_pure=False, pack=each, _semantic=semantic,
+        asm, ",".join(["=f"] * count + [str(i) for i in range(count)] + constraints), pieces + more,
+        dtype=(tl.float32,) * len(pieces), is_pure=False, pack=each, _semantic=semantic,
     )  # fmt: skip
     return tl.core.tuple(list(found))
-
-
-def _registers(pieces: list[Any]) -> int:
-    """How many a thread holds the pieces in, two elements of half precision in each."""
-    return int(pieces[0].type.numel // THREADS * len(pieces) * pieces[0].dtype.primitive_bitwidth // 32)
 
 
 @inline
@@ -54,15 +49,6 @@ def shared_base(_semantic: Any = None) -> Any:
     """Where the kernel's shared memory begins, which is where its largest allocation lies."""
     return tl.inline_asm_elementwise(
         "mov.u32 $0, global_smem;", "=r", [], dtype=tl.int32, is_pure=True, pack=1, _semantic=_semantic
-    )
-
-
-@inline
-def fetch_descriptors(kernel: Any, places: Any, _semantic: Any = None) -> None:
-    """Ask for a kernel's TMA descriptors, the parameters at these places, before their first use."""
-    asm = " ".join(f"prefetch.param.tensormap [{plain(kernel)}_param_{plain(place)}];" for place in places)
-    tl.inline_asm_elementwise(
-        f"{{ {asm} mov.b32 $0, 0; }}", "=r", [], dtype=tl.int32, is_pure=False, pack=1, _semantic=_semantic
     )
 
 
@@ -127,27 +113,3 @@ def computed(x: Any, _semantic: Any = None) -> Any:
     """
     asm = "{ .reg .pred never; setp.eq.f32 never, $1, 0f7F7FFFFF; @never bar.arrive 15, 32; mov.f32 $0, $1; }"
     return tl.inline_asm_elementwise(asm, "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1, _semantic=_semantic)
-
-
-@inline
-def known(x: Any, y: Any, _semantic: Any = None) -> None:
-    """Two integers, not negative, are computed before what waits next in the program's text; as `computed`."""
-    asm = "{ .reg .pred never; .reg .b32 both; or.b32 both, $1, $2; setp.lt.s32 never, both, 0; @never bar.arrive 15, 32; mov.b32 $0, 0; }"
-    given = [_semantic.to_tensor(value) for value in (x, y)]
-    tl.inline_asm_elementwise(asm, "=r,r,r", given, dtype=tl.int32, is_pure=False, pack=1, _semantic=_semantic)
-
-
-@inline
-def settled(pieces: Any, _semantic: Any = None) -> Any:
-    """The pieces, float32 or rounded, all computed before the products that follow in the program's text.
-
-    The assembler knows nothing of the registers that `wait` names, and puts sums off beyond the products' start where nobody reads
-    them; with one set of registers more than there are it then lets no two products overlap. Here a barrier's instruction, which it
-    does not move, reads a combination of all of them; it would run on a device without multiprocessors.
-    """
-    sums = list(pieces)
-    count = _registers(sums)
-    lines = ["{ .reg .b32 all; .reg .pred never; mov.u32 all, %nsmid; setp.eq.u32 never, all, 0; mov.b32 all, $0;"]
-    lines += [f"lop3.b32 all, all, ${i}, ${min(i + 1, count - 1)}, 0x96;" for i in range(1, count, 2)]
-    lines.append("setp.eq.and.u32 never, all, 0, never; @never bar.arrive 15, 32; }")
-    return _in_place(" ".join(lines), sums, [], [], _semantic)
