@@ -119,7 +119,7 @@ def _launch_hopper(
         )  # fmt: skip
         return
     if tile.engine == PIECES:
-        _launch_pieces(a, b, out, problem, tile)
+        _launch_pieces(a, b, out, problem, tile, (m, n))
         return
     a_desc = descriptor(a, (tile.depth, tile.rows) if a_km else (tile.rows, tile.depth))
     b_desc = descriptor(b, (tile.depth, tile.cols) if b_kn else (tile.cols, tile.depth))
@@ -142,18 +142,21 @@ def _launch_hopper(
     )  # fmt: skip
 
 
-def _launch_pieces(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, problem: GemmProblem, tile: GemmTile) -> None:
-    tiles = triton.cdiv(problem.m, tile.height) * triton.cdiv(problem.n, tile.width)
+def _launch_pieces(
+    a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, problem: GemmProblem, tile: GemmTile, sizes: tuple[int, int]
+) -> None:
+    """sizes: rows of a and of b, which stand for each other with tile.swap."""
+    tiles = triton.cdiv(sizes[0], tile.height) * triton.cdiv(sizes[1], tile.width)
     programs = min(multiprocessors(out.device), tiles)
     a_box, b_box = (tile.depth, 64) if problem.a_km else (64, tile.depth), (tile.cols, tile.depth)
     descs = (descriptor(a, a_box), descriptor(b, b_box[::-1] if problem.b_kn else b_box))
     tail = problem.k // problem.leaves % tile.depth // 16 if problem.leaves else 0
     of_sums = (problem.dtype.itemsize, problem.leaves)
     gemm_pieces_kernel[(programs,)](
-        *descs, out, problem.m, problem.n, problem.k, out.stride(0), GROUP=tile.group, CONSUMERS=tile.consumers, STAGES=tile.stages,
+        *descs, out, *sizes, problem.k, out.stride(0), GROUP=tile.group, CONSUMERS=tile.consumers, STAGES=tile.stages,
         PIECE=tile.cols, COUNT=tile.pieces, LEAVES=problem.leaves, TAIL=tail, STASHED=tile.stashed(*of_sums),
         PAIRS=tile.pairs_stashed(*of_sums), A_KM=problem.a_km,
-        B_KN=problem.b_kn, RELEASE=tile.overlap == 2, num_warps=4, maxnreg=168, launch_pdl=tile.overlap > 0,
+        B_KN=problem.b_kn, SWAP=tile.swap, RELEASE=tile.overlap == 2, num_warps=4, maxnreg=168, launch_pdl=tile.overlap > 0,
     )  # fmt: skip
 
 

@@ -4,6 +4,8 @@ As `gemm_kernel` (one warp loads, one or two warp groups multiply, persistent, t
 products in half precision that no plan of experts cuts. A sum is a tuple of COUNT pieces of [64, PIECE]; `wgmma` multiplies them as
 one. A finished tile leaves from registers, while the next one's first products run if another follows, so that all of shared memory
 but a tree's stash is the ring's.
+
+With SWAP the weights are A and the tokens B: 200 tokens are then one tile of 208 columns, where rows come by 64.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from .gemm_pieces_tree import eight_leaves, in_half, own_places
 from .gemm_ring import release
 from .toolchain import fence_async_shared, gl, gluon_jit, grid_release, grid_wait, mbarrier, tma
 from .wgmma import shared_base, wait
+from .whole_columns import last_piece, write_columns
 from .whole_rows import write_rows
 
 
@@ -27,10 +30,22 @@ def _first_of(
 
 
 @gluon_jit
+def _write(
+    values: gl.tensor, out: gl.tensor, stride: gl.tensor, row: gl.tensor, col: gl.tensor, M: gl.tensor, N: gl.tensor,
+    SWAP: gl.constexpr,
+) -> None:  # fmt: skip
+    """Write a warp group's pieces, as rows of C or, with SWAP, of its transpose."""
+    if SWAP:
+        write_columns(values, out, stride, row, col, M, N)
+    else:
+        write_rows(values, out, stride, row, col, M, N)
+
+
+@gluon_jit
 def _produce(
     a_desc: gl.tensor, b_desc: gl.tensor, ring: gl.tensor, bars: gl.tensor, M: gl.tensor, N: gl.tensor, K: gl.tensor,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, COUNT: gl.constexpr,
-    LEAVES: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr,
+    LEAVES: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, SWAP: gl.constexpr,
 ) -> None:  # fmt: skip
     """The producer warp: a stage is the rows of A of each consumer, then the columns' rows of B, all of them 128 bytes long."""
     grid_wait()
@@ -45,6 +60,7 @@ def _produce(
         tile_m, tile_n = tile_position(tile, num_m, num_n, GROUP)
         row, col = _first_of(tile_m, tile_n, M, N, CONSUMERS, PIECE * COUNT, 0)
         second, _ = _first_of(tile_m, tile_n, M, N, CONSUMERS, PIECE * COUNT, 1)
+        last = last_piece(col, N, PIECE, COUNT)
         for first in range(0, K, leaf):
             for k in range(first, first + leaf, 64):
                 stage = step % STAGES
@@ -58,7 +74,8 @@ def _produce(
                     a_at = [k, line] if A_KM else [line, k]
                     tma.async_copy_global_to_shared(a_desc, a_at, bar, rows)
                 for i in gl.static_range(COUNT):
-                    b_at = [k, col + i * PIECE] if B_KN else [col + i * PIECE, k]
+                    line = last if SWAP and i + 1 == COUNT else col + i * PIECE
+                    b_at = [k, line] if B_KN else [line, k]
                     tma.async_copy_global_to_shared(b_desc, b_at, bar, ring.index(unit + A_UNITS + i))
                 step += 1
 
@@ -68,7 +85,7 @@ def _consume(
     out: gl.tensor, bars: gl.tensor, M: gl.tensor, N: gl.tensor, K: gl.tensor, stride: gl.tensor,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, COUNT: gl.constexpr,
     LEAVES: gl.constexpr, TAIL: gl.constexpr, STASHED: gl.constexpr, PAIRS: gl.constexpr,
-    TYPE: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, ME: gl.constexpr,
+    TYPE: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, SWAP: gl.constexpr, ME: gl.constexpr,
 ) -> None:  # fmt: skip
     """Consumer warp group ME: its 64 rows of every tile this program walks, each written while the next one's first step runs."""
     grid_wait()
@@ -87,7 +104,7 @@ def _consume(
         sums = wait(sums, 1)  # waits for nothing: one group may be in flight
         step += 1
         if tile >= gl.num_programs(0):
-            write_rows(done, out, stride, row, col, M, N)
+            _write(done, out, stride, row, col, M, N, SWAP)
         tile_m, tile_n = tile_position(tile, num_m, num_n, GROUP)
         row, col = _first_of(tile_m, tile_n, M, N, CONSUMERS, PIECE * COUNT, ME)
         if LEAVES:
@@ -100,7 +117,7 @@ def _consume(
             sums = wait(sums, 0)
             release(bars[1], step - 1, STAGES)
             done = in_half(sums, TYPE)
-    write_rows(done, out, stride, row, col, M, N)
+    _write(done, out, stride, row, col, M, N, SWAP)
 
 
 @gluon_jit
@@ -108,12 +125,12 @@ def _consume_first(
     out: gl.tensor, bars: gl.tensor, M: gl.tensor, N: gl.tensor, K: gl.tensor, stride: gl.tensor,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, COUNT: gl.constexpr,
     LEAVES: gl.constexpr, TAIL: gl.constexpr, STASHED: gl.constexpr, PAIRS: gl.constexpr,
-    TYPE: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr,
+    TYPE: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, SWAP: gl.constexpr,
 ) -> None:  # fmt: skip
     """The first warp group's entry."""
     _consume(
         out, bars, M, N, K, stride, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES, TAIL, STASHED, PAIRS, TYPE, A_KM,
-        B_KN, 0,
+        B_KN, SWAP, 0,
     )  # fmt: skip
 
 
@@ -122,25 +139,26 @@ def _consume_second(
     out: gl.tensor, bars: gl.tensor, M: gl.tensor, N: gl.tensor, K: gl.tensor, stride: gl.tensor,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, COUNT: gl.constexpr,
     LEAVES: gl.constexpr, TAIL: gl.constexpr, STASHED: gl.constexpr, PAIRS: gl.constexpr,
-    TYPE: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr,
+    TYPE: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, SWAP: gl.constexpr,
 ) -> None:  # fmt: skip
     """The second warp group's entry."""
     _consume(
         out, bars, M, N, K, stride, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES, TAIL, STASHED, PAIRS, TYPE, A_KM,
-        B_KN, 1,
+        B_KN, SWAP, 1,
     )  # fmt: skip
 
 
-@gluon_jit(do_not_specialize=["M"])
+@gluon_jit(do_not_specialize=["M", "N"])
 def gemm_pieces_kernel(
     a_desc: gl.tensor, b_desc: gl.tensor, out: gl.tensor, M: gl.tensor, N: gl.tensor, K: gl.tensor, stride: gl.tensor,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, COUNT: gl.constexpr,
     LEAVES: gl.constexpr, TAIL: gl.constexpr, STASHED: gl.constexpr, PAIRS: gl.constexpr,
-    A_KM: gl.constexpr, B_KN: gl.constexpr, RELEASE: gl.constexpr,
+    A_KM: gl.constexpr, B_KN: gl.constexpr, SWAP: gl.constexpr, RELEASE: gl.constexpr,
 ) -> None:  # fmt: skip
     """C[M, N] = A[M, K] B[N, K]^T in the operands' dtype, C's rows `stride` elements apart; boxes [64, 64] of A, [PIECE, 64] of B. With
     A_KM, A lies as [K, M]; with B_KN, B as [K, N], PIECE is 64 and the boxes are [64, 64]. LEAVES: 0 or 8. TAIL: k16 steps of a leaf
-    beyond its last whole stage. STASHED, PAIRS: see `gemm_pieces_tree`."""
+    beyond its last whole stage. STASHED, PAIRS: see `gemm_pieces_tree`. SWAP: C is written transposed, its columns' elements side by
+    side and `stride` apart from the next column's."""
     TYPE: gl.constexpr = b_desc.dtype
     UNITS: gl.constexpr = CONSUMERS * 64 // PIECE + COUNT  # of [PIECE, 64] in a stage; a float32 piece takes two
     ring = gl.allocate_shared_memory(TYPE, [STAGES * UNITS + 2 * CONSUMERS * STASHED, PIECE, 64], b_desc.layout)
@@ -158,10 +176,11 @@ def gemm_pieces_kernel(
         gl.warp_specialize(
             [
                 (_consume_first, (out, bars, M, N, K, stride, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES, TAIL,
-                                  STASHED, PAIRS, TYPE, A_KM, B_KN)),
+                                  STASHED, PAIRS, TYPE, A_KM, B_KN, SWAP)),
                 (_consume_second, (out, bars, M, N, K, stride, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES, TAIL,
-                                  STASHED, PAIRS, TYPE, A_KM, B_KN)),
-                (_produce, (a_desc, b_desc, ring, bars, M, N, K, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES, A_KM, B_KN)),
+                                  STASHED, PAIRS, TYPE, A_KM, B_KN, SWAP)),
+                (_produce, (a_desc, b_desc, ring, bars, M, N, K, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES, A_KM, B_KN,
+                            SWAP)),
             ],
             [4, 1],
             [240, 24],
@@ -170,8 +189,9 @@ def gemm_pieces_kernel(
         gl.warp_specialize(
             [
                 (_consume_first, (out, bars, M, N, K, stride, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES, TAIL,
-                                  STASHED, PAIRS, TYPE, A_KM, B_KN)),
-                (_produce, (a_desc, b_desc, ring, bars, M, N, K, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES, A_KM, B_KN)),
+                                  STASHED, PAIRS, TYPE, A_KM, B_KN, SWAP)),
+                (_produce, (a_desc, b_desc, ring, bars, M, N, K, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES, A_KM, B_KN,
+                            SWAP)),
             ],
             [1],
             [24],

@@ -28,6 +28,8 @@ EXACT_TOKENS = 1024  # up to here a tile is predicted for the very number of tok
 MOST_STAGES = 12
 LEAST_LEAF = 128  # of K, for a tile in pieces: the left half ends while a second stage is multiplied
 FEW_ROWS = 32  # for so few a tile in pieces was never the fastest
+WIDEST, WIDEST_TREE = 256, 128  # columns of a tile in pieces
+CLEARLY = 1.05  # of 55 products of 48 to 384 tokens the choice lost 1.6 % on the fastest, the table's tile alone 9.3 %
 LAUNCHED_IN_EVERY_WAY = 3  # of the tiles that come first
 HOPELESS = 1.35  # a tile predicted to take so many times the fastest's seconds is not timed
 LONG_S = 2e-4  # of products that take this long the launch does not matter
@@ -271,6 +273,19 @@ def _pieced_tiles(problem: GemmProblem) -> Iterable[GemmTile]:
             yield replace(tile, group=16)
 
 
+def _swapped_tiles(problem: GemmProblem) -> Iterable[GemmTile]:
+    """Tiles in pieces with the weights in their rows and the tokens, in as few equal parts as fit and in one or two more, in their
+    columns: these come by 16, so that little of a tile lies beyond the last token."""
+    if not _some_rows(problem):
+        return
+    least = -(-problem.m // (WIDEST_TREE if problem.leaves else WIDEST))
+    for parts in range(least, least + 3):
+        width = -(-problem.m // (16 * parts)) * 16
+        piece = min(width & -width, 64)
+        for consumers in (1, 2) if width > FEW_ROWS else ():
+            yield GemmTile(PIECES, True, 64, consumers, piece, width - piece, 64, MOST_STAGES, 1, 2)
+
+
 def candidates(problem: GemmProblem, multiprocessors: int = 132) -> list[GemmTile]:
     """Every tile that fits the problem. All of them compute the same bits."""
     aligned = problem.n * problem.out_dtype.itemsize % 16 == 0 and problem.out_dtype.itemsize == 2
@@ -283,7 +298,9 @@ def candidates(problem: GemmProblem, multiprocessors: int = 132) -> list[GemmTil
     pieces &= problem.leaves == 0 or (problem.leaves == 8 and leaf >= LEAST_LEAF)
     if problem.b_kn and problem.leaves:  # a gradient's tree: the ring was faster wherever its stages end with the leaves
         pieces &= leaf % 64 > 0
-    tiles += _pieced_tiles(problem) if pieces else []
+    tiles += (
+        [*_swapped_tiles(problem), *_pieced_tiles(problem)] if pieces else []
+    )  # of those predicted alike the first is chosen
     itemsizes = (problem.dtype.itemsize, problem.out_dtype.itemsize)
     kept = [tile for tile in _skinny_tiles(problem) if plain and tile.fits(*itemsizes, problem.leaves)]
     for shape in tiles:
@@ -389,12 +406,23 @@ def table_for(gpu: str) -> Table:
 def choose(problem: GemmProblem, gpu: str, multiprocessors: int) -> GemmTile:
     """The tile for a problem: measured if the table has it, else the one predicted fastest for about as many tokens.
 
+    The table's was measured for a power of two of tokens. For fewer, one that is predicted CLEARLY faster takes its place.
+
     A trainer's micro-batches hold another number of tokens each. Predicting for each would take the host a millisecond a product,
     and every tile that only some of them get is a kernel more to compile.
     """
-    if (tile := table_for(gpu).get(problem)) is not None:
-        return tile
-    return _predicted(_for_about_as_many_tokens(problem), multiprocessors)
+    measured = table_for(gpu).get(problem)
+    if measured is not None and (problem.tokens == problem.bucket or not _some_rows(problem)):
+        return measured
+    best = _predicted(_for_about_as_many_tokens(problem), multiprocessors)
+    if measured is None or CLEARLY * predict_s(best, problem, multiprocessors) < predict_s(measured, problem, multiprocessors):
+        return best
+    return measured
+
+
+def _some_rows(problem: GemmProblem) -> bool:
+    """Whether a forward product's tokens are so few that its last row tile may be much of it, and more than a decode's smallest."""
+    return FEW_ROWS < problem.m <= EXACT_TOKENS and not (problem.experts or problem.a_km or problem.b_kn)
 
 
 @lru_cache(maxsize=4096)
@@ -427,14 +455,15 @@ def prove(
 
 def ranked(problem: GemmProblem, multiprocessors: int, keep: int = 6, keep_alike: int = 3) -> list[GemmTile]:
     """The tiles worth timing, best first by prediction: the `keep` fastest of the ring and direct kernels, and `keep_alike` each in
-    pieces (many of those are predicted alike) and skinny; none predicted HOPELESS times slower than the fastest."""
+    pieces (many of those are predicted alike), in pieces with the tokens in columns, and skinny; none predicted HOPELESS times slower
+    than the fastest."""
     times = {tile: predict_s(tile, problem, multiprocessors) for tile in candidates(problem, multiprocessors)}
     best = min(times.values())
-    found: dict[int, set[GemmTile]] = {}  # of each kind, whatever their order of walking
+    found: dict[tuple[int, bool], set[GemmTile]] = {}  # of each kind, whatever their order of walking
     kept = []
     for tile in sorted(times, key=lambda tile: times[tile]):
         kind = RING if tile.engine == DIRECT else tile.engine
-        alike = found.setdefault(kind, set())
+        alike = found.setdefault((kind, kind == PIECES and tile.swap), set())
         alike.add(replace(tile, group=0))
         if len(alike) <= (keep if kind == RING else keep_alike) and times[tile] <= HOPELESS * best:
             kept.append(tile)

@@ -59,11 +59,11 @@ def writing(each: int, pieces: int) -> str:
     groups = count // 2  # of eight columns
     for first in range(0, groups - groups % 4, 4):
         for half, there in enumerate(("low", "high")):
-            lines += _exchanged(registers[2 * first + half : 2 * first + 8 : 2])
+            lines += exchanged(registers[2 * first + half : 2 * first + 8 : 2])
             lines += [f"add.u32 c, lane, {first};", _address(at_col), "add.s64 to, to, eight;" if half else ""]
             lines.append(f"setp.lt.and.s32 ok, c, {at_n}, {there}; @ok st.global.v4.b32 [to], {{a0, a1, a2, a3}};")
     if groups % 4:  # two times eight columns: the lanes' four are both rows of one, then of the other
-        lines += _exchanged(registers[-4:])
+        lines += exchanged(registers[-4:])
         lines += [f"shr.u32 c, lane, 1; add.u32 c, c, {groups - 2};", _address(at_col), "@odd add.s64 to, to, eight;"]
         lines.append("selp.b32 x, 1, 0, high; @!odd selp.b32 x, 1, 0, low; setp.ne.u32 ok, x, 0;")
         lines.append(f"setp.lt.and.s32 ok, c, {at_n}, ok; @ok st.global.v4.b32 [to], {{a0, a1, a2, a3}};")
@@ -75,7 +75,7 @@ def _address(at_col: str) -> str:
     return f"shl.b32 c, c, 3; mul.wide.u32 to, c, 2; add.s64 to, to, line; add.u32 c, c, {at_col};"
 
 
-def _exchanged(of: list[str]) -> list[str]:
+def exchanged(of: list[str]) -> list[str]:
     """Of four registers of each of four lanes, lane q gets the q-th of all four lanes, as a0 to a3."""
     return [
         f"selp.b32 x, {of[0]}, {of[1]}, odd; selp.b32 y, {of[2]}, {of[3]}, odd;",

@@ -404,6 +404,32 @@ def test_the_sums_of_a_tile_in_pieces_stay_in_registers(launched: Launched, prob
     assert code.count("WARPGROUP.DEPBAR.LE gsb0, 0x1") >= (30 if problem.leaves else 4)
 
 
+@pytest.mark.parametrize("launched", ["hopper"], indirect=True)
+@pytest.mark.parametrize(
+    ("problem", "consumers", "width"),
+    [
+        (GemmProblem(200, 34_816, 5120), 2, 208), (GemmProblem(130, 5120, 2880), 1, 144),
+        (GemmProblem(200, 5120, 2048, leaves=8), 2, 112), (GemmProblem(72, 4096, 2048, leaves=8), 1, 80),
+    ],
+)  # fmt: skip
+def test_a_tile_with_the_tokens_in_its_columns_is_multiplied_at_once_and_stored_whole(
+    launched: Launched, problem: GemmProblem, consumers: int, width: int
+) -> None:
+    tiles = [tile for tile in candidates(problem) if tile.engine == PIECES and tile.swap]
+    tile = next(tile for tile in tiles if (tile.consumers, tile.width) == (consumers, width))
+    out = half(problem.m, problem.n)
+    gemm(half(problem.m, problem.k), half(problem.n, problem.k), out, leaves=problem.leaves, tile=tile)
+    launch = launched.first["gemm_pieces_kernel"]
+    assert shared_bytes(*launch) <= tile.shared_bytes(2, 2, problem.leaves) <= SHARED_MEMORY_BYTES
+    program = compiled(*launch)
+    assert "st.global.v4" in program.asm["ptx"]
+    assert "st.global.b16" not in program.asm["ptx"]
+    code = machine_code(program)
+    assert "STL" not in code
+    assert set(re.findall(r"HGMMA\.64x(\d+)x16", code)) == {str(width)}
+    assert code.count("WARPGROUP.DEPBAR.LE gsb0, 0x0") == consumers, "each warp group empties the matrix unit once a tile"
+
+
 def test_the_direct_kernel_waits_for_every_warp_before_it_lays_a_tile_out_anew(launched: Launched) -> None:
     """Triton puts the memory that takes into the ring's, and no barrier of its own before a product of another warp."""
     tile = GemmTile(DIRECT, False, 64, 2, 128, 0, 64, 6, 8, 2)

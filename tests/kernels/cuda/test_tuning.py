@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,22 +134,55 @@ def test_only_tiles_with_the_references_bits_are_timed() -> None:
         tune(problem, lambda tile: reference + 1, reference, time_s, tiles, table)
 
 
-def test_the_users_table_comes_before_the_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = GemmProblem(300, 4096, 4096)
-    odd = GemmTile(RING, False, 64, 1, 64, 0, 64, 3, 1, 0)
+@pytest.fixture
+def users_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[GemmProblem, GemmTile], None]]:
+    """Puts a choice into the table that the environment names."""
     table = Table("NVIDIA X")
-    table.put(problem, odd)
     table.save(tmp_path / "table.json")
     monkeypatch.setenv(tuning.TABLE_VARIABLE, str(tmp_path / "table.json"))
-    table_for.cache_clear()
-    choose.cache_clear()
-    try:
-        assert choose(problem, "NVIDIA X", SMS) == odd
-        assert choose(replace(problem, m=512), "NVIDIA X", SMS) == odd, "the same power of two"
-        assert choose(replace(problem, m=513), "NVIDIA X", SMS) != odd
-    finally:
+
+    def measured(problem: GemmProblem, tile: GemmTile) -> None:
+        table.put(problem, tile)
+        table.save(tmp_path / "table.json")
         table_for.cache_clear()
         choose.cache_clear()
+
+    table_for.cache_clear()
+    choose.cache_clear()
+    yield measured
+    table_for.cache_clear()
+    choose.cache_clear()
+
+
+SLOW = GemmTile(RING, False, 64, 1, 64, 0, 64, 3, 1, 0)
+
+
+def test_the_users_table_comes_before_the_prediction(users_table: Callable[[GemmProblem, GemmTile], None]) -> None:
+    problem = GemmProblem(512, 4096, 4096)
+    users_table(problem, SLOW)
+    assert choose(problem, "NVIDIA X", SMS) == SLOW
+    assert choose(replace(problem, m=513), "NVIDIA X", SMS) != SLOW
+    few, many = replace(problem, m=20), replace(problem, m=3000)
+    for other in (few, many):
+        users_table(other, SLOW)
+        assert choose(other, "NVIDIA X", SMS) == SLOW, "whatever is predicted"
+
+
+@pytest.mark.parametrize("leaves", [0, 8])
+def test_of_fewer_tokens_than_a_table_was_measured_for_a_clearly_faster_tile_is_taken(
+    leaves: int, users_table: Callable[[GemmProblem, GemmTile], None]
+) -> None:
+    problem = GemmProblem(512, 4096, 4096, leaves=leaves)
+    full = choose(problem, "NVIDIA X", SMS)
+    users_table(problem, full)
+    taken = set()
+    for tokens in range(257, 512, 6):
+        fewer = replace(problem, m=tokens)
+        best = min(candidates(fewer, SMS), key=lambda tile: predict_s(tile, fewer, SMS))
+        clearly = predict_s(full, fewer, SMS) > tuning.CLEARLY * predict_s(best, fewer, SMS)
+        assert choose(fewer, "NVIDIA X", SMS) == (best if clearly else full)
+        taken.add(clearly)
+    assert taken == {False, True}
 
 
 def test_the_shipped_table_names_only_candidates() -> None:

@@ -43,6 +43,9 @@ def result(op: str, given: list[list[int]], lane: int) -> int:
     a, b, c = (*given[lane], 0, 0)[:3]
     if op.startswith("shfl"):
         return given[lane ^ b][0]
+    if op.startswith("movmatrix"):  # of eight rows, each two elements in four lanes, the transpose
+        low, high = (given[4 * (2 * (lane % 4) + half) + lane // 8][0] >> lane // 4 % 2 * 16 & 0xFFFF for half in range(2))
+        return high << 16 | low
     if op.startswith("sh"):
         return a << b if op.startswith("shl") else a >> b
     kind = ".".join(op.split(".")[: 3 if op.startswith("setp.lt.and") else 2 if op.startswith("setp") else 1])
