@@ -152,10 +152,11 @@ def _launch_pieces(
     descs = (descriptor(a, a_box), descriptor(b, b_box[::-1] if problem.b_kn else b_box))
     tail = problem.k // problem.leaves % tile.depth // 16 if problem.leaves else 0
     of_sums = (problem.dtype.itemsize, problem.leaves)
+    drips = not problem.leaves and tiles > programs and triton.cdiv(problem.k, tile.depth) > tile.pieces
     gemm_pieces_kernel[(programs,)](
         *descs, out, *sizes, problem.k, out.stride(0), GROUP=tile.group, CONSUMERS=tile.consumers, STAGES=tile.stages,
         PIECE=tile.cols, COUNT=tile.pieces, LEAVES=problem.leaves, TAIL=tail, STASHED=tile.stashed(*of_sums),
-        PAIRS=tile.pairs_stashed(*of_sums), A_KM=problem.a_km,
+        PAIRS=tile.pairs_stashed(*of_sums), DRIP=tile.pieces if drips else 0, A_KM=problem.a_km,
         B_KN=problem.b_kn, SWAP=tile.swap, RELEASE=tile.overlap == 2, num_warps=4, maxnreg=168, launch_pdl=tile.overlap > 0,
     )  # fmt: skip
 

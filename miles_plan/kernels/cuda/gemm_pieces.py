@@ -84,7 +84,7 @@ def _produce(
 def _consume(
     out: gl.tensor, bars: gl.tensor, M: gl.tensor, N: gl.tensor, K: gl.tensor, stride: gl.tensor,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, COUNT: gl.constexpr,
-    LEAVES: gl.constexpr, TAIL: gl.constexpr, STASHED: gl.constexpr, PAIRS: gl.constexpr,
+    LEAVES: gl.constexpr, TAIL: gl.constexpr, STASHED: gl.constexpr, PAIRS: gl.constexpr, DRIP: gl.constexpr,
     TYPE: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, SWAP: gl.constexpr, ME: gl.constexpr,
 ) -> None:  # fmt: skip
     """Consumer warp group ME: its 64 rows of every tile this program walks, each written while the next one's first step runs."""
@@ -103,8 +103,16 @@ def _consume(
         sums = start(zero, bars[0], step, True, 4, TYPE, CONSUMERS, STAGES, PIECE, COUNT, A_KM, B_KN, ME)
         sums = wait(sums, 1)  # waits for nothing: one group may be in flight
         step += 1
-        if tile >= gl.num_programs(0):
-            _write(done, out, stride, row, col, M, N, SWAP)
+        for i in gl.static_range(DRIP):
+            sums = start(sums, bars[0], step, False, 4, TYPE, CONSUMERS, STAGES, PIECE, COUNT, A_KM, B_KN, ME)
+            if tile >= gl.num_programs(0):
+                _write((done[i],), out, stride, row, col + i * PIECE, M, N, SWAP)
+            sums = wait(sums, 1)
+            release(bars[1], step - 1, STAGES)
+            step += 1
+        if not DRIP:
+            if tile >= gl.num_programs(0):
+                _write(done, out, stride, row, col, M, N, SWAP)
         tile_m, tile_n = tile_position(tile, num_m, num_n, GROUP)
         row, col = _first_of(tile_m, tile_n, M, N, CONSUMERS, PIECE * COUNT, ME)
         if LEAVES:
@@ -113,7 +121,9 @@ def _consume(
                 A_KM, B_KN, ME,
             )  # fmt: skip
         else:
-            sums, step = proceed(sums, bars, step, gl.cdiv(K, 64) - 1, TYPE, CONSUMERS, STAGES, PIECE, COUNT, A_KM, B_KN, ME)
+            sums, step = proceed(
+                sums, bars, step, gl.cdiv(K, 64) - 1 - DRIP, TYPE, CONSUMERS, STAGES, PIECE, COUNT, A_KM, B_KN, ME
+            )
             sums = wait(sums, 0)
             release(bars[1], step - 1, STAGES)
             done = in_half(sums, TYPE)
@@ -124,12 +134,12 @@ def _consume(
 def _consume_first(
     out: gl.tensor, bars: gl.tensor, M: gl.tensor, N: gl.tensor, K: gl.tensor, stride: gl.tensor,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, COUNT: gl.constexpr,
-    LEAVES: gl.constexpr, TAIL: gl.constexpr, STASHED: gl.constexpr, PAIRS: gl.constexpr,
+    LEAVES: gl.constexpr, TAIL: gl.constexpr, STASHED: gl.constexpr, PAIRS: gl.constexpr, DRIP: gl.constexpr,
     TYPE: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, SWAP: gl.constexpr,
 ) -> None:  # fmt: skip
     """The first warp group's entry."""
     _consume(
-        out, bars, M, N, K, stride, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES, TAIL, STASHED, PAIRS, TYPE, A_KM,
+        out, bars, M, N, K, stride, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES, TAIL, STASHED, PAIRS, DRIP, TYPE, A_KM,
         B_KN, SWAP, 0,
     )  # fmt: skip
 
@@ -138,12 +148,12 @@ def _consume_first(
 def _consume_second(
     out: gl.tensor, bars: gl.tensor, M: gl.tensor, N: gl.tensor, K: gl.tensor, stride: gl.tensor,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, COUNT: gl.constexpr,
-    LEAVES: gl.constexpr, TAIL: gl.constexpr, STASHED: gl.constexpr, PAIRS: gl.constexpr,
+    LEAVES: gl.constexpr, TAIL: gl.constexpr, STASHED: gl.constexpr, PAIRS: gl.constexpr, DRIP: gl.constexpr,
     TYPE: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, SWAP: gl.constexpr,
 ) -> None:  # fmt: skip
     """The second warp group's entry."""
     _consume(
-        out, bars, M, N, K, stride, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES, TAIL, STASHED, PAIRS, TYPE, A_KM,
+        out, bars, M, N, K, stride, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES, TAIL, STASHED, PAIRS, DRIP, TYPE, A_KM,
         B_KN, SWAP, 1,
     )  # fmt: skip
 
@@ -152,12 +162,13 @@ def _consume_second(
 def gemm_pieces_kernel(
     a_desc: gl.tensor, b_desc: gl.tensor, out: gl.tensor, M: gl.tensor, N: gl.tensor, K: gl.tensor, stride: gl.tensor,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PIECE: gl.constexpr, COUNT: gl.constexpr,
-    LEAVES: gl.constexpr, TAIL: gl.constexpr, STASHED: gl.constexpr, PAIRS: gl.constexpr,
+    LEAVES: gl.constexpr, TAIL: gl.constexpr, STASHED: gl.constexpr, PAIRS: gl.constexpr, DRIP: gl.constexpr,
     A_KM: gl.constexpr, B_KN: gl.constexpr, SWAP: gl.constexpr, RELEASE: gl.constexpr,
 ) -> None:  # fmt: skip
     """C[M, N] = A[M, K] B[N, K]^T in the operands' dtype, C's rows `stride` elements apart; boxes [64, 64] of A, [PIECE, 64] of B. With
     A_KM, A lies as [K, M]; with B_KN, B as [K, N], PIECE is 64 and the boxes are [64, 64]. LEAVES: 0 or 8. TAIL: k16 steps of a leaf
-    beyond its last whole stage. STASHED, PAIRS: see `gemm_pieces_tree`. SWAP: C is written transposed, its columns' elements side by
+    beyond its last whole stage. STASHED, PAIRS: see `gemm_pieces_tree`. DRIP: as many as a chain has pieces, of which one then leaves at
+    each of the next tile's steps (there must be one step more), or 0, and all leave at once. SWAP: C is written transposed, its columns' elements side by
     side and `stride` apart from the next column's."""
     TYPE: gl.constexpr = b_desc.dtype
     UNITS: gl.constexpr = CONSUMERS * 64 // PIECE + COUNT  # of [PIECE, 64] in a stage; a float32 piece takes two
@@ -176,9 +187,9 @@ def gemm_pieces_kernel(
         gl.warp_specialize(
             [
                 (_consume_first, (out, bars, M, N, K, stride, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES, TAIL,
-                                  STASHED, PAIRS, TYPE, A_KM, B_KN, SWAP)),
+                                  STASHED, PAIRS, DRIP, TYPE, A_KM, B_KN, SWAP)),
                 (_consume_second, (out, bars, M, N, K, stride, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES, TAIL,
-                                  STASHED, PAIRS, TYPE, A_KM, B_KN, SWAP)),
+                                  STASHED, PAIRS, DRIP, TYPE, A_KM, B_KN, SWAP)),
                 (_produce, (a_desc, b_desc, ring, bars, M, N, K, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES, A_KM, B_KN,
                             SWAP)),
             ],
@@ -189,7 +200,7 @@ def gemm_pieces_kernel(
         gl.warp_specialize(
             [
                 (_consume_first, (out, bars, M, N, K, stride, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES, TAIL,
-                                  STASHED, PAIRS, TYPE, A_KM, B_KN, SWAP)),
+                                  STASHED, PAIRS, DRIP, TYPE, A_KM, B_KN, SWAP)),
                 (_produce, (a_desc, b_desc, ring, bars, M, N, K, GROUP, CONSUMERS, STAGES, PIECE, COUNT, LEAVES, A_KM, B_KN,
                             SWAP)),
             ],
