@@ -151,8 +151,8 @@ def measure_attention(shape: Shape) -> Record:
     sequence = batch.batch // 2
     record.same_bits, last = _alone(batch, sequence, whole)
     record.error = relative_error(whole[last], _exact_row(batch, sequence, last))
-    if len(contenders) > 1:
-        name = min((name for name in contenders if name in BACKENDS), key=lambda name: record.us[name])
+    if comparable := [name for name in contenders if name in BACKENDS]:
+        name = min(comparable, key=lambda name: record.us[name])
         theirs = batch.sdpa(*batch.kv[0], BACKENDS[name])()
         if batch.table is None:
             record.baseline_error = relative_error(theirs[sequence, :, -1], _exact_row(batch, sequence, last))

@@ -27,7 +27,8 @@ LARGEST_BUCKET = 65_536
 EXACT_TOKENS = 1024  # up to here a tile is predicted for the very number of tokens
 MOST_STAGES = 12
 LEAST_LEAF = 128  # of K, for a tile in pieces: the left half ends while a second stage is multiplied
-FEW_ROWS = 32  # for so few a tile in pieces was never the fastest
+FEW_ROWS = 32  # for so few a tile in pieces was never the fastest where leaves are whole numbers of DEEP stages
+DEEP = 128  # of K, what a stage of the decode kernels wants
 WIDEST, WIDEST_TREE = 256, 128  # columns of a tile in pieces
 CLEARLY = 1.05  # of 65 products of 48 to 384 tokens the choice lost 1.4 % on the fastest measured, the table's tile alone 7.4 %
 LAUNCHED_IN_EVERY_WAY = 3  # of the tiles that come first
@@ -215,10 +216,7 @@ def _skinny_tiles(problem: GemmProblem) -> Iterable[GemmTile]:
     tokens = max(16, 1 << (problem.m - 1).bit_length())
     if tokens > 64 or problem.n % 16 or problem.leaves:
         return
-    shapes = [
-        (16, 1, 256, 4), (16, 1, 512, 3), (16, 2, 256, 4), (16, 2, 512, 4), (16, 4, 512, 4), (32, 2, 256, 4), (32, 2, 512, 3),
-        (32, 4, 256, 4), (64, 4, 128, 6), (64, 4, 256, 4),
-    ]  # fmt: skip
+    shapes = ((16, 1, 256, 4), (16, 2, 256, 4), (32, 2, 256, 4), (32, 4, 256, 4), (64, 4, 128, 6), (64, 4, 256, 4))
     for rows, warps, depth, stages in shapes:
         if problem.k % depth == 0:
             yield GemmTile(SKINNY, True, rows, warps, tokens, 0, depth, stages, 1, 0)
@@ -275,15 +273,20 @@ def _pieced_tiles(problem: GemmProblem) -> Iterable[GemmTile]:
 
 def _swapped_tiles(problem: GemmProblem) -> Iterable[GemmTile]:
     """Tiles in pieces with the weights in their rows and the tokens, in as few equal parts as fit and in one or two more, in their
-    columns: these come by 16, so that little of a tile lies beyond the last token."""
-    if not _some_rows(problem):
+    columns: these come by 16, so that little of a tile lies beyond the last token. For few tokens only of a tree whose leaves end
+    inside a deep stage, for which the decode kernels would take shallow ones."""
+    if not (_some_rows(problem) or _few_of_shallow_leaves(problem)):
         return
     least = -(-problem.m // (WIDEST_TREE if problem.leaves else WIDEST))
     for parts in range(least, least + 3):
         width = -(-problem.m // (16 * parts)) * 16
         piece = min(width & -width, 64)
-        for consumers in (1, 2) if width > FEW_ROWS else ():
+        for consumers in (1, 2) if width > FEW_ROWS or problem.m <= FEW_ROWS else ():
             yield GemmTile(PIECES, True, 64, consumers, piece, width - piece, 64, MOST_STAGES, 1, 2)
+
+
+def _few_of_shallow_leaves(problem: GemmProblem) -> bool:
+    return problem.leaves == 8 and problem.m <= FEW_ROWS and problem.k // problem.leaves % DEEP > 0
 
 
 def candidates(problem: GemmProblem, multiprocessors: int = 132) -> list[GemmTile]:
@@ -294,13 +297,13 @@ def candidates(problem: GemmProblem, multiprocessors: int = 132) -> list[GemmTil
     plain = not (problem.experts or problem.a_km or problem.b_kn)
     tiles = [*_decode_tiles(whole), *_wide_tiles(store, whole, problem.m)]
     leaf = problem.k // problem.leaves if problem.leaves else 0
-    pieces = aligned and not problem.experts and problem.m > FEW_ROWS and problem.b_kn >= problem.a_km
+    pieces = aligned and not problem.experts and problem.b_kn >= problem.a_km
+    pieces &= problem.m > FEW_ROWS or (plain and _few_of_shallow_leaves(problem))
     pieces &= problem.leaves == 0 or (problem.leaves == 8 and leaf >= LEAST_LEAF)
     if problem.b_kn and problem.leaves:  # a gradient's tree: the ring was faster wherever its stages end with the leaves
         pieces &= leaf % 64 > 0
-    tiles += (
-        [*_swapped_tiles(problem), *_pieced_tiles(problem)] if pieces else []
-    )  # of those predicted alike the first is chosen
+    if pieces:  # of those predicted alike the first is chosen
+        tiles += [*_swapped_tiles(problem), *(_pieced_tiles(problem) if problem.m > FEW_ROWS else [])]
     itemsizes = (problem.dtype.itemsize, problem.out_dtype.itemsize)
     kept = [tile for tile in _skinny_tiles(problem) if plain and tile.fits(*itemsizes, problem.leaves)]
     for shape in tiles:
@@ -356,8 +359,12 @@ class Table:
     choices: dict[str, dict[int, GemmTile]] = field(default_factory=dict)
 
     def get(self, problem: GemmProblem) -> GemmTile | None:
-        """The measured tile, or None."""
-        return self.choices.get(problem.key, {}).get(problem.bucket)
+        """The measured tile, or None. What was measured of bfloat16 holds for float16."""
+        alike = {torch.float16: torch.bfloat16}
+        measured = replace(
+            problem, dtype=alike.get(problem.dtype, problem.dtype), out_dtype=alike.get(problem.out_dtype, problem.out_dtype)
+        )
+        return self.choices.get(problem.key, self.choices.get(measured.key, {})).get(problem.bucket)
 
     def put(self, problem: GemmProblem, tile: GemmTile) -> None:
         """Remember a choice."""

@@ -411,6 +411,7 @@ def test_the_sums_of_a_tile_in_pieces_stay_in_registers(launched: Launched, prob
     [
         (GemmProblem(200, 34_816, 5120), 2, 208), (GemmProblem(130, 5120, 2880), 1, 144),
         (GemmProblem(200, 5120, 2048, leaves=8), 2, 112), (GemmProblem(72, 4096, 2048, leaves=8), 1, 80),
+        (GemmProblem(3, 4096, 13_696, leaves=8), 1, 16),
     ],
 )  # fmt: skip
 def test_a_tile_with_the_tokens_in_its_columns_is_multiplied_at_once_and_stored_whole(

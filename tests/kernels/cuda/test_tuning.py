@@ -185,6 +185,21 @@ def test_of_fewer_tokens_than_a_table_was_measured_for_a_clearly_faster_tile_is_
     assert taken == {False, True}
 
 
+def test_what_is_measured_of_one_half_precision_holds_for_the_other() -> None:
+    problem = GemmProblem(4096, 6144, 4096)
+    measured = table_for("NVIDIA H200").get(problem)
+    assert measured is not None
+    assert choose(replace(problem, dtype=torch.float16, out_dtype=torch.float16), "NVIDIA H200", SMS) == measured
+    assert table_for("NVIDIA H200").get(replace(problem, dtype=torch.float32, out_dtype=torch.float32)) is None
+
+
+@pytest.mark.parametrize("m", [1, 16, 24])
+def test_few_tokens_of_a_tree_whose_leaves_end_inside_deep_stages_take_no_shallow_ones(m: int) -> None:
+    tile = choose(GemmProblem(m, 4096, 13_696, leaves=8), "NVIDIA H200", SMS)
+    assert (tile.engine, tile.swap, tile.depth, tile.width) == (PIECES, True, 64, 16)
+    assert not any(one.engine == PIECES for one in candidates(GemmProblem(m, 4096, 4096, leaves=8)))
+
+
 def test_the_shipped_table_names_only_candidates() -> None:
     table = table_for("NVIDIA H200")
     assert len(table.choices) >= 20
