@@ -300,8 +300,6 @@ def candidates(problem: GemmProblem, multiprocessors: int = 132) -> list[GemmTil
     pieces = aligned and not problem.experts and problem.b_kn >= problem.a_km
     pieces &= problem.m > FEW_ROWS or (plain and _few_of_shallow_leaves(problem))
     pieces &= problem.leaves == 0 or (problem.leaves == 8 and leaf >= LEAST_LEAF)
-    if problem.b_kn and problem.leaves:  # a gradient's tree: the ring was faster wherever its stages end with the leaves
-        pieces &= leaf % 64 > 0
     if pieces:  # of those predicted alike the first is chosen
         tiles += [*_swapped_tiles(problem), *(_pieced_tiles(problem) if problem.m > FEW_ROWS else [])]
     itemsizes = (problem.dtype.itemsize, problem.out_dtype.itemsize)
