@@ -157,6 +157,13 @@ OTHER_PROJECTIONS = (
     ("Qwen3-1.7B gate_up", 12_288, 2048, "chain"),
     ("Qwen3-1.7B down", 2048, 6144, "tree"),
 )
+SHARDED = {
+    "Qwen3-8B": (2, 4, 8),
+    "Qwen3-30B-A3B": (2, 4),
+    "Llama-70B": (4, 8),
+    "Qwen2.5-7B": (2, 4),
+    "Qwen3-32B": (2, 4, 8),
+}  # over ranks
 MICRO_BATCH = 16_384  # tokens
 MEASURED_IN_TRAINING = ("Qwen3-1.7B", "Qwen3-30B-A3B head")  # one model's gradients; the two share their head
 TRAINED = ("Qwen3-1.7B", "Qwen3-8B", "Qwen3-30B-A3B")  # whose gradients are tuned
@@ -166,9 +173,16 @@ TOKENS = [16, 64, 256, 1024, 4096, 16_384]
 
 
 def other_shapes() -> list[Shape]:
-    """The products of models that are tuned and not benchmarked."""
+    """The products of models that are tuned and not benchmarked, and one rank's of layers whose columns ranks split."""
+    shards = [
+        (f"{name}, a shard of tp {ranks}", n // ranks, k, order)
+        for name, n, k, order in (*PROJECTIONS, *OTHER_PROJECTIONS)
+        for ranks in SHARDED.get(name.partition(" ")[0], ())
+        if order == "chain" and not name.endswith("head")
+    ]
     entries = [
-        {"op": "matmul", "name": name, "M": ROWS, "N": n, "K": k, "order": order} for name, n, k, order in OTHER_PROJECTIONS
+        {"op": "matmul", "name": name, "M": ROWS, "N": n, "K": k, "order": order}
+        for name, n, k, order in (*OTHER_PROJECTIONS, *shards)
     ]
     return [shape for entry in entries for shape in expand(entry)]
 
