@@ -1,7 +1,8 @@
 """Put the kernels' committed results into docs/kernels.md: python -m benchmarks.render_kernels
 
-Reads kernels_h200.json (`python -m benchmarks.kernels --out`) and kernels_verify_h200.json (`miles-plan kernels verify --json`)
-of benchmarks/results; a file that is missing says so in the page. Only the text between the two markers changes.
+Reads kernels_h200.json (`python -m benchmarks.kernels --out`), kernels_untuned_h200.json (the same of a list that no table knows)
+and kernels_verify_h200.json (`miles-plan kernels verify --json`) of benchmarks/results; a file that is missing says so in the page.
+Only the text between the two markers changes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
 SPEED = "benchmarks/results/kernels_h200.json"
+UNTUNED = "benchmarks/kernels/untuned_shapes.json"
 BEGIN, END = "<!-- results: python -m benchmarks.render_kernels -->", "<!-- end of results -->"
 
 
@@ -27,18 +29,33 @@ def speed(results: dict[str, Any] | None) -> str:
     """What was promised and what was measured, then each op's ratios by size."""
     if results is None:
         return f"No speed figures are committed. `python -m benchmarks.kernels --out {SPEED}` measures them."
-    about = results["machine"]
     lines = [
-        f"{about['gpu']}, torch {about['torch']}, CUDA {about['cuda']}, {about['date']}; {about['measured']} of "
-        f"{about['shapes']} shapes in {about['seconds']} s. Device time, baselines in the same process, inputs rotated past "
-        "L2, random data.",
-        *(["", about["note"]] if "note" in about else []),
+        *_about(results["machine"]),
         "",
         "| figure | measured | reached |",
         "|---|---|---|",
     ]
     lines += [f"| {row['what']} | {row['figure']} | {'yes' if row['met'] else '**no**'} |" for row in results["summary"]]
     return "\n".join([*lines, "", *_by_op(results["records"])])
+
+
+def untuned(results: dict[str, Any] | None) -> str:
+    """Each op's ratios over shapes that no table knows."""
+    if results is None:
+        return (
+            "None are committed. `python -m benchmarks.kernels --shapes benchmarks/kernels/untuned_shapes.json` measures them."
+        )
+    return "\n".join([*_about(results["machine"]), "", *_by_op(results["records"])])
+
+
+def _about(machine: dict[str, Any]) -> list[str]:
+    """What was measured, on what and how."""
+    return [
+        f"{machine['gpu']}, torch {machine['torch']}, CUDA {machine['cuda']}, {machine['date']}; {machine['measured']} of "
+        f"{machine['shapes']} shapes in {machine['seconds']} s. Device time, baselines in the same process, inputs rotated "
+        "past L2, random data.",
+        *(["", machine["note"]] if "note" in machine else []),
+    ]
 
 
 def _by_op(records: list[dict[str, Any]]) -> list[str]:
@@ -93,6 +110,7 @@ def rendered(page: str, results: Path = RESULTS) -> str:
     _, after = rest.split(END)
     parts = [f"### Bits\n\n{bits(load(results / 'kernels_verify_h200.json'))}"]
     parts.append(f"### Speed\n\n{speed(load(results / 'kernels_h200.json'))}")
+    parts.append(f"### Speed of shapes that no table knows\n\n{untuned(load(results / 'kernels_untuned_h200.json'))}")
     return f"{before}{BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{END}{after}"
 
 

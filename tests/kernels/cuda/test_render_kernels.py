@@ -50,6 +50,9 @@ def test_results_are_shown_and_failures_stand_out(tmp_path: Path) -> None:
     assert "| swiglu | float16 2,000 (0), float32 2,000 (0), then failed |" in page
     assert "| matmul chain | 0.9x | **no** |" in page
     assert "| matmul | 2 | 1.00 (0.50 to 2.00) | 1 |" in page
+    assert "None are committed" in page
+    (tmp_path / "kernels_untuned_h200.json").write_text(json.dumps(speeds))
+    assert rendered(f"{BEGIN}{END}", tmp_path).count("| matmul | 2 | 1.00 (0.50 to 2.00) | 1 |") == 2
     assert "No speed figures are committed" in rendered(f"{BEGIN}{END}", tmp_path / "none")
 
 
