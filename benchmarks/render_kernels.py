@@ -1,8 +1,8 @@
 """Put the kernels' committed results into docs/kernels.md: python -m benchmarks.render_kernels
 
-Reads kernels_h200.json (`python -m benchmarks.kernels --out`), kernels_untuned_h200.json (the same of a list that no table knows)
-and kernels_verify_h200.json (`miles-plan kernels verify --json`) of benchmarks/results; a file that is missing says so in the page.
-Only the text between the two markers changes.
+Reads kernels_h200.json (`python -m benchmarks.kernels --out`), kernels_untuned_h200.json (the same of a list that no table
+knows) and kernels_verify_h200.json (`miles-plan kernels verify --json`) of benchmarks/results; a file that is missing says so
+in the page. Only the text between the two markers changes.
 """
 
 from __future__ import annotations
