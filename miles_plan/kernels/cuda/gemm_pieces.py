@@ -87,7 +87,8 @@ def _consume(
     LEAVES: gl.constexpr, TAIL: gl.constexpr, STASHED: gl.constexpr, PAIRS: gl.constexpr, DRIP: gl.constexpr,
     TYPE: gl.constexpr, A_KM: gl.constexpr, B_KN: gl.constexpr, SWAP: gl.constexpr, ME: gl.constexpr,
 ) -> None:  # fmt: skip
-    """Consumer warp group ME: its 64 rows of every tile this program walks, each written while the next one's first step runs."""
+    """Consumer warp group ME: its 64 rows of every tile this program walks, each written while the next one's first step runs or, with
+    DRIP, a piece at each of its next steps."""
     grid_wait()
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 16])
     zero = (gl.zeros((64, PIECE), gl.float32, layout),) * COUNT
@@ -168,8 +169,8 @@ def gemm_pieces_kernel(
     """C[M, N] = A[M, K] B[N, K]^T in the operands' dtype, C's rows `stride` elements apart; boxes [64, 64] of A, [PIECE, 64] of B. With
     A_KM, A lies as [K, M]; with B_KN, B as [K, N], PIECE is 64 and the boxes are [64, 64]. LEAVES: 0 or 8. TAIL: k16 steps of a leaf
     beyond its last whole stage. STASHED, PAIRS: see `gemm_pieces_tree`. DRIP: as many as a chain has pieces, of which one then leaves at
-    each of the next tile's steps (there must be one step more), or 0, and all leave at once. SWAP: C is written transposed, its columns' elements side by
-    side and `stride` apart from the next column's."""
+    each of the next tile's steps (there must be one step more), or 0, and all leave at once. SWAP: C is written transposed, its
+    columns' elements side by side and `stride` apart from the next column's."""
     TYPE: gl.constexpr = b_desc.dtype
     UNITS: gl.constexpr = CONSUMERS * 64 // PIECE + COUNT  # of [PIECE, 64] in a stage; a float32 piece takes two
     ring = gl.allocate_shared_memory(TYPE, [STAGES * UNITS + 2 * CONSUMERS * STASHED, PIECE, 64], b_desc.layout)
