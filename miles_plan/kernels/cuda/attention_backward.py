@@ -2,8 +2,8 @@
 
 FlashAttention-2 (arXiv 2307.08691, section 3.1.1), as two kernels. dQ of a row sums over key blocks of 64 in ascending order;
 dK and dV of a key sum over the heads of its group in order and, within a head, over query blocks of 64 in ascending order. (Of 32
-where a head size is above 256: four tiles of 64 such rows would not fit shared memory.) Both recompute the weights from the log-sum-exp (in units of log2) that the forward kernel left, so a sequence's gradients
-depend on nothing but the sequence.
+where a head size is above 256: four tiles of 64 such rows would not fit shared memory.) Both recompute the weights from the
+log-sum-exp (in units of log2) that the forward kernel left, so a sequence's gradients depend on nothing but the sequence.
 """
 
 from __future__ import annotations
