@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import machine
+from miles_plan.kernels.cuda.toolchain import triton
 
 from .attentions import measure_attention
 from .gemms import measure_fp8, measure_fp8_grouped, measure_gradients, measure_grouped, measure_matmul
@@ -52,7 +53,7 @@ def measure(shape: Shape) -> Record:
     """One shape; an error becomes part of its record, so that one shape cannot stop the rest."""
     try:
         record = MEASURES[shape.op](shape)
-    except Exception as error:  # Triton's errors are of no narrower kind
+    except (RuntimeError, ValueError, triton.TritonError) as error:
         record = Record(shape, failure=f"{type(error).__name__}: {error}"[:500])
     torch.cuda.empty_cache()
     return record
@@ -137,7 +138,7 @@ def compile_share(shapes: Sequence[Shape], share: str) -> int:
         try:
             warm(shape)
             torch.cuda.synchronize()
-        except Exception:  # reported when the shape is measured
+        except (RuntimeError, ValueError, triton.TritonError):  # reported when the shape is measured
             continue
         torch.cuda.empty_cache()
     return 0

@@ -37,6 +37,7 @@ from miles_plan.kernels.cuda.tuning import (
     Table,
     candidates,
     contenders,
+    drips,
     predict_s,
     table_for,
     tune,
@@ -237,7 +238,7 @@ def _numbers(tile: GemmTile) -> list[int]:
 Kind = tuple[GemmProblem, GemmTile | None]  # None: the portable kernel
 
 
-def kinds(plan: Iterable[tuple[GemmProblem, Sequence[GemmTile]]]) -> tuple[list[Kind], list[int]]:
+def kinds(plan: Iterable[tuple[GemmProblem, Sequence[GemmTile]]], sms: int) -> tuple[list[Kind], list[int]]:
     """The distinct kernels of the plan in the order of need, and for each problem how many of them it and those before it take."""
     found: dict[tuple[object, ...], Kind] = {}
     needed = []
@@ -246,20 +247,29 @@ def kinds(plan: Iterable[tuple[GemmProblem, Sequence[GemmTile]]]) -> tuple[list[
         found.setdefault((min(problem.m, 32), *same), (problem, None))
         leaf = problem.k // max(problem.leaves, 1)
         for tile in tiles:
-            ends = (leaf % tile.depth, min(leaf // tile.depth, tile.width)) if problem.leaves else (problem.k <= tile.depth,)
+            ends = (leaf % tile.depth,) if problem.leaves else (problem.k <= tile.depth, drips(tile, problem, sms))
             found.setdefault((tile, *ends, *same), (problem, tile))
         needed.append(len(found))
     return list(found.values()), needed
 
 
+def rows_that_compile_alike(problem: GemmProblem, tile: GemmTile | None, sms: int) -> int:
+    """As few rows as take the kernel that the problem's take: whether a tile `drips` is compiled into it."""
+    few = min(problem.m, 64)
+    if tile is None or not drips(tile, problem, sms):
+        return few
+    column_tiles = -(-problem.n // tile.width)
+    return max(few, min(problem.m, tile.height * (sms // column_tiles + 1)))
+
+
 def compile_share(index: int, of: int, wanted: Sequence[Kind], done: Any) -> None:
     """A worker: compile every `of`-th kernel from `index` into Triton's cache, and count them in done[index]. It launches nothing, so
     that it disturbs no timing."""
-    launch = triton.JITFunction.run
+    launch, sms = triton.JITFunction.run, multiprocessors(DEVICE)
     triton.JITFunction.run = lambda kernel, *args, grid, warmup, **rest: launch(kernel, *args, grid=grid, warmup=True, **rest)
     for problem, tile in wanted[index::of]:
         try:
-            small = replace(problem, m=min(problem.m, 64))
+            small = replace(problem, m=rows_that_compile_alike(problem, tile, sms))
             new = {"device": DEVICE, "dtype": small.dtype}
             a = torch.empty((small.k, small.m) if small.a_km else (small.m, small.k), **new)
             b = torch.empty((small.k, small.n) if small.b_kn else (max(small.experts, 1) * small.n, small.k), **new)
@@ -267,7 +277,7 @@ def compile_share(index: int, of: int, wanted: Sequence[Kind], done: Any) -> Non
             plan = torch.empty(1, device=DEVICE, dtype=torch.int32) if small.experts else None
             height = (tile.height if tile else 64) if small.experts else 0
             gemm(a, b, out, **lying(small), plan=plan, plan_height=height, tile=tile, portable=tile is None)
-        except Exception as error:  # the tuner meets it again, and reports it
+        except (RuntimeError, ValueError, triton.TritonError) as error:  # the tuner meets it again, and reports it
             print(f"not compiled: {problem.key} {tile}: {error}"[:300], flush=True)
         done[index] += 1
 
@@ -312,7 +322,7 @@ def main() -> int:
     gpu = torch.cuda.get_device_name(DEVICE)
     shipped, sms = table_for(gpu), multiprocessors(DEVICE)
     plan = [(problem, contenders(problem, sms, shipped.get(problem))) for problem in found]
-    wanted, needed = kinds(plan)
+    wanted, needed = kinds(plan, multiprocessors(DEVICE))
     compilers = Compilers(wanted)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     table = Table(gpu, {key: dict(row) for key, row in shipped.choices.items()})
@@ -328,7 +338,7 @@ def main() -> int:
             waited_s += time.monotonic() - before
             try:
                 entry = tune_one(problem, tiles, table)
-            except Exception as error:  # Triton's errors are of no narrower kind
+            except (RuntimeError, ValueError, triton.TritonError) as error:
                 print(f"{problem.key} m={problem.tokens}: {error}"[:300], flush=True)
                 continue
             count += 1

@@ -15,7 +15,7 @@ from .gemm_pieces import gemm_pieces_kernel
 from .gemm_portable import gemm_portable_kernel
 from .gemm_skinny import gemm_skinny_kernel
 from .toolchain import gl, gluon_descriptor, triton
-from .tuning import DIRECT, PIECES, RING, SKINNY, GemmProblem, GemmTile, choose
+from .tuning import DIRECT, PIECES, RING, SKINNY, GemmProblem, GemmTile, choose, drips, tile_count
 
 TREE_LEAVES = 8  # slices of K in the tree family: what tensor-parallel sizes 1, 2, 4 and 8 share
 HALF = (torch.bfloat16, torch.float16)
@@ -146,17 +146,16 @@ def _launch_pieces(
     a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, problem: GemmProblem, tile: GemmTile, sizes: tuple[int, int]
 ) -> None:
     """sizes: rows of a and of b, which stand for each other with tile.swap."""
-    tiles = triton.cdiv(sizes[0], tile.height) * triton.cdiv(sizes[1], tile.width)
-    programs = min(multiprocessors(out.device), tiles)
+    sms = multiprocessors(out.device)
+    programs = min(sms, tile_count(tile, problem))
     a_box, b_box = (tile.depth, 64) if problem.a_km else (64, tile.depth), (tile.cols, tile.depth)
     descs = (descriptor(a, a_box), descriptor(b, b_box[::-1] if problem.b_kn else b_box))
     tail = problem.k // problem.leaves % tile.depth // 16 if problem.leaves else 0
     of_sums = (problem.dtype.itemsize, problem.leaves)
-    drips = not problem.leaves and tiles > programs and triton.cdiv(problem.k, tile.depth) > tile.pieces
     gemm_pieces_kernel[(programs,)](
         *descs, out, *sizes, problem.k, out.stride(0), GROUP=tile.group, CONSUMERS=tile.consumers, STAGES=tile.stages,
         PIECE=tile.cols, COUNT=tile.pieces, LEAVES=problem.leaves, TAIL=tail, STASHED=tile.stashed(*of_sums),
-        PAIRS=tile.pairs_stashed(*of_sums), DRIP=tile.pieces if drips else 0, A_KM=problem.a_km,
+        PAIRS=tile.pairs_stashed(*of_sums), DRIP=tile.pieces if drips(tile, problem, sms) else 0, A_KM=problem.a_km,
         B_KN=problem.b_kn, SWAP=tile.swap, RELEASE=tile.overlap == 2, num_warps=4, maxnreg=168, launch_pdl=tile.overlap > 0,
     )  # fmt: skip
 

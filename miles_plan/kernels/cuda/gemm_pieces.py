@@ -107,7 +107,7 @@ def _consume(
         for i in gl.static_range(DRIP):
             sums = start(sums, bars[0], step, False, 4, TYPE, CONSUMERS, STAGES, PIECE, COUNT, A_KM, B_KN, ME)
             if tile >= gl.num_programs(0):
-                _write((done[i],), out, stride, row, col + i * PIECE, M, N, SWAP)
+                write_rows((done[i],), out, stride, row, col + i * PIECE, M, N)
             sums = wait(sums, 1)
             release(bars[1], step - 1, STAGES)
             step += 1
@@ -169,7 +169,7 @@ def gemm_pieces_kernel(
     """C[M, N] = A[M, K] B[N, K]^T in the operands' dtype, C's rows `stride` elements apart; boxes [64, 64] of A, [PIECE, 64] of B. With
     A_KM, A lies as [K, M]; with B_KN, B as [K, N], PIECE is 64 and the boxes are [64, 64]. LEAVES: 0 or 8. TAIL: k16 steps of a leaf
     beyond its last whole stage. STASHED, PAIRS: see `gemm_pieces_tree`. DRIP: as many as a chain has pieces, of which one then leaves at
-    each of the next tile's steps (there must be one step more), or 0, and all leave at once. SWAP: C is written transposed, its
+    each of the next tile's steps (see `tuning.drips`), or 0, and all leave at once. SWAP: C is written transposed, its
     columns' elements side by side and `stride` apart from the next column's."""
     TYPE: gl.constexpr = b_desc.dtype
     UNITS: gl.constexpr = CONSUMERS * 64 // PIECE + COUNT  # of [PIECE, 64] in a stage; a float32 piece takes two

@@ -332,6 +332,13 @@ def tile_count(tile: GemmTile, problem: GemmProblem) -> int:
     return (-(-rows // tile.height) + ragged) * -(-cols // tile.width)
 
 
+def drips(tile: GemmTile, problem: GemmProblem, multiprocessors: int) -> bool:
+    """Whether a chain's finished tile in pieces leaves one piece at each of the next tile's steps: another must follow it, with more
+    steps than pieces, or the kernel would wait for loads that never come. With the tokens in columns it spilled and gained nothing."""
+    of_its_kind = tile.engine == PIECES and not (tile.swap or problem.leaves)
+    return of_its_kind and tile_count(tile, problem) > multiprocessors and -(-problem.k // tile.depth) > tile.pieces
+
+
 def _within_memory(tile: GemmTile | None, problem: GemmProblem) -> GemmTile | None:
     """The tile with as many of its stages as shared memory holds, or None if that is fewer than three."""
     while tile is not None and not tile.fits(problem.dtype.itemsize, problem.out_dtype.itemsize, problem.leaves):

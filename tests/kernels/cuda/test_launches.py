@@ -427,7 +427,7 @@ def test_a_tile_with_the_tokens_in_its_columns_is_multiplied_at_once_and_stored_
     assert "st.global.v4" in program.asm["ptx"]
     assert "st.global.b16" not in program.asm["ptx"]
     code = machine_code(program)
-    assert code.count("STL") <= MOST_SPILLED, "of a tree of 112 tokens with Triton 3.7; none with 3.6"
+    assert code.count("STL") <= (MOST_SPILLED if width == 112 else 0), "with Triton 3.7; none with 3.6"
     assert set(re.findall(r"HGMMA\.64x(\d+)x16", code)) == {str(width)}
     assert code.count("WARPGROUP.DEPBAR.LE gsb0, 0x0") == consumers, "each warp group empties the matrix unit once a tile"
 

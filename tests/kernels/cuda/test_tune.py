@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="the tuner compiles kernels")
 from benchmarks.kernels import tune
 from benchmarks.kernels.shapes import default_shapes, gradient_shapes, other_shapes
 from miles_plan.kernels.cuda.gemm import problem_of
-from miles_plan.kernels.cuda.tuning import GemmProblem, GemmTile, Table, contenders, ranked, table_for
+from miles_plan.kernels.cuda.tuning import GemmProblem, GemmTile, Table, candidates, contenders, drips, ranked, table_for
 
 SMS = 132
 
@@ -75,12 +75,23 @@ def test_operands_lie_as_the_problem_says(problem: GemmProblem, monkeypatch: pyt
 def test_what_comes_first_is_compiled_first() -> None:
     table = table_for("NVIDIA H200")
     plan = [(problem, contenders(problem, SMS, table.get(problem))) for problem in tune.problems(other_shapes())[:12]]
-    wanted, needed = tune.kinds(plan)
+    wanted, needed = tune.kinds(plan, SMS)
     assert needed == sorted(needed)
     assert needed[-1] == len(wanted)
     for (_, tiles), count in zip(plan, needed, strict=True):
         assert set(tiles) <= {tile for _, tile in wanted[:count]}
     assert len(wanted) < sum(len(tiles) for _, tiles in plan), "a kernel that several problems share is compiled once"
+
+
+def test_the_few_rows_that_are_compiled_take_the_problems_kernel() -> None:
+    dripping = 0
+    for problem in tune.problems(other_shapes())[:40]:
+        for tile in candidates(problem):
+            small = replace(problem, m=tune.rows_that_compile_alike(problem, tile, SMS))
+            assert small.m <= problem.m
+            assert drips(tile, small, SMS) == drips(tile, problem, SMS), (tile, problem)
+            dripping += drips(tile, problem, SMS)
+    assert dripping > 20
 
 
 class Clock:
